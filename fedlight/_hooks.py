@@ -1,10 +1,12 @@
 """Which hooks of module and callbacks a federated run calls, and which it refuses."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
 
 from fedlight.callbacks.checkpoint import Checkpoint
 
@@ -134,9 +136,15 @@ class Hooks:
         trainer: handed to the callbacks.
         module: the module.
         callbacks: the callbacks, in order.
+        profiler: told of every call, under Lightning's names.
     """
 
-    def __init__(self, trainer: Any, module: LightningModule, callbacks: list[Callback]) -> None:
+    def __init__(
+        self, trainer: Any, module: LightningModule, callbacks: list[Callback], profiler: Profiler | None = None
+    ) -> None:
+        # cProfile, which AdvancedProfiler uses, cannot run inside itself, and most hooks run inside a part of a round.
+        passes = profiler is None or isinstance(profiler, PassThroughProfiler | AdvancedProfiler)
+        self._profiler = None if passes else profiler
         self._trainer, self._module, self._callbacks = trainer, module, callbacks
         self._table: dict[str, list[Callable[..., Any]]] = {}
 
@@ -167,8 +175,20 @@ class Hooks:
         bound: list[Callable[..., Any]] = []
         for callback in self._callbacks:
             if overrides(callback, name):
-                method = getattr(callback, name)
-                bound.append(lambda *a, _method=method: _method(self._trainer, self._module, *a))
+                call = partial(getattr(callback, name), self._trainer, self._module)
+                bound.append(self._profiled(call, f"[Callback]{callback.state_key}.{name}"))
         if overrides(self._module, name):
-            bound.append(getattr(self._module, name))
+            own = getattr(self._module, name)
+            bound.append(self._profiled(own, f"[LightningModule]{type(self._module).__name__}.{name}"))
         return bound
+
+    def _profiled(self, call: Callable[..., Any], action: str) -> Callable[..., Any]:
+        if self._profiler is None:
+            return call
+        profile = self._profiler.profile
+
+        def profiled(*args: Any) -> Any:
+            with profile(action):
+                return call(*args)
+
+        return profiled

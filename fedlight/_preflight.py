@@ -1,6 +1,7 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _try_one_batch(
     client: int,
 ) -> None:
     """One forward pass without a gradient, so that shapes that do not fit are found before training."""
-    batch = _first_samples(datamodule, client, 2)
+    batch = first_samples(datamodule, client, 2)
     try:
         with evaluating(module):
             loss = _trial_step(module, fabric, transfer, batch)
@@ -128,7 +129,7 @@ def _try_batch_of_one(
         return
     client = int(alone[0])
     try:
-        _trial_step(module, fabric, transfer, _first_samples(datamodule, client, 1))
+        _trial_step(module, fabric, transfer, first_samples(datamodule, client, 1))
     except ValueError as error:
         raise MisconfigurationException(
             f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
@@ -138,14 +139,23 @@ def _try_batch_of_one(
 
 
 def _trial_step(module: LightningModule, fabric: Fabric, transfer: Callable[[Any], Any], batch: Any) -> Any:
-    """What ``training_step`` returns; buffers, metrics and random numbers are as before."""
-    kept = {name: value.clone() for name, value in module.named_buffers()}
     precision = fabric.strategy.precision
+    return trial_step(module, precision.convert_input(transfer(batch)), precision.forward_context())
+
+
+def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:
+    """What ``training_step`` returns, without a gradient; buffers, metrics and random numbers are as before.
+
+    Args:
+        module: the module, in the mode that it is to be tried in.
+        batch: a batch on its device.
+        context: what the forward pass runs in.
+    """
+    kept = {name: value.clone() for name, value in module.named_buffers()}
+    log = LogCollector(module.device)
     try:
-        with preserved_global_rng(), collecting_logs(module, LogCollector(fabric.device)), torch.no_grad():
-            batch = precision.convert_input(transfer(batch))
-            with precision.forward_context():
-                return call_step(module, "training_step", batch, 0)
+        with preserved_global_rng(), collecting_logs(module, log), torch.no_grad(), context or nullcontext():
+            return call_step(module, "training_step", batch, 0)
     finally:
         for name, value in module.named_buffers():
             value.copy_(kept[name])
@@ -153,7 +163,12 @@ def _trial_step(module: LightningModule, fabric: Fabric, transfer: Callable[[Any
             metric.reset()
 
 
-def _first_samples(datamodule: FederatedDataModule, client: int, count: int) -> Any:
+def first_samples(datamodule: FederatedDataModule, client: int, count: int) -> Any:
+    """A batch of a client's first samples.
+
+    Raises:
+        MisconfigurationException: if they hold NaN or infinity.
+    """
     dataset = datamodule.client_dataset(client)
     rows = list(range(min(count, len(dataset))))  # type: ignore[arg-type]
     if isinstance(dataset, ArrayDataset):

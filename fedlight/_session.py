@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from fedlight._clock import RoundClock, make_profiler, start_profiler
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
+from fedlight._processors import choose_threads, resolve_devices
 from fedlight._setup import local_training, make_fabric
 from fedlight._signals import deferred_signals
 from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_summary
@@ -55,6 +56,7 @@ class Session:
         federation: the server's and the clients' state.
         engine: executes local trainings; set by :meth:`start_fit`.
         schedule: learning rates by round; set by :meth:`start_fit`.
+        clock: seconds of a round's parts; set by :meth:`start_fit`.
         views: evaluates the weights that are of interest.
         resumed: whether the state comes from a checkpoint.
         loggers: where metrics go.
@@ -76,7 +78,8 @@ class Session:
             )
         self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
-        self.hooks = Hooks(trainer, model, trainer.callbacks)
+        self._profiler = make_profiler(self.settings["profiler"])
+        self.hooks = Hooks(trainer, model, trainer.callbacks, self._profiler)
         self.loggers: list[Logger] = []
         self.folder: RunFolder | None = None
         self._finished = self._created = False
@@ -103,7 +106,7 @@ class Session:
 
     def _set_up(self) -> None:
         settings, cleanup = self.settings, self._cleanup
-        self.fabric = make_fabric(settings)
+        self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["deterministic"]:
@@ -211,6 +214,9 @@ class Session:
             self.schedule.load_state_dict(self._checkpoint["fedlight"]["schedule"])
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
+        if (threads := choose_threads(self)) is not None:
+            self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
         if self._checkpoint is not None and self.loggers and isinstance(self.loggers[0], MetricsCSV):
@@ -220,6 +226,8 @@ class Session:
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         self.engine = start_engine(settings["engine"], local_training(self))
         self._cleanup.callback(self.engine.teardown)
+        profiler = start_profiler(self._profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
+        self.clock = RoundClock(profiler, self.fabric.device)
         self.hooks("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
             self.raise_if_interrupted(self.interrupted)
@@ -259,13 +267,6 @@ class Session:
         for logger in self.loggers:
             with writing(self.trainer.run_dir or Path()):
                 logger.log_metrics(metrics, step=int(metrics["round"]))
-
-    @staticmethod
-    def time_metrics(clock: Sequence[float]) -> dict[str, Tensor | float]:
-        """Seconds of the round's parts, from the moments at which they began."""
-        names = ("time/train_s", "time/aggregate_s", "time/evaluate_s")
-        parts = {n: b - a for n, a, b in zip(names, clock[:-1], clock[1:], strict=True)}
-        return {**parts, "time/round_s": clock[-1] - clock[0]}
 
     @property
     def interrupted(self) -> int:

@@ -1,12 +1,12 @@
 """The round loop."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
 from fedlight._exchange import gather_results
@@ -41,7 +41,8 @@ class FederatedTrainer(TrainerInterface):
         local_epochs: passes over a client's data in a round; 1 where ``local_steps`` is not given either.
         local_steps: optimizer steps of a client in a round, instead of ``local_epochs``.
         accelerator: as in Lightning: ``cpu``, ``gpu``, ``auto``.
-        devices: as in Lightning: number of processes (devices), list of indices, or ``auto``.
+        devices: as in Lightning: number of processes (devices), list of indices, or ``auto``: all GPUs; on a CPU the
+            ``fedlight`` command starts a process per core where that is faster, and a Python program stays in one.
         num_nodes: number of machines; start one process per device with torchrun or SLURM.
         strategy: as in Fabric; models are never wrapped.
         precision: numerical precision of local training and evaluation.
@@ -62,6 +63,7 @@ class FederatedTrainer(TrainerInterface):
         limit_test_batches: batches of a test: a number, or a fraction (float).
         fast_dev_run: one round, two clients, one batch of everything, nothing written.
         enable_progress_bar: whether to show the progress over rounds.
+        profiler: ``simple``, ``advanced``, ``pytorch`` or a Profiler of Lightning; it reports to the run's folder.
         enable_checkpointing: whether ``last.ckpt`` and ``best.ckpt`` are written.
         deterministic: make torch refuse algorithms that are not deterministic.
         buffers: what happens to buffers such as BatchNorm statistics: ``average`` over clients, ``local`` to each
@@ -108,6 +110,7 @@ class FederatedTrainer(TrainerInterface):
         limit_test_batches: int | float | None = None,
         fast_dev_run: bool = False,
         enable_progress_bar: bool = True,
+        profiler: Profiler | Literal["simple", "advanced", "pytorch"] | None = None,
         enable_checkpointing: bool = True,
         deterministic: bool = False,
         buffers: BufferPolicy = "average",
@@ -211,22 +214,24 @@ class FederatedTrainer(TrainerInterface):
     def _run_round(self) -> None:
         """Sample clients, train them, aggregate, evaluate, log."""
         session, federation, round = self._session, self._session.federation, self.current_round
-        clock = [time.perf_counter()]
+        clock = session.clock
+        clock.begin()
         session.hooks("on_round_start")
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
         mine = balance(clients, federation.sizes, self.world_size)[self.global_rank]
-        results = session.engine.train(round, federation.tasks(mine, session.schedule.lrs))
-        clock.append(time.perf_counter())
-        gathered, stop = gather_results(session.fabric, results, federation.start, session.interrupted)
-        finite = federation.finite(gathered)
-        row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
-        row |= federation.metrics(finite, len(gathered) - len(finite))
-        federation.aggregate(finite)
-        clock.append(time.perf_counter())
+        with clock("train"):
+            results = session.engine.train(round, federation.tasks(mine, session.schedule.lrs))
+        with clock("wait"):
+            gathered, stop = gather_results(session.fabric, results, federation.start, session.interrupted)
+        with clock("aggregate"):
+            finite = federation.finite(gathered)
+            row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
+            row |= federation.metrics(finite, len(gathered) - len(finite))
+            federation.aggregate(finite)
         self.should_stop = self.should_stop or stop > 0
-        row |= session.views.evaluate_round()
-        clock.append(time.perf_counter())
-        row |= session.time_metrics(clock)
+        with clock("evaluate"):
+            row |= session.views.evaluate_round()
+        row |= clock.metrics()
         row |= session.hooks.collect("on_round_metrics")
         session.schedule.advance(self.current_round, row, session.views.due)
         session.log(row)

@@ -41,9 +41,8 @@ def entries(data):
 
 def records(folder):
     """Every record of every W&B run below a folder, in the order in which the runs began, by kind."""
-    from wandb.proto import wandb_internal_pb2
-
     import wandb
+    from wandb.proto import wandb_internal_pb2
 
     wandb.teardown()  # its own process writes the rest of the files
     found = []
