@@ -1,6 +1,5 @@
 """What surrounds the round loop: setting up and tearing down, evaluating, logging."""
 
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,7 @@ from fedlight._clock import RoundClock, make_profiler, start_profiler
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
 from fedlight._processors import choose_threads, resolve_devices
-from fedlight._setup import local_training, make_fabric
+from fedlight._setup import be_deterministic, local_training, make_fabric
 from fedlight._signals import deferred_signals
 from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_summary
 from fedlight._views import Views
@@ -26,6 +25,7 @@ from fedlight.checkpoint import check_state_dict, load_checkpoint, save_checkpoi
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.pooled import PooledData
+from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.evaluation import Evaluator
 from fedlight.federation import Federation
@@ -110,17 +110,14 @@ class Session:
         self.fabric.launch()
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["deterministic"]:
-            before = torch.are_deterministic_algorithms_enabled()
-            cleanup.callback(torch.use_deterministic_algorithms, before)
-            torch.use_deterministic_algorithms(True)
-            if self.fabric.device.type == "cuda":  # what cuBLAS asks for; read when it is first used
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()
         self.module.trainer = self.trainer  # type: ignore[assignment]
         cleanup.callback(setattr, self.module, "trainer", None)
         with self.fabric.rank_zero_first(local=True):
             self.datamodule.prepare_data()
         self.datamodule.setup(self.command)
+        share_among_processes(self.fabric, self.datamodule)
         self._set_up_module()
         self._make_federation(self._checkpoint)
 

@@ -1,8 +1,11 @@
 """What a session makes of the trainer's settings."""
 
 import math
+import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -26,6 +29,14 @@ def make_fabric(settings: dict[str, Any]) -> Fabric:
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={settings[key]!r}" for key in keys)
         raise MisconfigurationException(f"{given} is not possible here: {error}") from error
+
+
+def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
+    """Make torch refuse kernels that are not deterministic, until the end."""
+    cleanup.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":  # what cuBLAS asks for; read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def local_training(session: "Session") -> LocalTraining:

@@ -130,10 +130,9 @@ class Evaluator:
         rank, world = (self._fabric.global_rank, self._fabric.world_size) if share else (0, 1)
         mine = range(rank, count, world)
         if isinstance(dataset, ArrayDataset):
-            dataset = dataset.to(self._fabric.device)
             for index in mine:
-                rows = torch.arange(index * size, min(length, (index + 1) * size), device=self._fabric.device)
-                yield index, convert(self.transfer(dataset.batch(rows)))
+                batch = dataset.part(index * size, min(length, (index + 1) * size), self._fabric.device)
+                yield index, convert(self.transfer(batch))
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
         loader = DataLoader(

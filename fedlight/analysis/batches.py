@@ -87,7 +87,7 @@ def analysis_batches(
     size = max(1, min(size, math.ceil(len(rows) / world_size)))
     parts = list(torch.split(rows, size))[rank::world_size]
     if isinstance(data, ArrayDataset):
-        return _of_arrays(data.to(device), [part.to(device) for part in parts], move)
+        return _of_arrays(data, parts, device, move)
     loader = DataLoader(
         Subset(data, rows.tolist()),
         batch_sampler=[torch.searchsorted(rows, part).tolist() for part in parts],
@@ -99,8 +99,14 @@ def analysis_batches(
     return Batches(kept.__getitem__, [len(part) for part in parts])
 
 
-def _of_arrays(data: ArrayDataset, parts: list[Tensor], move: Callable[[Any], Any]) -> Batches:
-    return Batches(lambda index: move(data.batch(parts[index])), [len(part) for part in parts])
+def _of_arrays(data: ArrayDataset, parts: list[Tensor], device: torch.device, move: Callable[[Any], Any]) -> Batches:
+    sizes = [len(part) for part in parts]
+    if data.fits(device):
+        here, parts = data.to(device), [part.to(device) for part in parts]
+        return Batches(lambda index: move(here.batch(parts[index])), sizes)
+    drawn = data.view(data.positions(torch.cat(parts)), data.transform)  # read by every product, but never all at once
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return Batches(lambda index: move(drawn.part(ends[index] - sizes[index], ends[index], device)), sizes)
 
 
 def _of_iterable(

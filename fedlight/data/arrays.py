@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,6 +16,31 @@ class _Storage:
     def __init__(self, inputs: Tensor, targets: Tensor) -> None:
         self.inputs, self.targets = inputs, targets
         self._copies: dict[torch.device, _Storage] = {inputs.device: self}
+        self._refused: dict[torch.device, bool] = {}
+
+    def replace(self, inputs: Tensor, targets: Tensor) -> None:
+        """Keep the same numbers elsewhere."""
+        self.inputs, self.targets = inputs, targets
+        self._copies.clear()
+        self._copies[inputs.device] = self
+
+    @property
+    def nbytes(self) -> int:
+        return self.inputs.nbytes + self.targets.nbytes
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether it is, or may be copied, there: half of what a device has free is for other things."""
+        if device in self._copies or device.type != "cuda":
+            return True
+        if device not in self._refused:
+            free = torch.cuda.mem_get_info(device)[0]
+            self._refused[device] = self.nbytes > free / 2
+            if self._refused[device]:
+                rank_zero_warn(
+                    f"data: {self.nbytes / 1e9:.1f} GB do not fit on {device}, which has {free / 1e9:.1f} GB free. They"
+                    " stay in main memory, and a client's are copied when it trains."
+                )
+        return not self._refused[device]
 
     def to(self, device: torch.device) -> "_Storage":
         if device not in self._copies:
@@ -131,6 +157,36 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
         other.indices = self.indices if self.indices is None else self.indices.to(other.device)
         other.transform = self.transform if self.transform is None else self.transform.to(other.device)
         return other
+
+    def fits(self, device: torch.device | str) -> bool:
+        """Whether :meth:`to` can be used: whether there is room on the device for the storage."""
+        return self._storage.fits(_with_index(torch.device(device)))
+
+    def near(self, device: torch.device | str) -> "ArrayDataset":
+        """The same samples on a device, whether or not the storage fits there.
+
+        Where it does not, these samples alone are copied: gathered in pinned memory, and sent from there while the
+        device goes on with what it has to do.
+        """
+        if self.fits(device):
+            return self.to(device)
+        inputs, targets = (_sent(stored, self.indices, torch.device(device)) for stored in (self.inputs, self.targets))
+        return ArrayDataset(inputs, targets, None, self.transform)
+
+    def part(self, begin: int, end: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """The samples ``begin`` to ``end``, without augmentation, as :meth:`batch` gives them, on a device."""
+        if self.fits(device):
+            return self.to(device).batch(torch.arange(begin, end, device=device))
+        rows = self.positions(torch.arange(begin, end))
+        return self.view(rows, self.transform).near(device).batch(torch.arange(end - begin, device=device))
+
+
+def _sent(stored: Tensor, rows: Tensor | None, device: torch.device) -> Tensor:
+    """Some rows of a tensor in main memory, on a device."""
+    if rows is None:
+        return stored.to(device, copy=True)
+    room = torch.empty((len(rows), *stored.shape[1:]), dtype=stored.dtype, pin_memory=device.type == "cuda")
+    return torch.index_select(stored, 0, rows, out=room).to(device, non_blocking=True)
 
 
 def _with_index(device: torch.device) -> torch.device:

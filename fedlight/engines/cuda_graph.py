@@ -13,7 +13,6 @@ from fedlight.engines.base import ClientTask, Engine, LocalTraining
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.fused import FUSED, fuse
 from fedlight.engines.graph_slot import GraphSlot, Job
-from fedlight.engines.plan import same_storage
 from fedlight.engines.recorder import CudaRecorder, Recorder
 from fedlight.engines.requirements import cannot, check_recordable, explain, python_values, untouched_metrics, watched
 from fedlight.engines.slot import Slot
@@ -148,14 +147,15 @@ class CudaGraph(Engine):
         module = copy.deepcopy(self._training.module)
         module.trainer = self._training.module._trainer
         assert isinstance(example.dataset, ArrayDataset)
-        pool = example.dataset.to(self._device).pooled()
+        data = example.dataset
+        # Where not all data fits on the device, a slot has room for the largest client, which the example is.
+        pool = data.to(self._device).pooled() if data.fits(self._device) else data.near(self._device)
         return GraphSlot(self._training, module, pool, self._recorder(self._device), self._compiled)
 
     def _jobs(self, round: int, tasks: Sequence[ClientTask]) -> list[list[Job]]:
         """Each slot's clients, with all that they need recorded. Those that cannot be recorded are left out."""
-        pool = self._slots[0].pool
-        arrays = [t for t in tasks if isinstance(t.dataset, ArrayDataset)]
-        fitting = [t for t in arrays if same_storage(t.dataset.to(self._device), pool)]  # type: ignore[attr-defined]
+        takes = self._slots[0].takes
+        fitting = [t for t in tasks if isinstance(t.dataset, ArrayDataset) and takes(t.dataset)]
         sizes = [len(t.dataset) for t in fitting]  # type: ignore[arg-type]
         jobs: list[list[Job]] = []
         for slot, mine in zip(self._slots, share(sizes, len(self._slots)), strict=True):

@@ -1,6 +1,6 @@
 """A slot whose local steps are recorded, and replayed on other batches."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,67 +13,16 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.fused import fuse
-from fedlight.engines.plan import local_plan
+from fedlight.engines.plan import local_plan, same_storage
 from fedlight.engines.recorder import Recorder, Work
 from fedlight.engines.schedule import Values, lr_sum, set_values
+from fedlight.engines.segments import Segment, segments
 from fedlight.engines.slot import Slot
 from fedlight.engines.step import Batch
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.optimizers import configure_optimizers
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator
-
-LONGEST = 32
-"""At most so many local steps are recorded as one piece of work."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive local steps whose batches have the same sizes and whose hyperparameters are equal.
-
-    Attributes:
-        begin: where its samples begin in the client's order.
-        sizes: the micro-batches of each step.
-        steps: how many.
-        values: the optimizer's hyperparameters.
-    """
-
-    begin: int
-    sizes: tuple[int, ...]
-    steps: int
-    values: Values
-
-    @property
-    def samples(self) -> int:
-        """Samples of all its steps."""
-        return self.steps * sum(self.sizes)
-
-
-def segments(steps: Sequence[tuple[int, tuple[int, ...]]], values: Sequence[Values]) -> list[Segment]:
-    """Cut a client's steps into segments whose lengths are powers of two, the longest first.
-
-    So few different lengths have to be recorded: ten steps are eight and two, and a client with eleven adds one.
-
-    Args:
-        steps: where each step's samples begin, and its micro-batches.
-        values: the hyperparameters of each step.
-    """
-    runs: list[Segment] = []
-    for (begin, sizes), now in zip(steps, values, strict=True):
-        last = runs[-1] if runs else None
-        if last is not None and last.sizes == sizes and last.values is now and last.begin + last.samples == begin:
-            runs[-1] = replace(last, steps=last.steps + 1)
-        else:
-            runs.append(Segment(begin, sizes, 1, now))
-    return [piece for run in runs for piece in _cut(run)]
-
-
-def _cut(run: Segment) -> Iterator[Segment]:
-    begin, left = run.begin, run.steps
-    while left:
-        steps = min(LONGEST, 1 << (left.bit_length() - 1))
-        yield replace(run, begin=begin, steps=steps)
-        begin, left = begin + steps * sum(run.sizes), left - steps
 
 
 @dataclass(frozen=True)
@@ -101,7 +50,7 @@ class GraphSlot(Slot):
     Args:
         training: what all local trainings share.
         module: a copy of the module, the slot's own.
-        pool: the storage that holds all clients' samples.
+        pool: the storage that holds all clients' samples, or that has room for those of one.
         recorder: records.
         compiled: gives the gradient of full batches, where that is wanted.
     """
@@ -125,6 +74,15 @@ class GraphSlot(Slot):
         self._state: State = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
+
+    def takes(self, dataset: ArrayDataset) -> bool:
+        """Whether a client's samples are in the pool, or there is room for them."""
+        if dataset.fits(self.device):
+            return same_storage(dataset.to(self.device), self.pool)
+        alike = (
+            dataset.inputs.shape[1:] == self.pool.inputs.shape[1:] and dataset.inputs.dtype == self.pool.inputs.dtype
+        )
+        return alike and len(dataset) <= len(self.pool)
 
     def prepare(self, round: int, task: ClientTask) -> "Job":
         """Plan a client's round, and record what has not been recorded yet.
@@ -212,6 +170,10 @@ class GraphSlot(Slot):
     @torch.no_grad()
     def load(self, task: ClientTask) -> None:
         """Everything is as at the start of the client's round."""
+        if isinstance(task.dataset, ArrayDataset) and not task.dataset.fits(self.device):
+            own = task.dataset.near(self.device)
+            self.pool.inputs[: len(own)].copy_(own.inputs)
+            self.pool.targets[: len(own)].copy_(own.targets)
         self.flat.params.copy_(task.objective.start)
         for held, values in (
             (self.buffers, task.buffers),
@@ -266,7 +228,8 @@ class Job:
         self._seed = derive_seed(training.seed, "local", round, task.client)
         # Copied to the device here, before the slot is busy: such a copy waits for what its stream has to do.
         draws = dataset.draw(len(self.plan.order), generator(training.seed, "augment", round, task.client))
-        self._rows = dataset.to(slot.device).positions(self.plan.order.to(slot.device))
+        order = self.plan.order.to(slot.device)
+        self._rows = dataset.to(slot.device).positions(order) if dataset.fits(slot.device) else order
         self._draws = {name: value.to(slot.device) for name, value in draws.items()}
 
     def run(self) -> Generator[None, None, ClientResult]:

@@ -232,7 +232,7 @@ def batch_reader(
     """A function that yields the batches of one local epoch, on the device."""
     dataset: Dataset[Any] = task.dataset
     if isinstance(dataset, ArrayDataset):
-        dataset = dataset.to(training.fabric.device)
+        dataset = dataset.near(training.fabric.device)
         draws = dataset.draw(len(plan.order), generator(training.seed, "augment", round, task.client))
         order = plan.order.to(training.fabric.device)
         draws = {name: value.to(training.fabric.device) for name, value in draws.items()}

@@ -243,7 +243,7 @@ class _Data:
     ) -> None:
         device = training.fabric.device
         self._convert = training.fabric.strategy.precision.convert_input
-        self._datasets = [task.dataset.to(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
+        self._datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
         self._orders = [order.to(device) for order in orders]
         draws = [
             dataset.draw(len(order), generator(training.seed, "augment", round, task.client))

@@ -94,3 +94,17 @@ def test_a_stream_of_single_samples_is_refused():
 
     with pytest.raises(TypeError, match="Stream gives single samples"):
         analysis_batches(Stream(), device=CPU)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_that_does_not_fit_on_the_device_is_read_in_parts(monkeypatch, rank):
+    x, y = torch.arange(40.0)[:, None], torch.arange(40)
+    data = ArrayDataset(x, y).view(torch.arange(39, 9, -1), None)
+    settings = {"device": torch.device("cpu"), "max_samples": 23, "batch_size": 5, "rank": rank, "world_size": 2}
+    expected = list(analysis_batches(data, **settings))
+    monkeypatch.setattr(ArrayDataset, "fits", lambda self, device: False)
+    found = list(analysis_batches(data, **settings))
+    assert len(found) == len(expected) == (3 if rank == 0 else 2)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])

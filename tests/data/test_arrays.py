@@ -109,3 +109,32 @@ def test_survives_copy_and_pickle(dataset):
 def test_a_target_for_each_input():
     with pytest.raises(ValueError, match="3 inputs, but 2 targets"):
         ArrayDataset(torch.zeros(3, 1), torch.zeros(2))
+
+
+def test_what_does_not_fit_is_read_in_parts(dataset, monkeypatch):
+    """Half of the free memory may be taken, the decision is made once, and said once."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append(device) or (2 * STORED - 1, 10**9))
+    device = torch.device("cuda:0")
+    with pytest.warns(UserWarning, match="do not fit on cuda:0"):
+        assert not dataset.fits(device)
+    assert not dataset.view(None, None).fits(device)
+    assert asked == [device]
+    other = ArrayDataset(dataset.inputs, dataset.targets)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * STORED, 10**9))
+    assert other.fits(device)
+    assert dataset.fits("cpu")
+
+
+STORED = 20 * 16 + 20 * 8
+
+
+def test_parts_are_the_same_wherever_the_storage_is(dataset, monkeypatch):
+    expected = dataset.part(1, 4, "cpu")
+    assert expected[1].tolist() == [5, 7, 11]
+    monkeypatch.setattr(ArrayDataset, "fits", lambda self, device: False)
+    for found in (dataset.part(1, 4, "cpu"), dataset.near("cpu").batch(torch.arange(1, 4))):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    whole = dataset.pooled().near("cpu")
+    whole.inputs.zero_()  # a copy
+    assert dataset.inputs.any()

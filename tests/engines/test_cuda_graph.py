@@ -10,9 +10,10 @@ from torch import optim
 
 import fedlight.algorithms as algorithms
 from fedlight.callbacks.man import MAN
+from fedlight.data.arrays import _Storage
 from fedlight.engines.cuda_graph import MOST_SLOTS, CudaGraph, plan_slots, share
-from fedlight.engines.graph_slot import LONGEST, Segment, segments
 from fedlight.engines.recorder import Recorder
+from fedlight.engines.segments import LONGEST, Segment, segments
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
 from tests.engines.tape import Tape
@@ -83,6 +84,21 @@ def assert_same(found, expected):
 def test_replays_equal_the_eager_engine_bit_for_bit(name, tmp_path):
     expected = train(tmp_path, "eager", **CASES[name])
     assert_same(train(tmp_path, CudaGraph(slots=3, recorder=Tape), **CASES[name]), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("engine", ["eager", "cuda_graph", "vmap"])
+def test_data_that_does_not_fit_on_the_device_changes_nothing(engine, shared, tmp_path, monkeypatch):
+    settings = {"data": {"shared": shared}, "perturbation": SAM(0.1)}
+    expected = train(tmp_path, "eager", **settings)
+    monkeypatch.setattr(_Storage, "fits", lambda self, device: False)
+    monkeypatch.setattr(_Storage, "to", lambda self, device: pytest.fail("all of it is copied"))
+    made = {"cuda_graph": CudaGraph(slots=2, recorder=Tape)}.get(engine, engine)
+    found = train(tmp_path, made, **settings)
+    if engine != "vmap":
+        assert_same(found, expected)
+    else:
+        torch.testing.assert_close(found[0], expected[0])
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])

@@ -1,0 +1,78 @@
+"""One copy of the data for all processes of a machine."""
+
+import os
+import tempfile
+from itertools import accumulate
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from fedlight.data.arrays import ArrayDataset
+from fedlight.data.datamodule import FederatedDataModule
+
+
+def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
+    """Let the processes of each machine hold once what the datasets of a datamodule store in memory.
+
+    The first process of a machine writes the tensors to a file in the folder for temporary files, and all of them map
+    it into their memory in place of their own copy. The file has no name any more when this returns.
+
+    Args:
+        fabric: the processes; every one of them must call this, with data that are the same.
+        data: whose first client, validation and test datasets are shared, and so what else is a view of their storage;
+            datasets that are no ``ArrayDataset`` are left alone.
+
+    Returns:
+        Bytes that are shared.
+    """
+    if fabric.world_size == 1:
+        return 0
+    datasets = (data.client_dataset(0), data.val_dataset(), data.test_dataset())
+    arrays = [dataset for dataset in datasets if isinstance(dataset, ArrayDataset)]
+    storages = list({id(dataset._storage): dataset._storage for dataset in arrays}.values())
+    tensors = [tensor for storage in storages for tensor in (storage.inputs, storage.targets)]
+    layout = [(str(t.dtype), tuple(t.shape)) for t in tensors]
+    path = _write(tensors) if fabric.local_rank == 0 else None
+    everyone: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(everyone, (fabric.node_rank, layout, path))
+    files = {node: found for node, _, found in everyone if found is not None}
+    possible = all(other == layout and node in files for node, other, _ in everyone)
+    if possible:
+        mapped = iter(_map(files[fabric.node_rank], tensors))
+        for storage in storages:
+            storage.replace(next(mapped), next(mapped))
+    torch.distributed.barrier()
+    if path is not None:
+        os.unlink(path)
+    return sum(t.nbytes for t in tensors) if possible else 0
+
+
+def _write(tensors: list[Tensor]) -> str | None:
+    """The file; None where there is no room for it."""
+    descriptor, path = tempfile.mkstemp(prefix="fedlight-data-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            for tensor, begin in zip(tensors, _offsets(tensors), strict=False):
+                file.seek(begin)
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.truncate(_offsets(tensors)[-1])
+    except OSError:
+        os.unlink(path)
+        return None
+    return path
+
+
+def _offsets(tensors: list[Tensor]) -> list[int]:
+    """Where each tensor begins, at a multiple of 64 bytes; and the size of all."""
+    return [0, *accumulate(-(-t.nbytes // 64) * 64 for t in tensors)]
+
+
+def _map(path: str, like: list[Tensor]) -> list[Tensor]:
+    offsets = _offsets(like)
+    if offsets[-1] == 0:
+        return like
+    whole = torch.from_file(path, shared=True, size=offsets[-1], dtype=torch.uint8)
+    parts = [whole[begin : begin + t.nbytes] for t, begin in zip(like, offsets, strict=False)]
+    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]
