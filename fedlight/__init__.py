@@ -1,30 +1,24 @@
 """fedlight: federated learning experiments on PyTorch Lightning and Fabric."""
 
-# ruff: noqa: E402
-import gc as _gc
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# Nothing of what torch and Lightning bring is garbage, and looking for some takes a fifth of the time of loading them.
-_collecting = _gc.isenabled()
-_gc.disable()
-
-from fedlight import algorithms, callbacks, data, engines, models, perturbations, sampling
-from fedlight.algorithms.base import Algorithm
-from fedlight.algorithms.fedavg import FedAvg
-from fedlight.algorithms.fedprox import FedProx
-from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.callbacks.hessian import HessianSpectrum
-from fedlight.callbacks.landscape import LossLandscape
-from fedlight.callbacks.man import MAN
-from fedlight.callbacks.penalty import Penalty
-from fedlight.callbacks.progress import RoundProgress
-from fedlight.data import DatasetPartition, FederatedDataModule, ImageData
-from fedlight.local import ClientResult, LocalObjective
-from fedlight.models import Classifier
-from fedlight.perturbations.base import Perturbation
-from fedlight.trainer import FederatedTrainer
-
-if _collecting:
-    _gc.enable()
+if TYPE_CHECKING:
+    from fedlight import algorithms, callbacks, data, engines, models, perturbations, sampling
+    from fedlight.algorithms.base import Algorithm
+    from fedlight.algorithms.fedavg import FedAvg
+    from fedlight.algorithms.fedprox import FedProx
+    from fedlight.callbacks.checkpoint import Checkpoint
+    from fedlight.callbacks.hessian import HessianSpectrum
+    from fedlight.callbacks.landscape import LossLandscape
+    from fedlight.callbacks.man import MAN
+    from fedlight.callbacks.penalty import Penalty
+    from fedlight.callbacks.progress import RoundProgress
+    from fedlight.data import DatasetPartition, FederatedDataModule, ImageData
+    from fedlight.local import ClientResult, LocalObjective
+    from fedlight.models import Classifier
+    from fedlight.perturbations.base import Perturbation
+    from fedlight.trainer import FederatedTrainer
 
 __version__ = "0.1.0"
 
@@ -60,3 +54,39 @@ __all__ = [
     "perturbations",
     "sampling",
 ]
+
+# Loaded when they are asked for: `from fedlight import MAN` loads what MAN needs, and nothing of the trainer.
+_WHERE = {
+    "Algorithm": "algorithms.base",
+    "Checkpoint": "callbacks.checkpoint",
+    "Classifier": "models",
+    "ClientResult": "local",
+    "DatasetPartition": "data",
+    "FedAvg": "algorithms.fedavg",
+    "FedProx": "algorithms.fedprox",
+    "FederatedDataModule": "data",
+    "FederatedTrainer": "trainer",
+    "HessianSpectrum": "callbacks.hessian",
+    "ImageData": "data",
+    "LocalObjective": "local",
+    "LossLandscape": "callbacks.landscape",
+    "MAN": "callbacks.man",
+    "Penalty": "callbacks.penalty",
+    "Perturbation": "perturbations.base",
+    "RoundProgress": "callbacks.progress",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    elif name in __all__:
+        value = importlib.import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

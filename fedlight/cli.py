@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import fedlight
+import fedlight.callbacks
+import fedlight.models
+import fedlight.perturbations  # all of these, so that their classes are known by their short names
 from fedlight._arguments import dotted, yaml_argument
 from fedlight._messages import readable, suggestions
 from fedlight._signals import exit_by_signal
@@ -102,6 +105,10 @@ class FederatedCLI(LightningCLI):
             "auto_configure_optimizers": False,
             "parser_kwargs": {"epilog": "Many runs: fedlight study --help, fedlight report --help."},
         }
+        given = sys.argv[1:] if args is None else args
+        known = self.subcommands()
+        if isinstance(given, list) and given and given[0] in known:  # the parser of each takes a while to build
+            self.subcommands = lambda: {given[0]: known[given[0]]}  # type: ignore[method-assign]
         super().__init__(args=args, run=run, **{**defaults, **kwargs})
 
     @staticmethod

@@ -137,7 +137,7 @@ def test_the_command_is_installed_and_runs_as_a_module():
     from importlib.metadata import PackageNotFoundError, entry_points
 
     scripts = [e for e in entry_points(group="console_scripts") if e.name == "fedlight"]
-    assert all(script.value == "fedlight.cli:main" for script in scripts)
+    assert all(script.value == "fedlight.__main__:main" for script in scripts)
     assert Path(fedlight.cli.__file__).with_name("__main__.py").exists()
     assert issubclass(PackageNotFoundError, ImportError)
 
