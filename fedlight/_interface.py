@@ -16,6 +16,7 @@ from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.partition import PartitionPicture
 from fedlight.callbacks.penalty import Penalty
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.checkpoint import CheckpointWriter
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
 from fedlight.sampling import Sampler, Uniform
@@ -173,14 +174,20 @@ class TrainerInterface:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""
         return self._session.snapshot()
 
-    def save_checkpoint(self, filepath: str | Path, content: dict[str, Any] | None = None) -> None:
+    @property
+    def checkpoint_writer(self) -> CheckpointWriter:
+        """What writes checkpoints; in the first process."""
+        return self._session.writer
+
+    def save_checkpoint(self, filepath: str | Path, content: dict[str, Any] | None = None, wait: bool = True) -> None:
         """Write a checkpoint; a bare name (``last``) goes to the run's folder. Every process must call it.
 
         Args:
             filepath: the file, or a bare name.
             content: what an earlier :meth:`snapshot` gave; by default the present state.
+            wait: return when it is written; otherwise it is written while training goes on, as far as that is safe.
         """
         path = Path(filepath)
         if self.run_dir is not None and path.name == str(filepath) and not path.suffix:
             path = self.run_dir / "checkpoints" / f"{filepath}.ckpt"
-        self._session.save_checkpoint(path, self.snapshot() if content is None else content)
+        self._session.save_checkpoint(path, self.snapshot() if content is None else content, wait)

@@ -19,9 +19,9 @@ from fedlight._preflight import preflight
 from fedlight._processors import choose_threads, resolve_devices
 from fedlight._setup import be_deterministic, local_training, make_fabric
 from fedlight._signals import deferred_signals
-from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_summary
+from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_checkpoint, write_summary
 from fedlight._views import Views
-from fedlight.checkpoint import check_state_dict, load_checkpoint, save_checkpoint
+from fedlight.checkpoint import CheckpointWriter, check_state_dict, load_checkpoint
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.pooled import PooledData
@@ -32,7 +32,7 @@ from fedlight.federation import Federation
 from fedlight.loggers import MetricsCSV, close_loggers, define_round_axis, make_loggers
 from fedlight.optimizers import RoundSchedule
 from fedlight.parameters import ParameterLayout, flat_parameters
-from fedlight.run_folder import RunFolder, unwritable, writing
+from fedlight.run_folder import RunFolder, writing
 
 if TYPE_CHECKING:
     from fedlight.trainer import FederatedTrainer
@@ -56,6 +56,7 @@ class Session:
         federation: the server's and the clients' state.
         engine: executes local trainings; set by :meth:`start_fit`.
         schedule: learning rates by round; set by :meth:`start_fit`.
+        writer: writes checkpoints.
         clock: seconds of a round's parts; set by :meth:`start_fit`.
         views: evaluates the weights that are of interest.
         resumed: whether the state comes from a checkpoint.
@@ -88,6 +89,8 @@ class Session:
         self._checkpoint: dict[str, Any] | None = None
         self._started = time.perf_counter()
         self._cleanup = ExitStack()
+        self.writer = CheckpointWriter()
+        self._cleanup.callback(self.writer.close)
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
@@ -281,16 +284,6 @@ class Session:
         """All that is needed to continue, now."""
         return make_checkpoint(self)
 
-    def save_checkpoint(self, path: Path, content: dict[str, Any]) -> None:
+    def save_checkpoint(self, path: Path, content: dict[str, Any], wait: bool = True) -> None:
         """Write a snapshot; the first process writes, every process calls."""
-        failure = None
-        if self._is_zero:
-            try:
-                save_checkpoint(path, content)
-            except OSError as error:
-                failure = str(unwritable(path.parent, error))
-        failure = self.fabric.broadcast(failure)  # and the others wait: no one leaves before it is on disk
-        if failure is not None:
-            raise MisconfigurationException(failure)
-        if path.stem == "last":
-            self.federation.store.committed()
+        write_checkpoint(self, path, content, wait)

@@ -2,20 +2,25 @@
 
 import platform
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.checkpoint import FORMAT
+from fedlight.clients import DiskClientStore
 from fedlight.loggers import logger_ids, read_metrics
 
 if TYPE_CHECKING:
     from fedlight._session import Session
 
 
+@lru_cache
 def package_version() -> str:
     """The version of fedlight that is installed."""
     try:
@@ -32,10 +37,10 @@ def make_checkpoint(session: "Session") -> dict[str, Any]:
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
     trainer, module, state = session.trainer, session.module, session.federation.state
-    callbacks = {c.state_key: plain(c.state_dict()) for c in trainer.callbacks}
+    callbacks = {c.state_key: _copied(plain(c.state_dict())) for c in trainer.callbacks}
     checkpoint = {
         "state_dict": server_state_dict(session),
-        "hyper_parameters": plain(dict(module.hparams)),
+        "hyper_parameters": _copied(plain(dict(module.hparams))),
         "pytorch-lightning_version": lightning.__version__,
         "epoch": state.round,
         "global_step": state.global_step,
@@ -49,8 +54,32 @@ def make_checkpoint(session: "Session") -> dict[str, Any]:
             **session.federation.state_dict(),
         },
     }
+    known = set(checkpoint)
     session.hooks("on_save_checkpoint", checkpoint)
-    return {**plain(checkpoint), "fedlight": checkpoint["fedlight"]}
+    added = {k: _copied(plain(v)) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
+    return {**plain(checkpoint), **added, "fedlight": checkpoint["fedlight"]}
+
+
+def write_checkpoint(session: "Session", path: Path, content: dict[str, Any], wait: bool) -> None:
+    """Write a snapshot; the first process writes, every process calls.
+
+    Without ``wait`` it is written while training goes on, and what goes wrong is found in ``session.writer``. Rows on
+    disk are part of a checkpoint and must not change until it is written, so it is always waited for then.
+
+    Raises:
+        MisconfigurationException: in every process, if it, or one before it, cannot be written.
+    """
+    store, zero = session.federation.store, session.fabric.global_rank == 0
+    if zero:
+        session.writer.submit(path, content)
+    if not wait and not isinstance(store, DiskClientStore):
+        return
+    # The others wait, too: no one leaves before it is on disk.
+    failure = session.fabric.broadcast(session.writer.failure(wait=True) if zero else None)
+    if failure is not None:
+        raise MisconfigurationException(failure)
+    if path.stem == "last":
+        store.committed()
 
 
 def server_state_dict(session: "Session") -> dict[str, Tensor]:
@@ -83,6 +112,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     return value
+
+
+def _copied(value: Any) -> Any:
+    """A plain value with tensors of its own, which those who gave it may go on changing."""
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(v) for v in value)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,13 +1,16 @@
 """Checkpoints: plain tensors and Python values, written at once or not at all."""
 
+import concurrent.futures
 import io
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.run_folder import atomic_write
+from fedlight.run_folder import atomic_write, unwritable
 
 FORMAT = 1
 """Version of the checkpoint's layout."""
@@ -22,6 +25,59 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(_on_cpu(checkpoint), buffer)
     atomic_write(path, buffer.getbuffer())  # no copy of what may be gigabytes
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one after another, while training goes on.
+
+    What it writes must not change any more: a snapshot's tensors do not.
+
+    Attributes:
+        seconds: what the writes since the last :meth:`begin` have taken.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._writes: list[Future[None]] = []
+        self.seconds = 0.0
+
+    def begin(self) -> None:
+        """Count seconds anew."""
+        self.seconds = 0.0
+
+    def submit(self, path: Path, content: dict[str, Any]) -> None:
+        """Write a checkpoint when those before it are written."""
+        self._pool = self._pool or ThreadPoolExecutor(1, "fedlight-checkpoints")
+        self._writes.append(self._pool.submit(self._write, path, content))
+
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        try:
+            save_checkpoint(path, content)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be written."""
+        return any(not write.done() for write in self._writes)
+
+    def failure(self, wait: bool = False) -> str | None:
+        """Why a write failed that has ended since the last call, or None; ``wait`` for all to end."""
+        if wait:
+            concurrent.futures.wait(self._writes)
+        ended = [write for write in self._writes if write.done()]
+        self._writes = [write for write in self._writes if not write.done()]
+        errors = [str(error) for write in ended if (error := write.exception()) is not None]
+        return errors[0] if errors else None
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
 
 def _on_cpu(value: Any) -> Any:

@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import pathlib
+import threading
+import time
 
 import pytest
 import torch
@@ -244,7 +246,7 @@ def test_writing_takes_no_more_than_its_share_of_the_time(tmp_path, monkeypatch)
     callback = Checkpoint(max_overhead=0.2)
     trainer = quiet_trainer(tmp_path, max_rounds=13, callbacks=[Clock(), callback])
 
-    def save(name, content=None):
+    def save(name, content=None, wait=True):
         now[0] += 0.5  # and a checkpoint half of one
         written.append((name, trainer.current_round))
 
@@ -372,6 +374,79 @@ def test_evaluation_needs_the_model_only(run):
     assert set(found) == {"val/loss", "val/loss_selected", "val/loss_all"}
     with pytest.raises(MisconfigurationException, match="belongs to another model"):
         trainer.test(Regression(net=nn.Linear(3, 2)), Clients(SIZES), ckpt_path="best")
+
+
+# --- writing while training goes on ----------------------------------------------------------------------------------
+
+
+class Slow:
+    """A disk that writes nothing until it is let go."""
+
+    def __init__(self, monkeypatch):
+        self.go, self.written = threading.Event(), []
+        monkeypatch.setattr("fedlight.checkpoint.atomic_write", self)
+
+    def __call__(self, path, content):
+        self.go.wait(60)
+        self.written.append((path.name, torch.load(io.BytesIO(content), weights_only=True)))
+
+
+class Rounds(Callback):
+    """Calls a function at the end of each round, and keeps numbers that it changes in place."""
+
+    def __init__(self, at_end):
+        self.at_end, self.total = at_end, torch.zeros(1)
+
+    def on_round_end(self, trainer, pl_module):
+        self.total += 1
+        self.at_end(trainer.current_round)
+
+    def state_dict(self):
+        return {"total": self.total}
+
+
+@pytest.mark.parametrize("client_state", ["cpu", "disk"])
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, client_state):
+    slow, seen = Slow(monkeypatch), []
+
+    def at_end(round):
+        seen.append((round, len(slow.written)))
+        if client_state == "disk" or round == 4:
+            slow.go.set()
+
+    callbacks = [Rounds(at_end), Checkpoint(max_overhead=0.99)]
+    fit(tmp_path, 5, callbacks=callbacks, algorithm=SCAFFOLD(), client_state=client_state)
+    if client_state == "cpu":
+        assert seen[:4] == [(1, 0), (2, 0), (3, 0), (4, 0)]
+    else:  # rows on disk belong to the checkpoint: it is there before they change
+        assert all(written > 0 for round, written in seen[1:])
+    assert slow.written[-1][0] == "last.ckpt"
+    for _, content in slow.written:  # each as it was when it was taken
+        round = content["epoch"]
+        assert content["callbacks"]["Rounds"]["total"] == round
+        assert content["fedlight"]["server"]["round"] == round
+    assert [content["epoch"] for name, content in slow.written if name == "last.ckpt"][-1] == 5
+
+
+def test_what_fails_while_training_goes_on_stops_the_run(tmp_path, monkeypatch):
+    tried = threading.Event()
+
+    def full(path, content):
+        tried.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedlight.checkpoint.atomic_write", full)
+    rounds = []
+
+    def at_end(round):
+        rounds.append(round)
+        if round > 1:
+            tried.wait(60)
+            time.sleep(0.1)
+
+    with pytest.raises(MisconfigurationException, match="the disk is full"):
+        fit(tmp_path, 500, callbacks=[Rounds(at_end), Checkpoint(max_overhead=0.99)])
+    assert 1 < len(rounds) < 10
 
 
 # --- disks -----------------------------------------------------------------------------------------------------------

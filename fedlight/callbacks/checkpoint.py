@@ -5,24 +5,26 @@ import time
 from contextlib import suppress
 from typing import Any, Literal
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from fedlight.checkpoint import save_checkpoint
+from fedlight.checkpoint import CheckpointWriter, save_checkpoint
 
 
 class Checkpoint(Callback):
     """Writes ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` in the run's folder.
 
     A run that has none gets one with these defaults. ``last.ckpt`` is written after a round, always after the last one
-    and when a signal ends the run. Writing all clients' state may take longer than a round: rounds are passed over
-    until writing takes no more than ``max_overhead`` of the time. What a killed run lost is computed again; the best
-    round so far is kept in memory until it is written.
+    and when a signal ends the run. Files are written while training goes on. Writing all clients' state may take
+    longer than a round: rounds are passed over until writing takes no more than ``max_overhead`` of the time. What a
+    killed run lost is computed again; the best round so far is kept in memory until it is written.
 
     Args:
         monitor: the metric that ``best.ckpt`` has the best value of; by default ``val/accuracy``, or else ``val/loss``.
         mode: whether larger (``max``) or smaller (``min``) is better; by default larger for accuracies.
         every_n_rounds: write ``last.ckpt`` after every so many rounds.
-        max_overhead: the part of the run's time that writing may take; 1 writes whenever it is due.
+        max_overhead: the part of the run's time that writing may take; 1 writes whenever it is due, and waits until
+            that is done.
     """
 
     def __init__(
@@ -54,33 +56,39 @@ class Checkpoint(Callback):
         if trainer.run_dir is None:
             return
         final = trainer.should_stop or trainer.current_round >= trainer.max_rounds
+        writer = trainer.checkpoint_writer
         # The decision is the first process's: clocks differ, and all of them take part in writing.
-        cheap = trainer.strategy.broadcast(self._is_cheap())
+        cheap, failure = trainer.strategy.broadcast((self._is_cheap(writer), writer.failure()))
+        if failure is not None:
+            raise MisconfigurationException(failure)
         if self._is_best(trainer.callback_metrics):
             self._pending = trainer.snapshot()
         last = final or (trainer.current_round % self.every_n_rounds == 0 and cheap)
         if not last and not (cheap and self._pending):
             return
-        started = time.monotonic()
+        started, wait = time.monotonic(), bool(final or self.max_overhead == 1)
+        writer.begin()
         # The best comes first: what last.ckpt says about it is then true whenever the run is killed.
         if self._pending is not None:
-            trainer.save_checkpoint("best", self._pending)
+            trainer.save_checkpoint("best", self._pending, wait=wait)
             self._pending = None
         if last:
-            trainer.save_checkpoint("last")
+            trainer.save_checkpoint("last", wait=wait)
         self._written_at = time.monotonic()
         self._cost = self._written_at - started
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write the best round, if that is still due."""
         pending, self._pending = self._pending, None
+        trainer.checkpoint_writer.failure(wait=True)  # an older file must not replace this one
         if pending is not None and trainer.is_global_zero:
             with suppress(OSError):  # the disk may be why the run ended
                 save_checkpoint(trainer.run_dir / "checkpoints" / "best.ckpt", pending)
 
-    def _is_cheap(self) -> bool:
+    def _is_cheap(self, writer: CheckpointWriter) -> bool:
         since = time.monotonic() - self._written_at
-        return self.max_overhead == 1 or self._cost <= self.max_overhead * since
+        cost = max(self._cost, writer.seconds)
+        return self.max_overhead == 1 or (not writer.busy and cost <= self.max_overhead * since)
 
     def _is_best(self, metrics: dict[str, Any]) -> bool:
         monitor = self.monitor or next((m for m in ("val/accuracy", "val/loss") if m in metrics), None)
