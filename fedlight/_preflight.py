@@ -8,7 +8,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -42,7 +41,6 @@ def preflight(
     _check_lr(federation, schedule)
     _check_labels(module, datamodule)
     _check_finite(datamodule, federation)
-    _check_batch_norm(module, federation)
     client = int(federation.sizes.nonzero()[0])
     _try_one_batch(module, fabric, datamodule, transfer, client)
     if whole_epochs:
@@ -68,12 +66,6 @@ def _check_labels(module: LightningModule, datamodule: FederatedDataModule) -> N
             f"model.num_classes={expected} is too small: the data has label {int(present[-1])}."
             f" Set model.num_classes to {known.shape[1]}."
         )
-
-
-def _check_batch_norm(module: LightningModule, federation: Federation) -> None:
-    has = any(isinstance(m, _BatchNorm) for m in module.modules())
-    if type(federation.algorithm).__name__ == "FedBN" and not has:
-        rank_zero_warn("algorithm: FedBN keeps BatchNorm layers local, but the model has none; it equals FedAvg.")
 
 
 def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> None:

@@ -118,8 +118,9 @@ def test_an_algorithm_that_divides_by_the_learning_rate_needs_one(tmp_path):
 
 
 def test_fedbn_without_batchnorm_warns(tmp_path):
-    with pytest.warns(UserWarning, match="FedBN"):
+    with pytest.warns(UserWarning, match="FedBN") as caught:
         quiet_trainer(tmp_path, algorithm=FedBN(), max_rounds=1).fit(Regression(), Clients())
+    assert len([w for w in caught if "FedBN" in str(w.message)]) == 1
 
 
 def test_every_client_empty(tmp_path):
