@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from lightning.fabric.plugins.precision import MixedPrecision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +13,7 @@ from fedlight.algorithms.fedavg import FedAvg
 from fedlight.data import DatasetPartition
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.seeding import generator
+from tests.helpers.half import scaled  # noqa: F401  (a fixture)
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
 
@@ -333,28 +333,6 @@ class Small(Regression):
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) / 1024
-
-
-class OnCPU(MixedPrecision):
-    """16-mixed with a gradient scaler on the CPU, where Fabric itself would give none."""
-
-    def __init__(self):
-        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-
-
-@pytest.fixture
-def scaled(monkeypatch):
-    """Trainers whose precision is 16-mixed with a scaler."""
-    from fedlight import _session
-
-    plain = _session.make_fabric
-
-    def with_scaler(settings):
-        fabric = plain(settings)
-        fabric._strategy._precision = fabric._precision = OnCPU()
-        return fabric
-
-    monkeypatch.setattr(_session, "make_fabric", with_scaler)
 
 
 @pytest.mark.usefixtures("scaled")

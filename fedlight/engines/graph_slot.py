@@ -70,6 +70,10 @@ class GraphSlot(Slot):
         fuse(self.optimizer, self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=self.device)
+        if getattr(self._precision, "scaler", None) is not None:
+            self._scaler = torch.amp.GradScaler(self.device.type)
+            self._scaler.scale(torch.zeros((), device=self.device))  # the first call makes the tensors of its state
+            self._scaler_state = self._scaler.state_dict()
         self._objective: dict[str, Tensor] = {}
         self._state: State = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -185,6 +189,8 @@ class GraphSlot(Slot):
                     held[name].copy_(value)
                 else:
                     held[name].fill_(value)
+        if self._scaler is not None:
+            self._scaler.load_state_dict({**self._scaler_state, "scale": task.loss_scale})
         # The optimizers that can be recorded all begin with zeros.
         for value in (v for state in self.optimizer.state.values() for v in state.values()):
             value.zero_()

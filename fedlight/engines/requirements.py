@@ -25,7 +25,7 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
     Raises:
         MisconfigurationException: naming the hook, the dataset or the precision, and what to do instead.
     """
-    for reason in _reasons(training):
+    for reason in _reasons(training, engine):
         raise cannot(engine, reason)
 
 
@@ -34,7 +34,7 @@ def cannot(engine: str, reason: str) -> MisconfigurationException:
     return MisconfigurationException(f"trainer.engine={engine}: {reason}. Use trainer.engine=eager.")
 
 
-def _reasons(training: LocalTraining) -> Iterator[str]:
+def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
     overridden: Callable[[str], list[str]] = getattr(training.call, "overridden", lambda name: [])
     for hook in (*BATCH_HOOKS, *EPOCH_HOOKS, *_CLIENT_HOOKS):
         if owners := overridden(hook):
@@ -45,7 +45,8 @@ def _reasons(training: LocalTraining) -> Iterator[str]:
     dataset = None if training.example is None else training.example.dataset
     if dataset is not None and not isinstance(dataset, ArrayDataset):
         yield f"the clients' data is a {type(dataset).__name__}, read sample by sample; it takes an ArrayDataset"
-    if getattr(training.fabric.strategy.precision, "scaler", None) is not None:
+    scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
+    if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
 
 

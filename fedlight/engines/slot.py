@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.fused import float32, fuse
+from fedlight.engines.fused import begin_momentum, float32, fuse
 from fedlight.engines.plan import LocalPlan, local_plan
 from fedlight.engines.schedule import LocalSchedule, Values, lr_sum, set_values
 from fedlight.engines.step import Batch, step_loss
@@ -108,6 +108,7 @@ class Slot:
         self._fused = self.device.type == "cuda" and fuse(self.optimizer, self.device)
         if getattr(self._precision, "scaler", None) is not None:
             self._scaler = torch.amp.GradScaler(self.device.type, init_scale=task.loss_scale)
+            begin_momentum(self.optimizer)
 
     def _result(self, task: ClientTask, state: State, num_steps: int, lr_sum: float) -> ClientResult:
         perturbation = self.training.perturbation

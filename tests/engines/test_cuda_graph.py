@@ -14,9 +14,11 @@ from fedlight.data.arrays import _Storage
 from fedlight.engines.cuda_graph import MOST_SLOTS, CudaGraph, plan_slots, share
 from fedlight.engines.recorder import Recorder
 from fedlight.engines.segments import LONGEST, Segment, segments
+from fedlight.federation import Federation
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
 from tests.engines.tape import Tape
+from tests.helpers.half import scaled  # noqa: F401  (a fixture)
 
 # As on CUDA: fused. A learning rate that float32 has gives the same bits as a number and as a tensor.
 SGD = partial(optim.SGD, lr=0.125, fused=True)
@@ -84,6 +86,47 @@ def assert_same(found, expected):
 def test_replays_equal_the_eager_engine_bit_for_bit(name, tmp_path):
     expected = train(tmp_path, "eager", **CASES[name])
     assert_same(train(tmp_path, CudaGraph(slots=3, recorder=Tape), **CASES[name]), expected)
+
+
+HALF = {
+    "plain": {},
+    "sam": {"perturbation": SAM(0.1)},
+    "clip, accumulate": {"gradient_clip_val": 0.2, "accumulate_grad_batches": 2},
+    "momentum, man": {"net": {"optimizer": MOMENTUM}, "callbacks": [MAN(0.3)]},
+    "adam": {"net": {"optimizer": partial(optim.Adam, lr=0.0078125, fused=True)}},
+    "three rounds": {"max_rounds": 3},
+}
+
+
+def begin_with_scale(monkeypatch, scale):
+    initialise = Federation.initialise
+
+    def with_scale(self, params, buffers):
+        initialise(self, params, buffers)
+        self.state.loss_scale = scale
+
+    monkeypatch.setattr(Federation, "initialise", with_scale)
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**20])
+def test_16_mixed_scales_losses_and_skips_steps_as_the_eager_engine_does(name, scale, tmp_path, monkeypatch):
+    """With the larger scale the first steps overflow: they are skipped, and the scale falls."""
+    begin_with_scale(monkeypatch, scale)
+    scales = []
+
+    class Watch(Callback):
+        def on_round_end(self, trainer, module):
+            scales.append(trainer._session.federation.state.loss_scale)
+
+    settings = {"precision": "32-true", **HALF[name]}
+    settings["callbacks"] = [*settings.get("callbacks", []), Watch()]
+    expected = train(tmp_path, "eager", **settings)
+    assert_same(train(tmp_path, CudaGraph(slots=2, recorder=Tape), **settings), expected)
+    half = len(scales) // 2
+    assert scales[:half] == scales[half:]
+    assert (scales[0] < scale) == (scale > 2**10)
 
 
 @pytest.mark.parametrize("shared", [True, False])
