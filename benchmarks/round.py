@@ -227,7 +227,9 @@ def child(arguments: argparse.Namespace) -> None:
     """Run one setting in this process and print its result."""
     setting = Setting(**json.loads(arguments.child))
     device = torch.device("cuda" if arguments.device == "gpu" else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
+        "tf32" if arguments.tf32 else "ieee"
+    )
     if device.type == "cpu":
         torch.set_num_threads(setting.threads or max(1, (os.cpu_count() or 1) // setting.processes))
     if setting.engine == "loop":

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fedlight._clock import RoundClock, make_profiler, start_profiler
+from fedlight._float32 import float32_products
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
 from fedlight._processors import choose_threads, resolve_devices
@@ -112,6 +113,8 @@ class Session:
         self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
+        if settings["tf32"] is not None:
+            cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
         if settings["deterministic"]:
             be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()

@@ -46,6 +46,8 @@ class FederatedTrainer(TrainerInterface):
         num_nodes: number of machines; start one process per device with torchrun or SLURM.
         strategy: as in Fabric; models are never wrapped.
         precision: numerical precision of local training and evaluation.
+        tf32: whether GPUs may round the factors of float32 products to TensorFloat-32, in training and evaluation; null
+            leaves torch's own settings as they are.
         gradient_clip_val: largest norm (or entry) of the gradient that reaches the optimizer.
         gradient_clip_algorithm: clip by ``norm`` or by ``value``.
         accumulate_grad_batches: batches of one local optimizer step.
@@ -95,6 +97,7 @@ class FederatedTrainer(TrainerInterface):
         num_nodes: int = 1,
         strategy: str = "auto",
         precision: Precision = "32-true",
+        tf32: bool | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_grad_batches: int = 1,

@@ -328,6 +328,21 @@ def test_bf16_is_near_single_precision(tmp_path, precision):
     assert abs((trainer.callback_metrics["val/loss"] - reference.callback_metrics["val/loss"]).item()) < 0.2
 
 
+@pytest.mark.parametrize(("tf32", "inside"), [(True, "tf32"), (False, "ieee"), (None, None)])
+def test_tf32_is_set_for_the_length_of_a_run(tmp_path, tf32, inside):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    before, seen = [b.fp32_precision for b in backends], set()
+
+    class Notes(Regression):
+        def training_step(self, batch, batch_idx):
+            seen.update(b.fp32_precision for b in backends)
+            return super().training_step(batch, batch_idx)
+
+    fit(tmp_path, Notes(), tf32=tf32)
+    assert seen == ({inside} if inside else set(before))
+    assert [b.fp32_precision for b in backends] == before
+
+
 class Small(Regression):
     """A loss that float16 holds when it is multiplied by 65536."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from fedlight._float32 import float32_products
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight.analysis.diagnosis import differentiable_once, explain
 from fedlight.callbacks.penalty import penalized_step
@@ -100,7 +101,7 @@ class TaskLoss:
                 torch.autocast(device, enabled=False),
                 sdpa_kernel(SDPBackend.MATH),
                 collecting_logs(self.module, self._log),
-                _full_precision(),
+                float32_products("ieee"),
             ):
                 stack.enter_context(context)
             if "torch._dynamo" in sys.modules:  # what is compiled cannot be differentiated twice
@@ -139,21 +140,3 @@ def _shared_attributes(module: nn.Module) -> dict[int, Any]:
             except TypeError:
                 memo[id(value)] = value
     return memo
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 and no bf16 inside of float32 products."""
-    backends: tuple[Any, ...] = (
-        torch.backends.cuda.matmul,
-        *(getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")),
-        *(getattr(torch.backends.mkldnn, name) for name in ("matmul", "conv", "rnn")),
-    )
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value

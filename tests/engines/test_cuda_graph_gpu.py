@@ -9,7 +9,7 @@ from fedlight.callbacks.man import MAN
 from fedlight.engines.cuda_graph import CudaGraph
 from fedlight.perturbations import SAM
 from tests.engines import cases
-from tests.engines.test_cuda_graph import CASES, MOMENTUM, assert_same, train
+from tests.engines.test_cuda_graph import CASES, HALF, MOMENTUM, assert_same, begin_with_scale, train
 from tests.helpers.runif import RunIf
 
 pytestmark = RunIf(min_cuda_gpus=1)
@@ -46,6 +46,25 @@ def test_slots_replayed_side_by_side_do_not_disturb_each_other(tmp_path):
     expected = train(tmp_path, "eager", **settings)
     for slots in (12, 5, 1):
         assert_same(train(tmp_path, CudaGraph(slots=slots), **settings), expected)
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("scale", [2.0**10, 2.0**20])
+def test_16_mixed_equals_the_eager_engine_bit_for_bit(name, scale, tmp_path, monkeypatch):
+    begin_with_scale(monkeypatch, scale)
+    settings = {**GPU, **HALF[name], "precision": "16-mixed"}
+    assert_same(train(tmp_path, CudaGraph(slots=3), **settings), train(tmp_path, "eager", **settings))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("engine", ["eager", "cuda_graph"])
+def test_data_that_do_not_fit_change_nothing(engine, shared, tmp_path, monkeypatch):
+    settings = {**GPU, "data": {"shared": shared}, "perturbation": SAM(0.1)}
+    expected = train(tmp_path, "eager", **settings)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**9))
+    with pytest.warns(UserWarning, match="stay in main memory"):
+        found = train(tmp_path, CudaGraph(slots=2) if engine == "cuda_graph" else engine, **settings)
+    assert_same(found, expected)
 
 
 def test_reruns_give_the_same_bits(tmp_path):

@@ -1,0 +1,31 @@
+"""How products of float32 matrices are rounded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+
+def _backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+
+
+@contextmanager
+def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Inside, products and convolutions of float32 tensors are computed in float32, or in TensorFloat-32 on GPUs.
+
+    Args:
+        precision: ``ieee`` is float32 everywhere; ``tf32`` lets GPUs round the factors to 10 bits of mantissa.
+    """
+    backends = _backends()
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends[: 3 if precision == "tf32" else None]:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
