@@ -113,6 +113,8 @@ def run(entry: Entry, python: str, workload: str, threads: int) -> dict:
     Raises:
         RuntimeError: if it fails.
     """
+    if "--processes" in entry.arguments:  # the cores are divided among them
+        threads = max(1, threads // int(entry.arguments[entry.arguments.index("--processes") + 1]))
     rounds = entry.rounds if workload == "digits" else max(4, entry.rounds // 20)
     command = [python, str(RUNNERS / f"run_{entry.runner}.py"), "--workload", workload, "--rounds", str(rounds)]
     environment = {
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--workload", choices=["digits", "cnn"], default="digits")
     parser.add_argument("--only", nargs="*", choices=[*ENTRIES], default=[*ENTRIES], metavar="NAME")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--threads", type=int, default=1, help="of all processes of fedlight together")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / ".venvs")
     arguments = parser.parse_args()
     pythons: dict[str, str] = {}
@@ -177,7 +179,7 @@ def main() -> None:
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 print(f"{name} is left out: {error}", flush=True)
                 del pythons[name]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} thread(s) a process"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} thread(s)"
     versions = f"torch {version('torch')}, Python {platform.python_version()}"
     print(f"\n{arguments.workload}; {machine}; {versions}\n")
     table(arguments.only, pythons)
