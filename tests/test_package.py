@@ -108,3 +108,25 @@ def test_oldest_supported_versions_are_the_ones_that_ci_tests():
         assert found == bound or re.fullmatch(re.escape(bound) + r"(\.0)+", found), (
             f"{requirement}, but CI pins {found}"
         )
+
+
+def test_every_module_can_be_the_first_one_that_is_imported():
+    """No cycle of imports depends on where it is entered."""
+    code = """
+import importlib, sys
+import lightning.pytorch.cli
+failed = []
+for name in sys.argv[1:]:
+    for loaded in [m for m in sys.modules if m.split(".")[0] == "fedlight"]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        failed.append(f"{name}: {error}")
+print("\\n".join(failed))
+"""
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in MODULES]
+    names = [name.removesuffix(".__init__") for name in names]
+    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == ""

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 from fedlight._float32 import float32_products
 from fedlight._logging import LogCollector, collecting_logs
+from fedlight._penalized_step import penalized_step
 from fedlight.analysis.diagnosis import differentiable_once, explain
-from fedlight.callbacks.penalty import penalized_step
 from fedlight.seeding import preserved_global_rng
 
 

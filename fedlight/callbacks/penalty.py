@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from fedlight.callbacks._penalized_step import PenalizedStep, penalized_step, unwrapped
+from fedlight._penalized_step import PenalizedStep, penalized_step, unwrapped
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
     _CallbackBase = Callback

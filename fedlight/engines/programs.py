@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fedlight._logging import LogCollector, collecting_logs
-from fedlight.callbacks.penalty import penalized_step
+from fedlight._penalized_step import penalized_step
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.step import step_loss
 from fedlight.local import LocalObjective, local_gradient

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 from fedlight._hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
-from fedlight.callbacks.penalty import penalized_step
+from fedlight._penalized_step import penalized_step
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.step import TRANSFER_HOOKS
@@ -117,7 +117,8 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    return any(f"/{part}/" in filename for part in ("torch", "lightning", "fedlight/engines", "fedlight/callbacks"))
+    places = ("/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/_penalized_step.py")
+    return any(place in filename for place in places)
 
 
 class _WatchedTrainer:

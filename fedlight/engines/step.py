@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedlight._hooks import overrides
 from fedlight._logging import LOSS, LogCollector
-from fedlight.callbacks.penalty import penalized_step
+from fedlight._penalized_step import penalized_step
 
 Batch = tuple[Any, int]
 """A batch on the device and its index in the epoch."""
