@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.run_folder import RunFolder, atomic_write, versions
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
@@ -69,7 +70,8 @@ def test_a_run_that_is_going_on_cannot_be_resumed_beside_itself(tmp_path):
                 with pytest.raises(MisconfigurationException, match="is in use by another run"):
                     other.fit(Regression(), Clients(), ckpt_path="last")
 
-    trainer = quiet_trainer(tmp_path)
+    # Every checkpoint is on disk before its round is over, so the intruder finds one.
+    trainer = quiet_trainer(tmp_path, callbacks=[Checkpoint(max_overhead=1)])
     trainer.fit(Intruder(), Clients())
     assert trainer.current_round == 3
     assert (trainer.run_dir / "metrics.csv").read_text().count("\n") == 4
