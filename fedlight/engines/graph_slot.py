@@ -1,7 +1,8 @@
 """A slot whose local steps are recorded, and replayed on other batches."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class GraphSlot(Slot):
         key = (tuple(parts), tuple(task.perturbation), piece.sizes, piece.steps, repr(fixed))
         if key not in self._recordings:
             work, rows, draws = self._work(task, piece)
-            self._recordings[key] = _Recording(self.recorder.record(work), rows, draws)
+            # All steps of a piece are alike: to warm up, one is as good as many.
+            self._recordings[key] = _Recording(self.recorder.record(work, partial(work, 1)), rows, draws)
         return self._recordings[key]
 
     def _make_room(self, task: ClientTask) -> LocalObjective:
@@ -129,8 +131,11 @@ class GraphSlot(Slot):
                 held[key] = like.to(self.device, copy=True)
         return LocalObjective(start=self.flat.params, **{name: self._objective[name] for name in parts})
 
-    def _work(self, task: ClientTask, piece: Segment) -> tuple[Work, Tensor, dict[str, Tensor]]:
-        """Some local steps as a function of what is in the slot's tensors, and the samples that they read."""
+    def _work(self, task: ClientTask, piece: Segment) -> tuple[Callable[..., None], Tensor, dict[str, Tensor]]:
+        """Some local steps as a function of what is in the slot's tensors, and the samples that they read.
+
+        The function does all steps of the piece, or as many of the first ones as it is told.
+        """
         objective, sizes = self._make_room(task), piece.sizes
         set_values(self.optimizer, piece.values)
         shape = (piece.steps, sum(sizes))
@@ -138,13 +143,13 @@ class GraphSlot(Slot):
         drawn = self.pool.draw(rows.numel(), torch.Generator())
         draws = {name: value.view(shape).to(self.device) for name, value in drawn.items()}
 
-        def work() -> None:
+        def work(steps: int = piece.steps) -> None:
             with collecting_logs(self.module, self.log):
                 self.log.reset()
                 for name, (value, weight) in self._sums.items():
                     self.log.merge(name, value, weight, self.log.reduction(name))
                 state = self._state
-                for i in range(len(rows)):
+                for i in range(steps):
                     batches = self._read(sizes, rows[i], {name: value[i] for name, value in draws.items()})
                     state, _ = self._step(objective, batches, state)
                 self._keep(state)

@@ -22,8 +22,13 @@ class Recorder:
     def __init__(self, device: torch.device) -> None:
         self._random_state = torch.get_rng_state()
 
-    def record(self, work: Work) -> Work:
-        """Do the work once or more, and return what does it again. Whatever it wrote must be written anew."""
+    def record(self, work: Work, warm_up: Work | None = None) -> Work:
+        """Record the work, and return what does it again. Whatever it wrote must be written anew.
+
+        Args:
+            work: what is recorded; it may be done, too.
+            warm_up: the same with less to do, which prepares libraries and memory as well; by default the work itself.
+        """
 
         def replay() -> None:
             before = torch.get_rng_state()
@@ -78,13 +83,13 @@ class CudaRecorder(Recorder):
         self._generator = self._default.clone_state()
         self._pool: Any = None
 
-    def record(self, work: Work) -> Work:
+    def record(self, work: Work, warm_up: Work | None = None) -> Work:
         """Warm up, then capture."""
         torch.cuda.synchronize(self._device)
         with self._own_random_state():
             with torch.cuda.stream(self._stream):
                 for _ in range(self.WARM_UPS):
-                    work()
+                    (warm_up or work)()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Graphs of a slot run one after the other and leave nothing in their pool that another one reads.

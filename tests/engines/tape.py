@@ -41,8 +41,8 @@ class Tape(Recorder):
 
     recordings = 0
 
-    def record(self, work):
-        work()  # a warm-up
+    def record(self, work, warm_up=None):
+        (warm_up or work)()
         with _Tape() as tape:
             work()
         Tape.recordings += 1

@@ -183,10 +183,10 @@ def test_a_value_that_a_callback_changes_is_not_frozen(tmp_path):
 
 def test_a_client_that_cannot_be_recorded_is_trained_without(tmp_path):
     class Fails(Tape):
-        def record(self, work):
+        def record(self, work, warm_up=None):
             if Tape.recordings >= 3:  # those of the client that is tried out first
                 raise RuntimeError("capture failed")
-            return super().record(work)
+            return super().record(work, warm_up)
 
     expected = train(tmp_path, "eager")
     Tape.recordings = 0
@@ -197,7 +197,7 @@ def test_a_client_that_cannot_be_recorded_is_trained_without(tmp_path):
 
 def test_a_recording_that_fails_at_once_is_an_error(tmp_path):
     class Fails(Tape):
-        def record(self, work):
+        def record(self, work, warm_up=None):
             raise RuntimeError("capture failed")
 
     with pytest.raises(MisconfigurationException, match="training_step of Net cannot be recorded .*capture failed"):
@@ -206,10 +206,10 @@ def test_a_recording_that_fails_at_once_is_an_error(tmp_path):
 
 def test_too_little_memory_makes_fewer_slots(tmp_path):
     class Scarce(Tape):
-        def record(self, work):
+        def record(self, work, warm_up=None):
             if Tape.recordings >= 3:
                 raise torch.OutOfMemoryError("no memory")
-            return super().record(work)
+            return super().record(work, warm_up)
 
     settings = {"data": {"sizes": cases.EQUAL}}
     expected = train(tmp_path, "eager", **settings)

@@ -91,6 +91,12 @@ def test_a_slot_warms_up_and_captures_on_a_stream_and_a_random_state_of_its_own(
     assert cuda.events[-1] == ("replay", stream, "default")  # the graph has captured its own state
 
 
+def test_less_work_can_warm_up(cuda):
+    done = []
+    CudaRecorder(torch.device("cuda", 0)).record(lambda: done.append("all"), lambda: done.append("a step"))
+    assert done == ["a step"] * CudaRecorder.WARM_UPS + ["all"]
+
+
 def test_recordings_of_a_slot_share_its_memory(cuda):
     recorder = CudaRecorder(torch.device("cuda", 0))
     recorder.record(lambda: None)
