@@ -68,7 +68,7 @@ def picture(runs: dict[str, list[dict[str, float]]], layers: list[str], path: Pa
     right.set_title("what MAN keeps small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right", framealpha=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
