@@ -86,10 +86,10 @@ class CudaRecorder(Recorder):
     def record(self, work: Work, warm_up: Work | None = None) -> Work:
         """Warm up, then capture."""
         torch.cuda.synchronize(self._device)
-        with self._own_random_state():
-            with torch.cuda.stream(self._stream):
-                for _ in range(self.WARM_UPS):
-                    (warm_up or work)()
+        # A capture that fails leaves its stream behind as the current one: the outer context puts the caller's back.
+        with self._own_random_state(), torch.cuda.stream(self._stream):
+            for _ in range(self.WARM_UPS):
+                (warm_up or work)()
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Graphs of a slot run one after the other and leave nothing in their pool that another one reads.

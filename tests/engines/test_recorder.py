@@ -33,9 +33,12 @@ def cuda(monkeypatch):
 
     @contextmanager
     def stream(s):
+        before = list(current)
         current.append(s)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current[:] = before
 
     class Graph:
         def pool(self):
@@ -50,7 +53,7 @@ def cuda(monkeypatch):
         events.append(("capture", stream, default.state, pool, capture_error_mode))
         current.append(stream)
         yield
-        current.pop()
+        current.pop()  # torch's own does not come to this where the capture has failed
 
     class Stream:
         def __init__(self, device):
@@ -104,13 +107,14 @@ def test_recordings_of_a_slot_share_its_memory(cuda):
     assert [event[3] for event in cuda.events if event[0] == "capture"] == [None, "pool of its own"]
 
 
-def test_a_failed_capture_gives_the_random_state_back(cuda):
+def test_a_failed_capture_gives_stream_and_random_state_back(cuda):
     def fails():
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        CudaRecorder(torch.device("cuda", 0)).record(fails)
+        CudaRecorder(torch.device("cuda", 0)).record(fails, lambda: None)
     assert cuda.default.state == "default"
+    assert cuda.current == ["main"]
 
 
 def test_streams_wait_for_each_other(cuda):
