@@ -101,9 +101,8 @@ class LogCollector:
 
     def add(self, name: str, value: Tensor, weight: float, reduction: str = "mean") -> None:
         """Add a scalar tensor with a weight to a name."""
-        if reduction == "mean":
-            value = value * weight
-        self.merge(name, value.clone(), torch.full_like(value, float(weight)), reduction)
+        value = value * weight if reduction == "mean" else value.clone()
+        self.merge(name, value, torch.full_like(value, float(weight)), reduction)
 
     def merge(self, name: str, value: Tensor, weight: Tensor, reduction: str = "mean") -> None:
         """Add what another collector's :meth:`sums` gave for a name."""
