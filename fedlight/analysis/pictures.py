@@ -1,53 +1,17 @@
 """Pictures of curvature. Lines differ in dash and shade, so that they can be told apart in black and white."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedlight.analysis._drawing import LAMBDA_MAX, LAMBDA_MIN, SHADES, drawn, line_style
 from fedlight.analysis.landscape import LossLine, LossSurface
 from fedlight.analysis.result import HessianResult
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_DASHES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2))]
-_SHADES = ["black", "0.35", "0.5", "0.2", "0.6", "0.45"]
-_MARKERS = ["o", "s", "^", "D", "v", "x"]
-_LAMBDA_MAX, _LAMBDA_MIN = r"$\lambda_{\max}$", r"$\lambda_{\min}$"
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
-
-
-@dataclass(frozen=True)
-class LayerHistory:
-    """One layer over the rounds.
-
-    Attributes:
-        name: of the layer.
-        rounds: at which λ_max was measured.
-        lambda_max: of the layer's block of the Hessian.
-        norm_rounds: at which the activation norm is known.
-        norms: mean(a²) of the layer's output after its non-linearity; empty where there is none, as for the logits.
-    """
-
-    name: str
-    rounds: Sequence[int]
-    lambda_max: Sequence[float]
-    norm_rounds: Sequence[int] = field(default_factory=list)
-    norms: Sequence[float] = field(default_factory=list)
-
 
 def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str | Path) -> Path:
     """The spectral density of one or several models, with their largest and smallest eigenvalues as marks below.
@@ -65,12 +29,12 @@ def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str
             spectrum = result.density
             if spectrum is None:
                 raise ValueError(f"There is no density of {name or 'the model'} to draw: measure it with density=True.")
-            axes.plot(spectrum.grid, spectrum.values, label=name or None, **_line(index, marker=False))
+            axes.plot(spectrum.grid, spectrum.values, label=name or None, **line_style(index, marker=False))
             tops.append(float(spectrum.values.max()))
             # A single eigenvalue has a peak of 1/(P·width·√2π): what is much lower is only the tail of a Gaussian.
             floors.append(0.1 / (max(result.parameters, 1) * spectrum.width))
             ends = [*result.eigenvalues, result.smallest]
-            strip.plot(ends, [index] * len(ends), "|", color=_SHADES[index % 6], markersize=11, markeredgewidth=1.5)
+            strip.plot(ends, [index] * len(ends), "|", color=SHADES[index % 6], markersize=11, markeredgewidth=1.5)
         axes.set_yscale("log")
         axes.set_ylim(max(min(floors), max(tops) * 1e-7), max(tops) * 3)
         axes.set_ylabel("share of eigenvalues\nper unit of λ")
@@ -81,7 +45,7 @@ def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str
         strip.set_ylim(len(named) - 0.4, -0.6)
         strip.set_xlabel("eigenvalue λ of the Hessian (marks: the computed largest and smallest)")
 
-    return _drawn(path, plot, (7, 4 + 0.3 * len(named)))
+    return drawn(path, plot, (7, 4 + 0.3 * len(named)))
 
 
 def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], path: str | Path) -> Path:
@@ -90,9 +54,9 @@ def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], pa
     def history(figure: "Figure") -> None:
         axes = figure.subplots()
         for k in range(min(len(r.eigenvalues) for r in results)):
-            label = _LAMBDA_MAX if k == 0 else rf"$\lambda_{{{k + 1}}}$"
-            axes.plot(rounds, [r.eigenvalues[k] for r in results], label=label, **_line(k))
-        axes.plot(rounds, [r.smallest for r in results], color="0.6", marker="_", linewidth=1, label=_LAMBDA_MIN)
+            label = LAMBDA_MAX if k == 0 else rf"$\lambda_{{{k + 1}}}$"
+            axes.plot(rounds, [r.eigenvalues[k] for r in results], label=label, **line_style(k))
+        axes.plot(rounds, [r.smallest for r in results], color="0.6", marker="_", linewidth=1, label=LAMBDA_MIN)
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.set_xlabel("round")
         axes.set_ylabel("eigenvalue of the Hessian")
@@ -107,57 +71,12 @@ def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], pa
         axes.bar(k + 1, result.smallest, width=0.6, color="white", edgecolor="black", hatch="//")
         axes.errorbar(k + 1, result.smallest, result.smallest_residual, fmt="none", ecolor="black", capsize=4)
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(range(1, k + 2), [*(rf"$\lambda_{{{i}}}$" for i in range(1, k + 1)), _LAMBDA_MIN])
+        axes.set_xticks(range(1, k + 2), [*(rf"$\lambda_{{{i}}}$" for i in range(1, k + 1)), LAMBDA_MIN])
         axes.set_xlabel("eigenvalue, by rank (whiskers: ± residual ‖Hv − λv‖)")
         axes.set_ylabel("value")
         axes.set_title("Eigenvalues of the Hessian")
 
-    return _drawn(path, history if len(results) > 1 else ranks, (6, 4))
-
-
-def draw_layers(layers: Sequence[LayerHistory], path: str | Path) -> Path:
-    """For every layer, its activation norm and its λ_max over the rounds: the theorem beside the measurement."""
-    if not layers:
-        raise ValueError("There are no layers to draw.")
-    columns = min(3, len(layers))
-    rows = -(-len(layers) // columns)
-
-    def plot(figure: "Figure") -> None:
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
-        for axes, layer in zip(grid.flat, layers, strict=False):
-            _layer_panel(axes, layer)
-        for axes in list(grid.flat)[len(layers) :]:
-            axes.set_visible(False)
-        for column in range(columns):  # of every column, the lowest panel that is there
-            lowest = max(i for i in range(len(layers)) if i % columns == column)
-            grid.flat[lowest].set_xlabel("round")
-            grid.flat[lowest].tick_params(labelbottom=True)
-        handles = [
-            figure.axes[0].plot([], [], **_line(0))[0],
-            figure.axes[0].plot([], [], **_line(1, marker=False))[0],
-        ]
-        names = [
-            f"{_LAMBDA_MAX} of the layer's block of the Hessian (left axis)",
-            "activation norm mean(a²) (right axis)",
-        ]
-        figure.legend(handles, names, loc="outside upper center", ncols=2)
-
-    return _drawn(path, plot, (3.6 * columns + 0.6, 2.5 * rows + 0.7))
-
-
-def _layer_panel(axes: "Axes", layer: LayerHistory) -> None:
-    axes.plot(layer.rounds, layer.lambda_max, **_line(0))
-    axes.set_title(layer.name, fontsize=10)
-    axes.set_ylabel(_LAMBDA_MAX)
-    axes.margins(y=0.12)  # a marker at the top is seen whole
-    axes.set_ylim(bottom=min(0.0, *layer.lambda_max))
-    if layer.norms:
-        twin = axes.twinx()
-        twin.grid(False)
-        twin.spines["right"].set_visible(True)
-        twin.plot(layer.norm_rounds, layer.norms, **_line(1, marker=False))
-        twin.set_ylabel("mean(a²)", color=_SHADES[1])
-        twin.set_ylim(bottom=0)
+    return drawn(path, history if len(results) > 1 else ranks, (6, 4))
 
 
 def draw_contour(surface: LossSurface, path: str | Path) -> Path:
@@ -177,7 +96,7 @@ def draw_contour(surface: LossSurface, path: str | Path) -> Path:
         axes.set_title(f"Loss around the model (×)\n{surface.directions}")
         figure.colorbar(shades, ax=axes, label="loss", format="%.3g")
 
-    return _drawn(path, plot, (6.4, 5.4))
+    return drawn(path, plot, (6.4, 5.4))
 
 
 def draw_surface(surface: LossSurface, path: str | Path) -> Path:
@@ -199,7 +118,7 @@ def draw_surface(surface: LossSurface, path: str | Path) -> Path:
         axes.set_box_aspect(None, zoom=0.83)
         axes.set_title(f"Loss around the model\n{surface.directions}", y=0.98)
 
-    return _drawn(path, plot, (6.5, 5.5))
+    return drawn(path, plot, (6.5, 5.5))
 
 
 def draw_line(
@@ -217,7 +136,7 @@ def draw_line(
     def plot(figure: "Figure") -> None:
         axes = figure.subplots()
         for index, (name, line) in enumerate(named.items()):
-            axes.plot(line.t, line.loss, label=name or None, **_line(index))
+            axes.plot(line.t, line.loss, label=name or None, **line_style(index))
         for position, name in enumerate(ends):
             axes.axvline(position, color="0.5", linewidth=1, linestyle=":")
             axes.annotate(
@@ -230,7 +149,7 @@ def draw_line(
         if len(named) > 1:
             axes.legend()
 
-    return _drawn(path, plot, (6, 4))
+    return drawn(path, plot, (6, 4))
 
 
 def draw_sampling_error(
@@ -248,7 +167,7 @@ def draw_sampling_error(
         axes = figure.subplots()
         for index, (name, draws) in enumerate(errors.items()):
             rms = [(sum(e * e for e in errs) / len(errs)) ** 0.5 for errs in draws]
-            axes.plot(samples, [100 * e for e in rms], label=name, **_line(index))
+            axes.plot(samples, [100 * e for e in rms], label=name, **line_style(index))
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(list(samples), [f"{count:,}" for count in samples])
@@ -261,7 +180,7 @@ def draw_sampling_error(
         axes.set_title("How many samples are enough")
         axes.legend()
 
-    return _drawn(path, plot, (6, 4))
+    return drawn(path, plot, (6, 4))
 
 
 def _levels(surface: LossSurface) -> tuple[torch.Tensor, list[float]]:
@@ -273,22 +192,3 @@ def _levels(surface: LossSurface) -> tuple[torch.Tensor, list[float]]:
     loss = surface.loss.nan_to_num(nan=high, posinf=high)
     span = max(high - low, 1e-12)
     return loss, [low + span * (i / 14) ** 1.7 for i in range(15)]
-
-
-def _line(index: int, marker: bool = True) -> dict[str, Any]:
-    style = {"linestyle": _DASHES[index % 6], "color": _SHADES[index % 6], "linewidth": 1.6}
-    return style | ({"marker": _MARKERS[index % 6], "markersize": 4} if marker else {})
-
-
-def _drawn(path: str | Path, plot: Any, size: tuple[float, float]) -> Path:
-    """Draw without pyplot: no window system, and no figure that lives on."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(figure)
-        figure.savefig(path)
-    return path

@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
 from fedlight.analysis.layers import layer_blocks
-from fedlight.analysis.pictures import LayerHistory, draw_density, draw_eigenvalues, draw_layers
+from fedlight.analysis.pictures import draw_density, draw_eigenvalues
 from fedlight.analysis.result import HessianResult
 
 Rows = Sequence[Mapping[str, float]]

@@ -8,6 +8,7 @@ import fedlight.analysis
 from fedlight.analysis import Density, HessianResult
 from fedlight.analysis import pictures as p
 from fedlight.analysis.landscape import LossLine, LossSurface
+from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
 
 GRID = torch.linspace(-1, 1, 9, dtype=torch.float64)
 BOWL = GRID[:, None] ** 2 + 3 * GRID**2
@@ -39,10 +40,13 @@ def is_picture(path) -> bool:
         lambda path: p.draw_line({"a": LossLine(GRID, GRID**2), "b": LossLine(GRID, GRID)}, path, ("FedAvg", "MAN")),
         lambda path: p.draw_line(LossLine(GRID, GRID**2), path),
         lambda path: p.draw_sampling_error([10, 100], {"λ_max": [[0.1, -0.2], [0.03, 0.01]]}, path),
-        lambda path: p.draw_layers(
-            [p.LayerHistory(f"l{i}", [0, 5], [2.0, 1.0], [0, 1], [1.0, 0.5]) for i in range(5)], path
+        lambda path: draw_layers(
+            [LayerHistory(f"l{i}", [0, 5], [2.0, 1.0], [0, 1], [1.0, 0.5]) for i in range(5)], path
         ),
-        lambda path: p.draw_layers([p.LayerHistory("logits", [0], [2.0])], path),
+        lambda path: draw_layers([LayerHistory("logits", [0], [2.0])], path),
+        lambda path: draw_layers(
+            [LayerHistory("l0", [4], [2.0], [3, 4], [1.0, 0.5]), LayerHistory("logits", [4], [-0.1])], path
+        ),
     ],
 )
 def test_every_picture_is_drawn(draw, tmp_path):
@@ -66,7 +70,7 @@ def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ValueError, match="no density of the model"):
         p.draw_density(nothing, tmp_path / "a.png")
     with pytest.raises(ValueError, match="no layers"):
-        p.draw_layers([], tmp_path / "a.png")
+        draw_layers([], tmp_path / "a.png")
     with pytest.raises(ValueError, match="nowhere finite"):
         p.draw_contour(LossSurface(GRID, GRID, BOWL * float("nan"), ""), tmp_path / "a.png")
 
