@@ -13,6 +13,7 @@ from fedlight.analysis.result import HessianResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str | Path) -> Path:
     """The spectral density of one or several models, with their largest and smallest eigenvalues as marks below.
 
