@@ -157,12 +157,13 @@ class CudaGraph(Engine):
         takes = self._slots[0].takes
         fitting = [t for t in tasks if isinstance(t.dataset, ArrayDataset) and takes(t.dataset)]
         sizes = [len(t.dataset) for t in fitting]  # type: ignore[arg-type]
+        fresh = configure_optimizers(self._training.module)
         jobs: list[list[Job]] = []
         for slot, mine in zip(self._slots, share(sizes, len(self._slots)), strict=True):
             jobs.append([])
             for i in mine:
                 try:
-                    jobs[-1].append(slot.prepare(round, fitting[i]))
+                    jobs[-1].append(slot.prepare(round, fitting[i], fresh))
                 except (RuntimeError, MisconfigurationException) as error:  # out of memory is one of them
                     self._warn_plain(fitting[i], error)
         return jobs

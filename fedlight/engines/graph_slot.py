@@ -21,7 +21,7 @@ from fedlight.engines.segments import Segment, segments
 from fedlight.engines.slot import Slot
 from fedlight.engines.step import Batch
 from fedlight.local import ClientResult, LocalObjective
-from fedlight.optimizers import configure_optimizers
+from fedlight.optimizers import Optimization, configure_optimizers
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator
 
@@ -89,12 +89,13 @@ class GraphSlot(Slot):
         )
         return alike and len(dataset) <= len(self.pool)
 
-    def prepare(self, round: int, task: ClientTask) -> "Job":
+    def prepare(self, round: int, task: ClientTask, fresh: Optimization | None = None) -> "Job":
         """Plan a client's round, and record what has not been recorded yet.
 
         It disturbs whatever the slot is training: call it for all clients of a round before the first :meth:`Job.run`.
+        ``fresh`` is what ``configure_optimizers`` gives in this round, which saves asking for every client.
         """
-        job = Job(self, round, task)
+        job = Job(self, round, task, fresh)
         job.recordings = [self._recording(task, piece) for piece in job.pieces]
         return job
 
@@ -219,6 +220,7 @@ class Job:
         slot: where it is trained.
         round: the round.
         task: what there is to do.
+        fresh: what ``configure_optimizers`` gives, where the caller has just asked.
 
     Attributes:
         plan: the order of the client's samples.
@@ -227,12 +229,12 @@ class Job:
         recordings: the recorded steps of each piece.
     """
 
-    def __init__(self, slot: GraphSlot, round: int, task: ClientTask) -> None:
+    def __init__(self, slot: GraphSlot, round: int, task: ClientTask, fresh: Optimization | None = None) -> None:
         training, dataset = slot.training, task.dataset
         assert isinstance(dataset, ArrayDataset)
         self.task = task
         self.plan = local_plan(round, task.client, dataset, training)
-        self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch)
+        self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)
         self.recordings: list[_Recording] = []
         self._slot = slot

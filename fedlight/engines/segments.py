@@ -40,14 +40,18 @@ def segments(steps: Sequence[tuple[int, tuple[int, ...]]], values: Sequence[Valu
         steps: where each step's samples begin, and its micro-batches.
         values: the hyperparameters of each step.
     """
-    runs: list[Segment] = []
-    for (begin, sizes), now in zip(steps, values, strict=True):
-        last = runs[-1] if runs else None
-        if last is not None and last.sizes == sizes and last.values is now and last.begin + last.samples == begin:
-            runs[-1] = replace(last, steps=last.steps + 1)
-        else:
-            runs.append(Segment(begin, sizes, 1, now))
-    return [piece for run in runs for piece in _cut(run)]
+    pieces: list[Segment] = []
+    first = 0
+    while first < len(steps):
+        (begin, sizes), now = steps[first], values[first]
+        samples, count = sum(sizes), 1
+        while (at := first + count) < len(steps) and steps[at] == (begin + count * samples, sizes):
+            if values[at] is not now:
+                break
+            count += 1
+        pieces += _cut(Segment(begin, sizes, count, now))
+        first += count
+    return pieces
 
 
 def _cut(run: Segment) -> Iterator[Segment]:
