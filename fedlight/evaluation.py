@@ -119,7 +119,7 @@ class Evaluator:
 
     @property
     def _batch_size(self) -> int:
-        return self._datamodule.eval_batch_size or self._datamodule.batch_size
+        return self._datamodule.eval_batch_size_on(self._fabric.device)
 
     def _num_batches(self, dataset: Dataset[Any], limit: int | float | None) -> int:
         return num_batches(len(dataset), self._batch_size, limit)  # type: ignore[arg-type]

@@ -50,6 +50,13 @@ class FederatedDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.collate_fn, self.seed = batch_size, num_workers, collate_fn, seed
         self.eval_batch_size = eval_batch_size or batch_size
 
+    def eval_batch_size_on(self, device: torch.device) -> int:
+        """Samples of a batch in evaluation on a device: ``eval_batch_size``, unless a subclass knows better.
+
+        It must not depend on the number of processes, which share the batches and give the same bits.
+        """
+        return self.eval_batch_size
+
     def setup(self, stage: str | None = None) -> None:
         """Load and partition the data. Called by every process and more than once; only the first call does work."""
 

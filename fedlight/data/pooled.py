@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,6 +23,10 @@ class PooledData(FederatedDataModule):
         self.data = data
         self.num_clients = 1
         self._pooled: Dataset[Any] | None = None
+
+    def eval_batch_size_on(self, device: torch.device) -> int:
+        """The other datamodule's."""
+        return self.data.eval_batch_size_on(device)
 
     def prepare_data(self) -> None:
         """Download what the other datamodule downloads."""

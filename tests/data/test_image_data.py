@@ -1,6 +1,7 @@
 """ImageData: from a source to client datasets."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedlight.data import (
     Shards,
 )
 from fedlight.data.partitioned import Partition, match_proportions
+from fedlight.data.pooled import PooledData
 
 
 def ready(**arguments):
@@ -147,6 +149,18 @@ def test_normalisation(npz):
 def test_bad_settings_name_their_key(arguments, message):
     with pytest.raises(ValueError, match=message):
         ready(**arguments)
+
+
+def test_batches_of_an_evaluation_are_larger_on_a_gpu_unless_they_are_given(npz):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    data = ready(source=npz)  # 3x8x8
+    assert data.eval_batch_size == data.eval_batch_size_on(cpu) == 500
+    assert data.eval_batch_size_on(gpu) == PooledData(data).eval_batch_size_on(gpu) == 2**22 // math.prod((3, 8, 8))
+    data.input_shape = (3, 32, 32)
+    assert data.eval_batch_size_on(gpu) == 1365
+    data.input_shape = (3, 224, 224)
+    assert data.eval_batch_size_on(gpu) == 500
+    assert ready(source=npz, eval_batch_size=7).eval_batch_size_on(gpu) == 7
 
 
 def test_a_quick_trial_uses_a_part(npz):
