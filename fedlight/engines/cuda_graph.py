@@ -154,6 +154,8 @@ class CudaGraph(Engine):
 
     def _jobs(self, round: int, tasks: Sequence[ClientTask]) -> list[list[Job]]:
         """Each slot's clients, with all that they need recorded. Those that cannot be recorded are left out."""
+        if not self._slots:  # memory has run out before
+            return []
         takes = self._slots[0].takes
         fitting = [t for t in tasks if isinstance(t.dataset, ArrayDataset) and takes(t.dataset)]
         sizes = [len(t.dataset) for t in fitting]  # type: ignore[arg-type]
@@ -175,17 +177,31 @@ class CudaGraph(Engine):
     def _train_plainly(self, round: int, task: ClientTask) -> ClientResult:
         if self._plain is None:
             self._plain = Slot(self._training, self._training.module)
+        try:
+            return self._plain.train(round, task)
+        except torch.OutOfMemoryError:
+            if not self._slots:
+                raise
+        rank_zero_warn(
+            f"trainer.engine=cuda_graph: device memory ran out in round {round} while client {task.client} trained"
+            " without a graph. From here on all clients do, as with trainer.engine=eager."
+        )
+        self._slots.clear()
+        self._free_memory()
         return self._plain.train(round, task)
 
-    def _warn_plain(self, task: ClientTask, error: Exception) -> None:
+    def _free_memory(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _warn_plain(self, task: ClientTask, error: Exception) -> None:
+        self._free_memory()
         what = explain(error, self._training.module, "could not be recorded")
         rank_zero_warn(f"trainer.engine=cuda_graph: client {task.client} is trained without a graph: {what}")
 
     def _record_anew_if_needed(self) -> None:
         python = python_values(self._training)
-        if python != self._python:
+        if python != self._python and self._slots:
             self._python = python
             self._slots.clear()
             assert self._training.example is not None

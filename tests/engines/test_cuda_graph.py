@@ -12,8 +12,10 @@ import fedlight.algorithms as algorithms
 from fedlight.callbacks.man import MAN
 from fedlight.data.arrays import _Storage
 from fedlight.engines.cuda_graph import MOST_SLOTS, CudaGraph, plan_slots, share
+from fedlight.engines.graph_slot import GraphSlot
 from fedlight.engines.recorder import Recorder
 from fedlight.engines.segments import LONGEST, Segment, segments
+from fedlight.engines.slot import Slot
 from fedlight.federation import Federation
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
@@ -192,6 +194,34 @@ def test_a_client_that_cannot_be_recorded_is_trained_without(tmp_path):
     Tape.recordings = 0
     with pytest.warns(UserWarning, match="is trained without a graph: .*capture failed"):
         found = train(tmp_path, CudaGraph(slots=1, recorder=Fails))
+    assert_same(found, expected)
+
+
+def test_memory_that_runs_out_in_a_late_round_leads_to_eager(tmp_path, monkeypatch):
+    """Client 1 cannot be recorded any more and, beside the slots, not be trained either."""
+    rounds, fails = 4, []
+    prepare, train_one = GraphSlot.prepare, Slot.train
+
+    def scarce_prepare(self, round, task, fresh=None):
+        if round >= 2 and task.client == 1:
+            raise torch.OutOfMemoryError("no memory for a graph")
+        return prepare(self, round, task, fresh)
+
+    def scarce_train(self, round, task):
+        if round >= 2 and not fails:
+            fails.append((round, task.client))
+            raise torch.OutOfMemoryError("no memory beside the slots")
+        return train_one(self, round, task)
+
+    expected = train(tmp_path, "eager", max_rounds=rounds)
+    monkeypatch.setattr(GraphSlot, "prepare", scarce_prepare)
+    monkeypatch.setattr(Slot, "train", scarce_train)
+    with (
+        pytest.warns(UserWarning, match="client 1 is trained without a graph: .*no memory for a graph"),
+        pytest.warns(UserWarning, match="device memory ran out in round 2 while client 1 trained without a graph"),
+    ):
+        found = train(tmp_path, CudaGraph(slots=2, recorder=Tape), max_rounds=rounds)
+    assert fails == [(2, 1)]
     assert_same(found, expected)
 
 
