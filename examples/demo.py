@@ -68,7 +68,8 @@ def picture(runs: dict[str, list[dict[str, float]]], layers: list[str], path: Pa
     right.set_title("what MAN keeps small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower right", framealpha=1)
+    left.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
