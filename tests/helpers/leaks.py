@@ -11,8 +11,8 @@ import torch
 # Kept alive on purpose for the life of the interpreter: they serve later tests too.
 _SERVANTS = ("resource_tracker", "compile_worker", "forkserver")
 
-# Set by Lightning (seeds, cuBLAS), CUDA, OpenMP and pytest on first use.
-_ENVIRONMENT_OF_OTHERS = ("PL_", "CUBLAS_", "CUDA_", "KMP_", "OMP_", "PYTEST_")
+# Set by Lightning (seeds, cuBLAS, NVML), CUDA, OpenMP and pytest on first use.
+_ENVIRONMENT_OF_OTHERS = ("PL_", "CUBLAS_", "CUDA_", "KMP_", "OMP_", "PYTEST_", "PYTORCH_NVML_")
 # Set by the compiler once, and read again as long as the interpreter lives.
 _ENVIRONMENT_OF_THE_COMPILER = ("TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 
