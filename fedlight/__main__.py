@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import sys
 
 
@@ -21,6 +22,10 @@ def _run() -> None:
     gc.freeze()
     atexit.register(gc.unfreeze)  # modules of extensions are let go of at the end
     gc.enable()
+    # As with `python -m`, so that a study's runs find the same classes; after what fedlight itself is made of, which a
+    # file called random.py must not replace.
+    if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     run()
 
 

@@ -1,14 +1,19 @@
 """The command line: composing a run, evaluating it, and what it says about what it cannot read."""
 
 import csv
+import gc
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+import fedlight.__main__
 import fedlight.cli
 from fedlight.cli import FederatedCLI, main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
@@ -140,6 +145,49 @@ def test_the_command_is_installed_and_runs_as_a_module():
     assert all(script.value == "fedlight.__main__:main" for script in scripts)
     assert Path(fedlight.cli.__file__).with_name("__main__.py").exists()
     assert issubclass(PackageNotFoundError, ImportError)
+
+
+NET = """
+import json, pathlib, random
+from tests.helpers.tiny import Regression
+
+class Net(Regression):
+    def setup(self, stage):
+        assert random.random() < 1
+        pathlib.Path("seen.json").write_text(json.dumps([__name__, stage]))
+"""
+
+
+def test_a_module_in_the_current_folder_is_found_by_the_console_script(tmp_path):
+    """What stands there besides, as W&B's folder and a file of an unlucky name, replaces nothing of the program's."""
+    (tmp_path / "my_module.py").write_text(NET)
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong random')")
+    (tmp_path / "wandb").mkdir()
+    script = tmp_path / "bin" / "fedlight"  # what pip installs: sys.path begins with its own folder
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom fedlight.__main__ import main\nsys.exit(main())\n")
+    settings = ["--model=my_module.Net", *TINY[1:], *QUIET, "--trainer.max_rounds=1"]
+    path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, script, "fit", *settings],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "seen.json").read_text()) == ["my_module", "fit"]
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_the_current_folder_comes_first_as_with_python_m_unless_that_is_forbidden(tmp_path, monkeypatch, safe):
+    found = []
+    monkeypatch.setattr(fedlight.cli, "main", lambda: found.append(sys.path[0]))
+    monkeypatch.setattr(sys, "path", ["the script's folder", *sys.path])
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(safe_path=safe))
+    fedlight.__main__._run()
+    gc.unfreeze()
+    assert found == ["the script's folder" if safe else str(tmp_path)]
 
 
 def test_help_names_every_key_with_its_meaning(capsys):
