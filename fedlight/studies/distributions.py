@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.studies.keys import check_keys, nearest
@@ -29,7 +31,7 @@ _KEYS: dict[str, frozenset[str]] = {
 }
 _QUANTISED = ("uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta")
 _KEYS |= {f"q_{name}": _KEYS[name] | {"q"} for name in _QUANTISED}
-_DEFAULTS: dict[str, float] = {"q": 1, "mu": 0.0, "sigma": 1.0, "a": 1, "b": 1}
+_DEFAULTS: dict[str, float] = {"q": 1.0, "mu": 0.0, "sigma": 1.0, "a": 1, "b": 1}
 _FINITE = ("constant", "categorical", "int_uniform", "q_uniform")
 
 _DRAWS: dict[str, Callable[[random.Random, Mapping[str, Any]], Any]] = {
@@ -44,7 +46,8 @@ _DRAWS: dict[str, Callable[[random.Random, Mapping[str, Any]], Any]] = {
     "inv_log_uniform_values": lambda rng, s: math.exp(-rng.uniform(-math.log(s["max"]), -math.log(s["min"]))),
     "normal": lambda rng, s: rng.gauss(s["mu"], s["sigma"]),
     "log_normal": lambda rng, s: rng.lognormvariate(s["mu"], s["sigma"]),
-    "beta": lambda rng, s: rng.betavariate(s["a"], s["b"]),
+    # An exponent of 0 moves all of the mass to that end.
+    "beta": lambda rng, s: rng.betavariate(s["a"], s["b"]) if s["a"] and s["b"] else float(s["a"] > 0),
 }
 
 
@@ -61,24 +64,35 @@ class Distribution:
     settings: Mapping[str, Any]
 
     @classmethod
-    def of(cls, spec: Mapping[str, Any], key: str) -> "Distribution":
+    def of(cls, spec: Mapping[str, Any], key: str, nested: bool = False) -> "Distribution":
         """The distribution that a parameter's mapping describes.
 
         Args:
             spec: the mapping.
             key: where it stands in the YAML, for messages.
+            nested: whether it is part of another parameter. W&B takes bounds that are exponents of e there only.
 
         Raises:
             MisconfigurationException: if it describes none.
         """
         check_keys(spec, {"distribution"}.union(*_KEYS.values()), key)
-        kind = spec.get("distribution") or _inferred(spec, key)
-        if kind not in _KEYS:
+        kind = spec["distribution"] if "distribution" in spec else _inferred(spec, key)
+        if not isinstance(kind, str) or kind not in _KEYS:
             raise MisconfigurationException(f"`{key}.distribution: {kind}` is not known{nearest(str(kind), _KEYS)}")
         check_keys({k: v for k, v in spec.items() if k != "distribution"}, _KEYS[kind], key)
-        settings = {name: spec.get(name, _DEFAULTS.get(name)) for name in _KEYS[kind]}
-        if kind != "constant":
-            _check(kind, settings, spec, key)
+        if kind.endswith("log_uniform") and not nested:
+            raise MisconfigurationException(
+                f"`{key}`: min and max of {kind} are exponents of e, found {spec.get('min')} and {spec.get('max')}, and"
+                f" W&B does not take it any more. Use {kind}_values, whose min and max are those of the values."
+            )
+        missing = sorted(_KEYS[kind] - spec.keys() - _DEFAULTS.keys())
+        if missing:
+            raise MisconfigurationException(f"`{key}`: {kind} needs {' and '.join(missing)}.")
+        settings = {name: spec.get(name, _DEFAULTS.get(name)) for name in sorted(_KEYS[kind])}
+        if kind.startswith("categorical"):
+            _check_values(settings, key)
+        elif kind != "constant":
+            _check_numbers(kind, settings, key)
         return cls(kind, settings)
 
     @property
@@ -106,8 +120,11 @@ class Distribution:
         if self.kind == "int_uniform":
             return list(range(s["min"], s["max"] + 1))
         if self.kind == "q_uniform":
-            return [s["min"] + i * s["q"] for i in range(math.ceil((s["max"] - s["min"]) / s["q"] - 1e-9))]
-        return list(s["values"])
+            steps: list[float] = np.arange(s["min"], s["max"], s["q"]).tolist()
+            return steps
+        # As W&B's grid has it: what is there twice counts once, and 3.0 is 3.
+        same = {yaml.safe_dump(int(v) if isinstance(v, float) and v.is_integer() else v): v for v in s["values"]}
+        return list(same.values())
 
     def draw(self, rng: random.Random) -> Any:
         """One value."""
@@ -124,34 +141,37 @@ def _inferred(spec: Mapping[str, Any], key: str) -> str:
     if "values" in spec:
         return "categorical_w_probabilities" if "probabilities" in spec else "categorical"
     if set(spec) >= _BOUNDS:
-        kinds = {type(spec["min"]), type(spec["max"])}
-        if kinds == {int}:
-            return "int_uniform"
-        if kinds == {float}:
-            return "uniform"
-        raise MisconfigurationException(
-            f"`{key}`: min and max must both be whole numbers or both be fractions, found {spec['min']!r} and"
-            f" {spec['max']!r}. YAML reads 1e-3 as text: write 1.0e-3."
-        )
+        return "int_uniform" if all(type(spec[name]) is int for name in _BOUNDS) else "uniform"
     raise MisconfigurationException(f"`{key}` says nothing to take: give value, values, or min and max.")
 
 
-def _check(kind: str, settings: Mapping[str, Any], spec: Mapping[str, Any], key: str) -> None:
-    missing = [name for name, value in settings.items() if value is None]
-    if missing:
-        raise MisconfigurationException(f"`{key}`: {kind} needs {' and '.join(sorted(missing))}.")
-    if kind.startswith("categorical"):
-        values, weights = settings["values"], settings.get("probabilities")
-        if not isinstance(values, list) or not values:
-            raise MisconfigurationException(f"`{key}.values` must be a list with something in it, found {values!r}.")
-        if weights is not None and (len(weights) != len(values) or not math.isclose(sum(weights), 1)):
-            raise MisconfigurationException(f"`{key}.probabilities` must be {len(values)} numbers whose sum is 1.")
-        return
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_values(settings: Mapping[str, Any], key: str) -> None:
+    values, weights = settings["values"], settings.get("probabilities", [])
+    if not isinstance(values, list) or not values:
+        raise MisconfigurationException(f"`{key}.values` must be a list with something in it, found {values!r}.")
+    if "probabilities" in settings:
+        numbers = isinstance(weights, list) and all(_is_number(weight) and weight >= 0 for weight in weights)
+        if not numbers or len(weights) != len(values) or abs(sum(weights) - 1) > 1e-5:
+            raise MisconfigurationException(
+                f"`{key}.probabilities` must be {len(values)} numbers whose sum is 1, found {weights!r}."
+            )
+
+
+def _check_numbers(kind: str, settings: Mapping[str, Any], key: str) -> None:
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise MisconfigurationException(f"`{key}.{name}` must be a number, found {value!r}; YAML wants 1.0e-3.")
+        if not _is_number(value) or (kind == "int_uniform" and not isinstance(value, int)):
+            what = "a whole number" if kind == "int_uniform" else "a number"
+            raise MisconfigurationException(
+                f"`{key}.{name}` must be {what} for {kind}, found {value!r}; YAML wants 1.0e-3."
+            )
+        if name in ("sigma", "a", "b") and value < 0:
+            raise MisconfigurationException(f"`{key}.{name}` must not be below 0, found {value}.")
     if "min" in settings and not settings["min"] < settings["max"]:
-        raise MisconfigurationException(f"`{key}`: min {spec['min']} is not below max {spec['max']}.")
+        raise MisconfigurationException(f"`{key}`: min {settings['min']} is not below max {settings['max']}.")
     if kind.endswith("values") and settings["min"] <= 0:
         raise MisconfigurationException(f"`{key}.min` must be above 0 for {kind}, found {settings['min']}.")
     if settings.get("q", 1) <= 0:

@@ -126,7 +126,7 @@ def _parameters(content: Any, above: tuple[str, ...]) -> Iterable[tuple[tuple[st
             check_keys(spec, ("parameters",), key)
             yield from _parameters(spec["parameters"], (*above, name))
         else:
-            yield (*above, name), Distribution.of(spec, key)
+            yield (*above, name), Distribution.of(spec, key, nested=bool(above))
 
 
 def _run_cap(run_cap: Any) -> int | None:

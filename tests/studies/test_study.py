@@ -128,7 +128,10 @@ def test_values_that_python_wrote(written, read):
         ({"parameters": {"a": {"values": []}}}, "`parameters.a.values` must be a list with something in it"),
         ({"parameters": {"a": {}}}, "says nothing to take"),
         ({"parameters": {"a": {"min": 1, "max": 0}}}, "min 1 is not below max 0"),
-        ({"parameters": {"a": {"min": 1, "max": 2.5}}}, "both be whole numbers or both be fractions"),
+        (
+            {"parameters": {"a": {"min": "1e-3", "max": 2.5}}},
+            "`parameters.a.min` must be a number for uniform.* 1.0e-3",
+        ),
         ({"parameters": {"a": {"min": 0.1, "max": 1.0}}}, "a grid takes value, values, int_uniform and q_uniform"),
         ({"parameters": {"a": {"distribution": "unifrom"}}}, "not known; did you mean 'uniform'"),
         ({"parameters": {"a": {"distribution": "uniform", "min": "1e-3", "max": 1}}}, "YAML wants 1.0e-3"),
@@ -190,7 +193,7 @@ def test_files_that_are_no_study(tmp_path):
     ],
 )
 def test_distributions(spec, low, high, mean):
-    distribution, rng = Distribution.of(spec, "a"), random.Random(0)
+    distribution, rng = Distribution.of(spec, "a", nested=True), random.Random(0)
     draws = [distribution.draw(rng) for _ in range(4000)]
     assert low <= min(draws)
     assert max(draws) <= high
