@@ -3,6 +3,7 @@
 import concurrent.futures
 import io
 import time
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint with ``weights_only=True`` onto the CPU.
 
     Raises:
-        MisconfigurationException: if the file is missing, torn, or was not written by fedlight.
+        MisconfigurationException: if the file is missing, torn or damaged, or was not written by fedlight.
     """
     if not path.is_file():
         raise MisconfigurationException(f"ckpt_path={str(path)!r} does not exist. Give a file, 'last' or 'best'.")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums
+            if (damaged := parts.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise MisconfigurationException(
-            f"ckpt_path={str(path)!r} cannot be read ({type(error).__name__}): it is torn or is no checkpoint."
+            f"ckpt_path={str(path)!r} cannot be read ({type(error).__name__}): it is torn, damaged or no checkpoint."
             " Another checkpoint of the same run may be whole."
         ) from error
     if not isinstance(checkpoint, dict) or "fedlight" not in checkpoint:

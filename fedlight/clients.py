@@ -1,15 +1,16 @@
-"""What is kept for each client between rounds, in memory or in memory-mapped rows on disk."""
+"""What is kept for each client between rounds, in memory or in rows of files."""
 
-import math
+import os
 import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from fedlight.run_folder import writing
 
 State = dict[str, Tensor]
 Where = Literal["auto", "device", "cpu", "disk"]
@@ -84,11 +85,14 @@ class ClientStore:
 
 
 class DiskClientStore(ClientStore):
-    """Rows in memory-mapped files: memory holds only what is being read.
+    """Rows in files: memory holds only what is being read.
+
+    Files are read and written, not mapped into memory: a disk that is full or gone is then an error and no signal.
 
     A row is never overwritten while a checkpoint may refer to it: a put goes to a free slot, and the slot that it
     replaces is free again once the next checkpoint is on disk. So a run that is killed at any time resumes from its
-    last checkpoint. Each row has a checksum, by which an older checkpoint is refused whose rows have been overwritten.
+    last checkpoint. A checkpoint holds the checksum of each row, by which rows are refused that have been overwritten
+    since, or damaged.
 
     Args:
         folder: where the files lie; part of the run's checkpoint.
@@ -109,17 +113,15 @@ class DiskClientStore(ClientStore):
         slot = self._slots.get(part, {}).get(client)
         if slot is None:
             return None
-        state = {}
-        for name, (dtype, shape) in self._shapes[part].items():
-            row = torch.from_numpy(np.array(self._map(part, name, slot + 1, "r")[slot]))
-            state[name] = row.view(getattr(torch, dtype)).view(shape).to(self.device)
-        return state
+        return {name: value.to(self.device) for name, value in self._read(part, slot).items()}
 
     def put(self, client: int, part: str, state: State) -> None:
         """Write a client's rows of one part to a free slot."""
         if not state:
             return
         slots, free = self._slots.setdefault(part, {}), self._free.setdefault(part, [])
+        # Later on the files are there, or their rows are lost: a new file would read as zeros for the other clients.
+        mode = "r+b" if part in self._shapes else "wb"
         if part not in self._shapes:
             self._shapes[part] = {k: (str(v.dtype).split(".")[1], list(v.shape)) for k, v in state.items()}
         retired = self._retired.setdefault(part, [])
@@ -127,33 +129,39 @@ class DiskClientStore(ClientStore):
         if client in slots:
             retired.append(slots[client])
         slots[client] = slot
-        checksum = client
-        for name, value in state.items():
-            row = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            self._map(part, name, slot + 1, "r+")[slot] = row
-            checksum = zlib.crc32(row.data, checksum)
-        self._checksums(part, slot + 1, "r+")[slot] = checksum
-        self._sums.setdefault(part, {})[client] = checksum
+        rows = {name: _bytes(state[name]) for name in self._shapes[part]}
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, row in rows.items():
+                with self._file(part, name).open(mode) as file:
+                    file.seek(slot * len(row))
+                    file.write(row.data)
+        self._sums.setdefault(part, {})[client] = _checksum(client, rows.values())
 
     def clients(self) -> list[int]:
         """Clients that have state, in order."""
         return sorted({i for slots in self._slots.values() for i in slots})
 
-    def _map(self, part: str, name: str, rows: int, mode: Literal["r", "r+"]) -> Any:
-        """The rows of one tensor, as bytes ``[slots, bytes of a row]``."""
-        dtype, shape = self._shapes[part][name]
-        row_bytes = getattr(torch, dtype).itemsize * math.prod(shape)
-        return _open(self._folder / f"{part}.{name}.bin", row_bytes, rows, mode)
+    def _file(self, part: str, name: str) -> Path:
+        return self._folder / f"{part}.{name}.bin"
 
-    def _checksums(self, part: str, rows: int, mode: Literal["r", "r+"]) -> Any:
-        return _open(self._folder / f"{part}.crc32", 4, rows, mode).view(np.uint32)[:, 0]
+    def _read(self, part: str, slot: int) -> State:
+        """What a slot holds, in main memory."""
+        state = {name: torch.empty(shape, dtype=getattr(torch, d)) for name, (d, shape) in self._shapes[part].items()}
+        with writing(self._folder):
+            for name, value in state.items():
+                with self._file(part, name).open("rb") as file:
+                    file.seek(slot * value.nbytes)
+                    if file.readinto(_bytes(value)) < value.nbytes:
+                        raise OSError(f"{file.name} has lost its end")
+        return state
 
     def state_dict(self) -> dict[str, Any]:
         """Which slot holds which client; the rows themselves stay in the files, which are synced."""
-        for part, shapes in self._shapes.items():
-            for name in shapes:
-                self._map(part, name, 1, "r+").flush()
-            _open(self._folder / f"{part}.crc32", 4, 1, "r+").flush()
+        with writing(self._folder):
+            for path in (self._file(part, name) for part, shapes in self._shapes.items() for name in shapes):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         return {
             "where": "disk",
             "slots": {part: dict(sorted(s.items())) for part, s in self._slots.items()},
@@ -166,7 +174,7 @@ class DiskClientStore(ClientStore):
         """Restore :meth:`state_dict`; rows that the checkpoint holds itself are written to disk.
 
         Raises:
-            ValueError: if rows are missing, or have been overwritten since.
+            ValueError: if rows are missing, damaged, or have been overwritten since.
         """
         if state["where"] == "memory":
             for client, row in state["rows"].items():
@@ -180,21 +188,20 @@ class DiskClientStore(ClientStore):
         self._retired = {}
         first = self._folder.parent / "rank0"  # all processes have the same rows
         if not self._folder.exists() and first.exists():
-            shutil.copytree(first, self._folder)
+            with writing(self._folder):
+                shutil.copytree(first, self._folder)
         for part in self._shapes:
             self._verify(part)
 
     def _verify(self, part: str) -> None:
-        files = [self._folder / f"{part}.crc32", *(self._folder / f"{part}.{n}.bin" for n in self._shapes[part])]
-        if lacking := [str(path) for path in files if not path.exists()]:
+        if lacking := [str(f) for name in self._shapes[part] if not (f := self._file(part, name)).exists()]:
             raise ValueError(f"ckpt_path: its clients' state is on disk, and {lacking[0]} is missing.")
-        clients, slots = list(self._slots[part]), list(self._slots[part].values())
-        found = self._checksums(part, max(slots) + 1, "r+")[slots].tolist()
-        changed = [i for i, crc in zip(clients, found, strict=True) if crc != self._sums[part][i]]
+        rows = ((i, map(_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
+        changed = [i for i, row in rows if _checksum(i, row) != self._sums[part][i]]
         if changed:
             raise ValueError(
-                f"ckpt_path: the run went on after this checkpoint, and the state of clients {changed[:5]} on disk has"
-                " been overwritten since. Continue from `last`."
+                f"ckpt_path: the state of clients {changed[:5]} on disk is not what this checkpoint was written with:"
+                " it has been overwritten as the run went on, or the files are damaged. Continue from `last`."
             )
 
     def committed(self) -> None:
@@ -204,13 +211,15 @@ class DiskClientStore(ClientStore):
             retired.clear()
 
 
-def _open(path: Path, row_bytes: int, rows: int, mode: Literal["r", "r+"]) -> Any:
-    if mode == "r+":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            if file.tell() < rows * row_bytes:
-                file.truncate(rows * row_bytes)
-    return np.memmap(path, np.uint8, mode, shape=(path.stat().st_size // max(1, row_bytes), row_bytes))
+def _bytes(value: Tensor) -> Any:
+    """A tensor's bytes, as an array that shares its memory where it is contiguous and in main memory."""
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _checksum(client: int, rows: Iterable[Any]) -> int:
+    for row in rows:
+        client = zlib.crc32(row.data, client)
+    return client
 
 
 def _own(tensor: Tensor) -> Tensor:

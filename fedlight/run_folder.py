@@ -159,6 +159,9 @@ def unwritable(path: Path, error: OSError) -> MisconfigurationException:
     """The error for a folder that cannot be written to."""
     reason = {
         errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the quota is used up",
+        errno.ENOENT: "a folder or file is gone",
+        errno.EMFILE: "too many files are open; `ulimit -n` allows more",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission is denied",
         errno.EPERM: "permission is denied",

@@ -4,17 +4,20 @@ import errno
 import io
 import os
 import pathlib
+import random
 import threading
 import time
+import zipfile
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
+from torch.utils._pytree import tree_flatten
 
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.fedprox import FedProx
@@ -308,7 +311,39 @@ def test_a_missing_checkpoint(run):
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"x" * 100, lambda b: b[:-1]])
 def test_a_torn_checkpoint(run, damage):
     run[1].write_bytes(damage(run[1].read_bytes()))
-    refused(run, r"last.ckpt' cannot be read \(.*\): it is torn or is no checkpoint")
+    refused(run, r"last.ckpt' cannot be read \(.*\): it is torn, damaged or no checkpoint")
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(run):
+    """All parts of the file: what is not found, as in the space between tensors, is not read either."""
+    whole, rng = run[1].read_bytes(), random.Random(0)
+    expected, found = torch.load(run[1], weights_only=True), 0
+    leaves, spec = tree_flatten(expected)
+    for _ in range(400):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        run[1].write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(run[1])
+        except MisconfigurationException:
+            found += 1
+            continue
+        same, structure = tree_flatten(loaded)
+        assert structure == spec
+        assert all(torch.equal(a, b) if isinstance(b, Tensor) else a == b for a, b in zip(same, leaves, strict=True))
+    assert found > 100
+
+
+def test_every_flipped_bit_of_a_tensor_is_found(run):
+    whole = run[1].read_bytes()
+    with zipfile.ZipFile(run[1]) as parts:
+        tensors = [i for i in parts.infolist() if "/data/" in i.filename and i.file_size]
+        contents = [parts.read(info) for info in tensors]
+    for info, content in zip(tensors, contents, strict=True):
+        damaged = bytearray(whole)
+        damaged[whole.index(content, info.header_offset) + len(content) // 2] ^= 4
+        run[1].write_bytes(damaged)
+        refused(run, r"last.ckpt' cannot be read \(ValueError\): it is torn, damaged or no checkpoint")
 
 
 def test_something_else_than_a_checkpoint_of_fedlight(run, tmp_path):

@@ -1,8 +1,15 @@
 """Client stores: memory and disk agree, and disk survives being killed at any time."""
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.clients import ClientStore, DiskClientStore, client_store, mean_update
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
@@ -91,12 +98,80 @@ def test_an_older_checkpoint_whose_rows_are_gone_is_refused(tmp_path):
             store.put(client, "latest", {"params": seeded(4, seed=10 * time + client)})
         checkpoints.append(store.state_dict())
         store.committed()
-    with pytest.raises(ValueError, match="clients \\[0, 1\\] on disk has been overwritten since. Continue from `last`"):
+    with pytest.raises(ValueError, match="clients \\[0, 1\\] on disk is not what .* Continue from `last`"):
         DiskClientStore(tmp_path).load_state_dict(checkpoints[0])
     DiskClientStore(tmp_path).load_state_dict(checkpoints[2])
     (tmp_path / "latest.params.bin").unlink()
     with pytest.raises(ValueError, match="latest.params.bin is missing"):
         DiskClientStore(tmp_path).load_state_dict(checkpoints[2])
+
+
+def test_a_flipped_bit_of_a_row_is_found(tmp_path):
+    store = DiskClientStore(tmp_path)
+    for client in range(3):
+        store.put(client, "latest", state(client, 1))
+    checkpoint, file = store.state_dict(), tmp_path / "latest.h.bin"
+    whole = file.read_bytes()
+    for at in range(24, 48, 5):  # the row of client 1: six float32
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="the state of clients \\[1\\] on disk is not what this checkpoint"):
+            DiskClientStore(tmp_path).load_state_dict(checkpoint)
+    file.write_bytes(whole[:-1])
+    with pytest.raises(MisconfigurationException, match="latest.h.bin has lost its end"):
+        DiskClientStore(tmp_path).load_state_dict(checkpoint)
+
+
+def test_a_state_of_zero_elements(tmp_path):
+    """As FedBN's of a model without BatchNorm."""
+    store = DiskClientStore(tmp_path / "clients")
+    for value in (torch.zeros(0), torch.zeros(0, 3, dtype=torch.int64)):
+        store.put(2, "algorithm", {"local": value, "none": value})
+        assert same(store.get(2, "algorithm"), {"local": value, "none": value})
+        resumed = DiskClientStore(tmp_path / "clients")
+        resumed.load_state_dict(store.state_dict())
+        assert same(resumed.get(2, "algorithm"), {"local": value, "none": value})
+        store = DiskClientStore(tmp_path / "others")
+    trainer = quiet_trainer(tmp_path, algorithm=FedBN(), client_state="disk", max_rounds=1)
+    with pytest.warns(UserWarning, match="BatchNorm"):
+        trainer.fit(Regression(), Clients())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE])
+def test_a_disk_that_fills_while_a_row_is_written(tmp_path, monkeypatch, number):
+    store = DiskClientStore(tmp_path)
+    store.put(0, "latest", state(0, 0))
+    before, real = store.state_dict(), Path.open
+
+    def full(path, mode="r", *args, **kwargs):
+        if "+" in mode:
+            raise OSError(number, os.strerror(number))
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    said = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "quota", errno.EMFILE: "too many files are open"}[number]
+    with pytest.raises(MisconfigurationException, match=f"cannot write to {tmp_path}: .*{said}"):
+        store.put(1, "latest", state(1, 0))
+    DiskClientStore(tmp_path).load_state_dict(before)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_device_without_room_is_an_error_and_no_signal(tmp_path):
+    store = DiskClientStore(tmp_path)
+    for name in ("h", "count", "flag"):
+        (tmp_path / f"latest.{name}.bin").symlink_to("/dev/full")
+    with pytest.raises(MisconfigurationException, match="the disk is full"):
+        store.put(0, "latest", state(0, 0))
+
+
+def test_a_folder_that_is_deleted_is_not_begun_anew(tmp_path):
+    """A new file would be zeros where the rows of the other clients were."""
+    store = DiskClientStore(tmp_path / "clients")
+    for client in range(3):
+        store.put(client, "latest", state(client, 0))
+    shutil.rmtree(tmp_path / "clients")
+    for use in (lambda: store.get(1, "latest"), lambda: store.put(2, "latest", state(2, 1)), store.state_dict):
+        with pytest.raises(MisconfigurationException, match="a folder or file is gone"):
+            use()
 
 
 def test_rows_in_a_checkpoint_go_to_disk_but_not_the_other_way(tmp_path):

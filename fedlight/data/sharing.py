@@ -51,15 +51,17 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
 
 def _write(tensors: list[Tensor]) -> str | None:
     """The file; None where there is no room for it."""
-    descriptor, path = tempfile.mkstemp(prefix="fedlight-data-")
+    path = ""
     try:
+        descriptor, path = tempfile.mkstemp(prefix="fedlight-data-")
         with os.fdopen(descriptor, "wb") as file:
             for tensor, begin in zip(tensors, _offsets(tensors), strict=False):
                 file.seek(begin)
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             file.truncate(_offsets(tensors)[-1])
     except OSError:
-        os.unlink(path)
+        if path:
+            os.unlink(path)
         return None
     return path
 

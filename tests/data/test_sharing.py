@@ -54,3 +54,8 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(sharing, "_offsets", full)
     assert sharing._write([torch.zeros(3)]) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_folder_for_temporary_files(monkeypatch):
+    monkeypatch.setattr(sharing.tempfile, "tempdir", "/nowhere")
+    assert sharing._write([torch.zeros(3)]) is None
