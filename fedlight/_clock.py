@@ -81,6 +81,8 @@ class RoundClock:
 
 def start_profiler(profiler: Profiler, folder: Path | None, rank: int, cleanup: ExitStack) -> Profiler:
     """Begin to profile a fit; at its end the report goes to ``<folder>/fit-profile-<rank>.txt``, or to the log."""
+    if isinstance(profiler, PassThroughProfiler):  # its report would be an empty file
+        return profiler
     if profiler.filename is None and folder is not None:
         profiler.filename = "profile"
     profiler.setup("fit", rank, None if folder is None else str(folder))

@@ -18,11 +18,12 @@ from fedlight._float32 import float32_products
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
 from fedlight._processors import choose_threads, resolve_devices
+from fedlight._resume import decided, read_checkpoint
 from fedlight._setup import be_deterministic, local_training, make_fabric
 from fedlight._signals import deferred_signals
 from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_checkpoint, write_summary
 from fedlight._views import Views
-from fedlight.checkpoint import CheckpointWriter, check_state_dict, load_checkpoint
+from fedlight.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.pooled import PooledData
@@ -164,45 +165,27 @@ class Session:
 
     def _open_folder(self) -> dict[str, Any] | None:
         """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
-        trainer, wanted = self.trainer, self._ckpt_path
-        checkpoint = None
-        if wanted is not None:
-            if wanted in ("last", "best"):
-                found = RunFolder(trainer.run_dir) if trainer.run_dir else None
-                if found is None or not found.checkpoint(str(wanted)).exists():
-                    found = RunFolder.latest(trainer.default_root_dir, trainer.name, str(wanted))
-                self.folder, self._path = found, found.checkpoint(str(wanted))
-            else:
-                self._path = Path(wanted)
-                run = self._path.resolve().parent.parent
-                self.folder = RunFolder(run) if (run / "checkpoints").is_dir() else None
-            checkpoint = load_checkpoint(self._path)
+        trainer, checkpoint = self.trainer, None
+        if self._ckpt_path is not None:
+            checkpoint, self._path, self.folder = read_checkpoint(self, self._ckpt_path)
         if self.command != "fit" or trainer.fast_dev_run:
             return checkpoint
-        folder = self._take_folder()
-        ids = {} if checkpoint is None else checkpoint["fedlight"]["loggers"]
+        trainer.run_dir = folder = decided(self.fabric, self._take_folder)
+        self.folder = self.folder or RunFolder(folder)
+        # A run in a folder of its own is one of its own for W&B, too.
+        ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
         if self._is_zero:
             name = f"{trainer.method_name}-seed{trainer.seed}"
             self.loggers = make_loggers(self.settings["logger"], folder, ids, name)
         return checkpoint
 
     def _take_folder(self) -> Path:
-        """Make the run's folder if there is none yet, and lock it; where that fails, it fails in every process."""
-        trainer, failure = self.trainer, None
-        if self._is_zero:
-            try:
-                if self.folder is None:
-                    self.folder = RunFolder.create(trainer.default_root_dir, trainer.name)
-                    self._created = True
-                self.folder.lock()
-                self._cleanup.callback(self.folder.unlock)
-            except MisconfigurationException as error:
-                failure = str(error)
-        path, failure = self.fabric.broadcast((Path() if self.folder is None else self.folder.path, failure))
-        if failure is not None:
-            raise MisconfigurationException(failure)
-        self.folder = self.folder or RunFolder(path)
-        trainer.run_dir = self.folder.path
+        """Make the run's folder if there is none yet, and lock it."""
+        if self.folder is None:
+            self.folder = RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
+            self._created = True
+        self.folder.lock()
+        self._cleanup.callback(self.folder.unlock)
         return self.folder.path
 
     @property
@@ -224,6 +207,7 @@ class Session:
             self.module.train()
         if self._checkpoint is not None and self.loggers and isinstance(self.loggers[0], MetricsCSV):
             self.loggers[0].resume(trainer.current_round)
+        self._first_round = trainer.current_round
         define_round_axis(self.loggers)
         self.hooks("on_fit_start")
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
@@ -240,7 +224,9 @@ class Session:
         self.views.load("server")
         self.hooks("on_train_end")
         self._finished = True
-        if self.folder is not None and self._is_zero:
+        if self.folder is None or not self._is_zero:
+            return
+        if self.trainer.current_round > self._first_round or not (self.folder.path / "summary.json").exists():
             with writing(self.folder.path):
                 write_summary(self, time.perf_counter() - self._started)
 
@@ -250,6 +236,8 @@ class Session:
         if error is not None:
             for callback in self.trainer.callbacks:
                 callback.on_exception(self.trainer, self.module, error)  # type: ignore[arg-type]
+            if isinstance(error, FloatingPointError) and self.folder and self.folder.checkpoint("last").exists():
+                error.args = (f"{error} The last checkpoint is whole: {self.folder.checkpoint('last')}",)
         self._cleanup.close()
         self.datamodule.teardown(self.command)
         for callback in self.trainer.callbacks:

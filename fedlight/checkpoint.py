@@ -25,6 +25,7 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save(_on_cpu(checkpoint), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, buffer.getbuffer())  # no copy of what may be gigabytes
 
 

@@ -159,8 +159,8 @@ class Federation:
         bad = [r.client for r, ok in zip(results, flags, strict=True) if not ok]
         if len(bad) == len(results):
             raise FloatingPointError(
-                f"round {self.state.round}: the update of every client ({bad}) is NaN or infinite. The last checkpoint"
-                " is whole. Lower the learning rate, or set trainer.gradient_clip_val."
+                f"round {self.state.round}: the update of every client ({bad}) is NaN or infinite."
+                " Lower the learning rate, or set trainer.gradient_clip_val."
             )
         if bad:
             rank_zero_warn(f"round {self.state.round}: left out clients {bad}, whose update is NaN or infinite.")

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._above: list[Path] = []
 
     @classmethod
     def create(cls, root: Path, name: str) -> "RunFolder":
@@ -33,35 +34,46 @@ class RunFolder:
             MisconfigurationException: if the folder cannot be written to.
         """
         parent = root / name
+        above = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         try:
-            parent.mkdir(parents=True, exist_ok=True)
             while True:
+                parent.mkdir(parents=True, exist_ok=True)
                 path = parent / f"version_{max(versions(parent), default=-1) + 1}"
-                try:
+                # Another run may have taken it in between, or failed and removed the folder above.
+                with suppress(FileExistsError, FileNotFoundError):
                     path.mkdir()
                     break
-                except FileExistsError:  # another run took it in between
-                    continue
-            (path / "checkpoints").mkdir()
-            (path / "plots").mkdir()
         except OSError as error:
             raise unwritable(parent, error) from error
-        return cls(path)
+        for version in versions(parent):
+            cls(parent / f"version_{version}").remove_unfinished()
+        folder = cls(path)
+        folder._above = above
+        return folder
 
     @classmethod
-    def latest(cls, root: Path, name: str, checkpoint: str) -> "RunFolder":
-        """The newest version below ``root/name`` that holds ``checkpoints/<checkpoint>.ckpt``.
+    def newest(cls, root: Path, name: str, checkpoint: str, own: Path | None = None) -> "RunFolder":
+        """The newest version below ``root/name``, or a trainer's ``own`` run; it has ``checkpoints/<checkpoint>.ckpt``.
 
         Raises:
-            MisconfigurationException: if there is none.
+            MisconfigurationException: if it has not. An older run is never taken in its place.
         """
-        for version in sorted(versions(root / name), reverse=True):
-            path = root / name / f"version_{version}"
-            if (path / "checkpoints" / f"{checkpoint}.ckpt").exists():
-                return cls(path)
+        runs = [cls(root / name / f"version_{version}") for version in reversed(versions(root / name))]
+        run = cls(own) if own is not None else next(iter(runs), None)
+        if run is None:
+            raise MisconfigurationException(
+                f"ckpt_path={checkpoint!r}: no run below {root / name} has a checkpoint of that name."
+                " Check trainer.default_root_dir and trainer.name, or give the path of a file."
+            )
+        if run.checkpoint(checkpoint).exists():
+            return run
+        held = sorted(run.checkpoint(checkpoint).parent.glob("*.ckpt"))
+        others = (file for other in runs if (file := other.checkpoint(checkpoint)).exists())
+        older = next((f" The newest run that has one is another: ckpt_path={file}." for file in others), "")
         raise MisconfigurationException(
-            f"ckpt_path={checkpoint!r}: no run below {root / name} has a checkpoint of that name."
-            " Check trainer.default_root_dir and trainer.name, or give the path of a file."
+            f"ckpt_path={checkpoint!r}: {'the newest run' if own is None else 'the run of this trainer'}, {run.path},"
+            f" has no checkpoint of that name{' yet; it is still training' if is_locked(run.path) else ''}."
+            f" {f'It has ckpt_path={held[-1]}' if held else 'To begin it anew, fit without ckpt_path'}.{older}"
         )
 
     def lock(self) -> None:
@@ -76,6 +88,7 @@ class RunFolder:
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()}\n")  # found out now if nothing can be written
             self._lock.flush()
+            self.remove_unfinished(held=True)
         except BlockingIOError as error:
             self.unlock()
             raise MisconfigurationException(
@@ -99,11 +112,31 @@ class RunFolder:
             )
 
     def discard_if_unused(self) -> bool:
-        """Remove the folder of a run that ended before its first round; whether it was removed."""
-        if (self.path / "metrics.csv").exists():
+        """Remove the folder of a run that ended before its first round, and those made for it; whether it was."""
+        if self.rounds() or any(self.path.glob("checkpoints/*.ckpt")):
             return False
         shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # something else may be in them by now
+            for folder in self._above:
+                folder.rmdir()
         return True
+
+    def rounds(self) -> int:
+        """Rounds that ``metrics.csv`` has; at least 1 where it cannot be read."""
+        try:
+            return max(0, (self.path / "metrics.csv").read_bytes().count(b"\n") - 1)
+        except FileNotFoundError:
+            return 0
+        except OSError:
+            return 1
+
+    def remove_unfinished(self, held: bool = False) -> None:
+        """Remove files that a killed run was writing, unless another run has the folder."""
+        files = [file for pattern in (".*.tmp", "*/.*.tmp") for file in self.path.glob(pattern)]
+        if files and (held or not is_locked(self.path)):
+            with suppress(OSError):
+                for file in files:
+                    file.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let go of the folder."""
@@ -118,6 +151,18 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file at once or not at all."""
         atomic_write(self.path / name, json.dumps(content, indent=2, allow_nan=True).encode())
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a process holds the folder of a run."""
+    try:
+        with (run / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def versions(parent: Path) -> list[int]:

@@ -1,6 +1,5 @@
 """Reads what runs have left behind, whole or not."""
 
-import fcntl
 import json
 import math
 import re
@@ -14,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight._arguments import dotted
 from fedlight.loggers import read_metrics
-from fedlight.run_folder import versions
+from fedlight.run_folder import is_locked, versions
 
 Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign"]
 
@@ -99,7 +98,7 @@ def _below(folder: Path) -> Iterator[Run]:
 def _is_run(folder: Path) -> bool:
     names = ("config.yaml", "metrics.csv", "summary.json")
     return any((folder / name).is_file() for name in names) or (
-        re.fullmatch(r"version_\d+", folder.name) is not None and (folder / "checkpoints").is_dir()
+        re.fullmatch(r"version_\d+", folder.name) is not None and (folder / ".lock").is_file()
     )
 
 
@@ -156,7 +155,7 @@ def _torn(run: Run, detail: str) -> Run:
 
 
 def _unfinished(run: Run) -> Run:
-    run.status = "running" if _is_locked(run.path / ".lock") else "interrupted"
+    run.status = "running" if is_locked(run.path) else "interrupted"
     run.detail = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
     return run
 
@@ -171,17 +170,6 @@ def _other_version(summary: dict[str, Any]) -> str:
     return (
         "" if ours == theirs or "unknown" in str(written) else f"written by fedlight {written}; this is {__version__}"
     )
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -62,8 +62,8 @@ class RunSlot:
         return None
 
     def resumable(self) -> bool:
-        """Whether there is a checkpoint to continue from."""
-        return any((self.path / f"version_{v}" / "checkpoints" / "last.ckpt").exists() for v in versions(self.path))
+        """Whether the newest version, which counts, has a checkpoint to continue from."""
+        return any((self.path / f"version_{v}/checkpoints/last.ckpt").exists() for v in versions(self.path)[-1:])
 
     def record(self, command: Sequence[str], **result: Any) -> None:
         """Write ``run.json``."""

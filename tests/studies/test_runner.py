@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedlight.studies.folder import RunSlot, log_tail
-from fedlight.studies.plan import plan
+from fedlight.studies.plan import PlannedRun, plan
 from fedlight.studies.runner import StudyRunner
 from tests.studies.helpers import read, run, write_study
 
@@ -206,3 +206,13 @@ def test_the_end_of_a_log(tmp_path):
     log.write_text("fine\nlast words\n\n")
     assert log_tail(log) == "last words"
     assert log_tail(tmp_path / "none") == ""
+
+
+def test_only_the_newest_version_of_a_run_is_continued(tmp_path):
+    slot = RunSlot(PlannedRun({}, "run", "run"), tmp_path)
+    assert not slot.resumable()
+    (tmp_path / "run" / "version_0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").touch()
+    assert slot.resumable()
+    (tmp_path / "run" / "version_1").mkdir()  # the report counts the newest, too
+    assert not slot.resumable()
