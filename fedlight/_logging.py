@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -148,6 +149,25 @@ class LogCollector:
         for name, (total, weight) in self.sums().items():
             out[name] = total / weight if self.reduction(name) == "mean" else total
         return out
+
+
+def batch_size(batch: Any) -> int:
+    """The number of samples of a batch: the weight of what is logged for it; 1 where it cannot be told.
+
+    Graphs of PyTorch Geometric are counted. All else goes by Lightning's rules: the length of the first tensor in
+    mappings, sequences and dataclasses, however nested, with a warning where another tensor has another length.
+    """
+    if type(batch) in (list, tuple):  # the common case, at once
+        sizes = {part.size(0) if isinstance(part, Tensor) and part.ndim else None for part in batch}
+        if len(sizes) == 1 and (size := sizes.pop()) is not None:
+            return size
+    for part in batch if isinstance(batch, list | tuple) else (batch,):
+        if isinstance(graphs := getattr(part, "num_graphs", None), int):
+            return graphs
+    try:
+        return extract_batch_size(batch)
+    except (MisconfigurationException, NotImplementedError):  # the latter where a graph has several kinds of nodes
+        return 1
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.wrappers import is_wrapped
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from fedlight._logging import batch_size
 
 if TYPE_CHECKING:
     from fedlight.callbacks.penalty import Penalty
@@ -132,8 +133,7 @@ class PenalizedStep:
         for observation in self._observations:
             metrics |= observation.penalty.metrics(observation.measured)
         # Lightning infers the size of a batch too, and stops where it cannot.
-        sizes = [leaf.size(0) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": sizes[0] if sizes else 1}
+        options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": batch_size(batch)}
         log = cast(Callable[..., None], self.module.log)
         for name, value in metrics.items():
             log(name, value.detach(), **options)

@@ -1,6 +1,6 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -99,7 +99,7 @@ def _try_one_batch(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
             f" {_shapes(batch)}: {type(error).__name__}: {error}"
         ) from error
-    loss = loss.get("loss") if isinstance(loss, dict) else loss
+    loss = loss.get("loss") if isinstance(loss, Mapping) else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise MisconfigurationException(
             f"model: {type(module).__name__}.training_step must return a scalar loss or a dictionary with one under"
@@ -178,6 +178,6 @@ def _shapes(batch: Any) -> str:
         return f"{batch.dtype} {tuple(batch.shape)}".replace("torch.", "")
     if isinstance(batch, list | tuple):
         return "(" + ", ".join(_shapes(b) for b in batch) + ")"
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return "{" + ", ".join(f"{k}: {_shapes(v)}" for k, v in batch.items()) + "}"
     return type(batch).__name__

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 
+from fedlight._logging import batch_size
 from fedlight._preflight import first_samples, trial_step
 from fedlight.engines.plan import num_batches
-from fedlight.engines.step import batch_size
 from fedlight.evaluation import evaluating
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fedlight._logging import LogCollector, collecting_logs
+from fedlight._logging import LogCollector, batch_size, collecting_logs
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.plan import num_batches
-from fedlight.engines.slot import batch_size, call_step, transfer_function
+from fedlight.engines.slot import call_step, transfer_function
 
 Stage = Literal["validation", "test"]
 _Logged = dict[str, tuple[Tensor, Tensor, str]]

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from fedlight._logging import batch_size
 from fedlight.data.arrays import ArrayDataset
 from fedlight.seeding import generator, preserved_global_rng
 
@@ -116,9 +117,10 @@ def _of_iterable(
     for number, batch in enumerate(data):
         if left <= 0:
             break
-        size = int(extract_batch_size(batch))
+        size = batch_size(batch)
         if size > left:
-            batch, size = _cut(batch, size, int(left)), int(left)
+            batch = _cut(batch, size, int(left))
+            size = batch_size(batch)  # graphs stay together
         left -= size
         if number % world_size == rank:
             kept.append(move(batch))
@@ -127,11 +129,11 @@ def _of_iterable(
 
 
 def _cut(batch: Any, size: int, left: int) -> Any:
-    def first(leaf: Any) -> Any:
-        return leaf[:left] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+    def first(leaf: Tensor) -> Tensor:
+        return leaf[:left] if leaf.ndim and len(leaf) == size else leaf
 
-    return tree_map(first, batch)
+    return apply_to_collection(batch, Tensor, first)
 
 
 def _mover(device: torch.device) -> Callable[[Any], Any]:
-    return lambda batch: tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, batch)
+    return lambda batch: move_data_to_device(batch, device)

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
+from fedlight._logging import batch_size
 from fedlight.analysis.memory import free_memory, graph_bytes
 
 Block = tuple[int, ...]
@@ -85,7 +85,7 @@ class HessianOperator:
         if len(kinds) > 1:
             raise ValueError(f"The parameters must share one data type and device, found {sorted(map(str, kinds))}.")
         self._loss, self._reduce, self._settings, self._explain = loss, reduce, settings, explain
-        self._sizes = [extract_batch_size(b) for b in batches] if sizes is None else list(sizes)
+        self._sizes = [batch_size(b) for b in batches] if sizes is None else list(sizes)
         self._lengths = [p.numel() for p in self.parameters]
         self._everything: Block = tuple(range(len(self.parameters)))
         self._graph_memory = graph_memory

@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from lightning.fabric.wrappers import is_wrapped
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
 from fedlight._float32 import float32_products
 from fedlight._logging import LogCollector, collecting_logs
@@ -77,7 +77,7 @@ class TaskLoss:
             NoSecondDerivativeError: if a part of it can be differentiated once only.
         """
         torch.manual_seed(index)
-        loss = task_loss(self.module, tree_map(self._convert, batch), index)
+        loss = task_loss(self.module, apply_to_collection(batch, Tensor, self._convert), index)
         if not self._checked and loss.requires_grad:
             self._checked = True
             if names := differentiable_once(loss):
@@ -87,7 +87,7 @@ class TaskLoss:
 
     def explain(self, error: RuntimeError, batch: Any, index: int) -> Exception:
         """An error that names the layers at fault."""
-        converted = tree_map(self._convert, batch)
+        converted = apply_to_collection(batch, Tensor, self._convert)
         return explain(error, self.module, lambda: task_loss(self.module, converted, index))
 
     @contextmanager
@@ -110,8 +110,8 @@ class TaskLoss:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             yield
 
-    def _convert(self, leaf: Any) -> Any:
-        return leaf.to(self.dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+    def _convert(self, leaf: Tensor) -> Tensor:
+        return leaf.to(self.dtype) if leaf.is_floating_point() else leaf
 
 
 def _copied(module: nn.Module) -> LightningModule:

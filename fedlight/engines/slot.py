@@ -17,7 +17,6 @@ from fedlight.engines.fused import begin_momentum, float32, fuse
 from fedlight.engines.plan import LocalPlan, local_plan
 from fedlight.engines.schedule import LocalSchedule, Values, lr_sum, set_values
 from fedlight.engines.step import Batch, step_loss
-from fedlight.engines.step import batch_size as batch_size
 from fedlight.engines.step import call_step as call_step
 from fedlight.engines.step import transfer_function as transfer_function
 from fedlight.local import ClientResult, LocalObjective, local_gradient

@@ -1,17 +1,16 @@
 """What a batch, a step function and a loss are: the part of the local step that touches the module."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fedlight._hooks import overrides
-from fedlight._logging import LOSS, LogCollector
+from fedlight._logging import LOSS, LogCollector, batch_size
 from fedlight._penalized_step import penalized_step
 
 Batch = tuple[Any, int]
@@ -34,7 +33,7 @@ def step_loss(module: LightningModule, log: LogCollector, batch: Any, index: int
     if first:
         log.batch_size = batch_size(batch)
     output = call_step(module, "training_step", batch, index)
-    loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+    loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
     if first and loss is not None:
         wrapper = penalized_step(module)
         task_loss = loss if wrapper is None or wrapper.task_loss is None else wrapper.task_loss
@@ -54,14 +53,6 @@ def _takes_index(function: Callable[..., Any]) -> bool:
     return len(names) > 1
 
 
-def batch_size(batch: Any) -> int:
-    """The number of samples of a batch; 1 where it cannot be told."""
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[-1], Tensor) and batch[-1].ndim:
-        return len(batch[-1])
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    return len(leaves[0]) if leaves else 1
-
-
 def transfer_function(module: LightningModule, device: torch.device) -> Callable[[Any], Any]:
     """What moves a batch to the device, with the module's transfer hooks where it overrides them."""
     if any(overrides(module, name) for name in TRANSFER_HOOKS):
@@ -73,7 +64,7 @@ def transfer_function(module: LightningModule, device: torch.device) -> Callable
         return with_hooks
 
     def moved(batch: Any) -> Any:
-        if type(batch) is tuple and all(type(part) is Tensor and part.device == device for part in batch):
+        if type(batch) in (tuple, list) and all(type(part) is Tensor and part.device == device for part in batch):
             return batch  # Lightning's own look at it takes as long as a small layer
         return module.transfer_batch_to_device(batch, device, 0)
 
