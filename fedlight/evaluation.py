@@ -8,11 +8,12 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fedlight._logging import LogCollector, batch_size, collecting_logs
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.reading import read_batches
 from fedlight.engines.plan import num_batches
 from fedlight.engines.slot import call_step, transfer_function
 
@@ -135,14 +136,8 @@ class Evaluator:
                 yield index, convert(self.transfer(batch))
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
-        loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=data.num_workers,
-            collate_fn=data.collate_fn,
-            generator=torch.Generator().manual_seed(0),
-        )
-        for index, batch in zip(mine, loader, strict=True):
+        read = read_batches(dataset, order, (0, "evaluation"), data.num_workers, data.collate_fn, mine)
+        for index, batch in zip(mine, read, strict=True):
             yield index, convert(self.transfer(batch))
 
     def _reduce(self, log: LogCollector, records: list[tuple[int, _Logged]]) -> dict[str, Tensor]:

@@ -26,11 +26,13 @@ def generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *keys))
 
 
-def seed_global_rng(seed: int) -> None:
-    """Seed the generators that user code may read: Python's, NumPy's legacy one and torch's, on every device."""
+def seed_global_rng(seed: int, devices: bool = True) -> None:
+    """Seed the generators that user code may read: Python's, NumPy's legacy one and torch's, on every device or not."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
+    if not devices:
+        return
     # torch.manual_seed would queue a call, with a stack trace, for every kind of device that is not in use.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
@@ -39,10 +41,10 @@ def seed_global_rng(seed: int) -> None:
 
 
 @contextmanager
-def preserved_global_rng() -> Iterator[None]:
-    """Restore Python's, NumPy's and torch's global generators on exit."""
+def preserved_global_rng(devices: bool = True) -> Iterator[None]:
+    """Restore Python's, NumPy's and torch's global generators on exit, those of devices or not."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda_states = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_available() else []
     try:
         yield
     finally:

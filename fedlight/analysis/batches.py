@@ -8,11 +8,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset
 
 from fedlight._logging import batch_size
 from fedlight.data.arrays import ArrayDataset
-from fedlight.seeding import generator, preserved_global_rng
+from fedlight.data.reading import read_batches
+from fedlight.seeding import generator
 
 
 class Batches(Sequence[Any]):
@@ -86,17 +87,13 @@ def analysis_batches(
         rows = torch.randperm(total, generator=generator(seed, "hessian"))[:max_samples].sort().values
     size = batch_size or 64
     size = max(1, min(size, math.ceil(len(rows) / world_size)))
-    parts = list(torch.split(rows, size))[rank::world_size]
+    every = list(torch.split(rows, size))
+    mine = range(rank, len(every), world_size)
+    parts = [every[i] for i in mine]
     if isinstance(data, ArrayDataset):
         return _of_arrays(data, parts, device, move)
-    loader = DataLoader(
-        Subset(data, rows.tolist()),
-        batch_sampler=[torch.searchsorted(rows, part).tolist() for part in parts],
-        collate_fn=collate_fn,
-        generator=generator(seed, "hessian loader"),
-    )
-    with preserved_global_rng():
-        kept = [move(batch) for batch in loader]
+    read = read_batches(data, [p.tolist() for p in parts], (seed, "hessian"), collate_fn=collate_fn, numbers=mine)
+    kept = [move(batch) for batch in read]
     return Batches(kept.__getitem__, [len(part) for part in parts])
 
 

@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight.data.arrays import ArrayDataset
+from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.fused import begin_momentum, float32, fuse
 from fedlight.engines.plan import LocalPlan, local_plan
@@ -245,14 +246,10 @@ def batch_reader(
         return gathered
 
     def loaded(epoch: int) -> Iterator[Batch]:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]],
-            num_workers=training.num_workers,
-            collate_fn=training.collate_fn,
-            generator=generator(training.seed, "loader", round, task.client, epoch),
-        )
-        for index, batch in enumerate(loader):
+        seed = training.seed, "loader", round, task.client, epoch
+        batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
+        read = read_batches(dataset, batches, seed, training.num_workers, training.collate_fn)
+        for index, batch in enumerate(read):
             yield convert(transfer(batch)), index
 
     return loaded

@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.loggers import read_metrics
 from fedlight.perturbations import SAM
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
+from tests.helpers.tiny import Clients, Drawing, Regression, quiet_trainer, weights
 
 SIZES = (6, 12, 8, 3, 7)
 
@@ -73,6 +73,12 @@ def diverging() -> Own:
     return data
 
 
+class DrawingClients(Own):
+    """Read sample by sample, with noise."""
+
+    dataset = staticmethod(Drawing)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "all kinds of metrics": {"clients_per_round": 3, "max_rounds": 3},
     "one client, so one process is idle": {"clients_per_round": 1},
@@ -82,6 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
     "perturbed": {"perturbation": lambda: SAM(0.05), "views": ["server"]},
     "a client diverges": {"data": diverging, "model": Regression, "clients_per_round": 1.0},
     "resumed": {"resume": 2, "max_rounds": 4},
+    "data that draws": {"data": lambda: DrawingClients(SIZES)},
 }
 
 

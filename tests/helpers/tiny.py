@@ -1,8 +1,10 @@
 """Modules and data that train in milliseconds, and a short way to train them."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -102,6 +104,14 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.x[index], self.y[index]
+
+
+class Drawing(Samples):
+    """Adds noise of every generator that user code may read to each sample."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = super().__getitem__(index)
+        return x + torch.rand(3) + random.random(), y + np.random.rand()
 
 
 def quiet_trainer(folder: Path, **settings: Any) -> FederatedTrainer:
