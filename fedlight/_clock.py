@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
+from fedlight.run_folder import optional
+
 PROFILERS: dict[str, type[Profiler]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
@@ -86,6 +88,7 @@ def start_profiler(profiler: Profiler, folder: Path | None, rank: int, cleanup: 
     if profiler.filename is None and folder is not None:
         profiler.filename = "profile"
     profiler.setup("fit", rank, None if folder is None else str(folder))
+    cleanup.enter_context(optional(profiler, "trainer.profiler's report"))
     cleanup.callback(profiler.teardown, "fit")
     cleanup.callback(profiler.describe)
     return profiler

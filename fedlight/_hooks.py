@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
 
 from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.run_folder import optional
 
 FIT_HOOKS = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end")
 EPOCH_HOOKS = ("on_train_epoch_start", "on_train_epoch_end")
@@ -119,18 +120,21 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
 def with_module_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> list[Callback]:
     """The trainer's callbacks and those of the module's ``configure_callbacks``, which replace others of their type.
 
-    Those that write checkpoints come last, as in Lightning, so that they save what the others did in the round.
+    Those that write checkpoints come late, as in Lightning, so that they save what the others did in the round. Only
+    those that draw or print come after them: no round is lost in a run that is killed meanwhile.
     """
     own: list[Callback] = []
     if overrides(module, "configure_callbacks"):
         found = module.configure_callbacks()
         own = [found] if isinstance(found, Callback) else list(found)
     together = [c for c in callbacks if type(c) not in {type(o) for o in own}] + own
-    return sorted(together, key=lambda c: isinstance(c, Checkpoint))
+    return sorted(together, key=lambda c: (bool(getattr(c, "optional_hooks", ())), isinstance(c, Checkpoint)))
 
 
 class Hooks:
     """Calls a hook on every callback and on the module that override it; the look-up is done once.
+
+    A callback may name ``optional_hooks``, in which it draws or prints: what fails there does not end the run.
 
     Args:
         trainer: handed to the callbacks.
@@ -177,7 +181,9 @@ class Hooks:
         bound: list[Callable[..., Any]] = []
         for callback in self._callbacks:
             if overrides(callback, name):
-                call = partial(getattr(callback, name), self._trainer, self._module)
+                call: Callable[..., Any] = partial(getattr(callback, name), self._trainer, self._module)
+                if name in getattr(callback, "optional_hooks", ()):
+                    call = optional(callback, f"trainer.callbacks: {type(callback).__name__}")(call)
                 bound.append(self._profiled(call, f"[Callback]{callback.state_key}.{name}"))
         if overrides(self._module, name):
             own = getattr(self._module, name)

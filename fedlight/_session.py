@@ -31,7 +31,7 @@ from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.evaluation import Evaluator
 from fedlight.federation import Federation
-from fedlight.loggers import MetricsCSV, close_loggers, define_round_axis, make_loggers
+from fedlight.loggers import MetricsCSV, close_loggers, define_round_axis, make_loggers, tell
 from fedlight.optimizers import RoundSchedule
 from fedlight.parameters import ParameterLayout, flat_parameters
 from fedlight.run_folder import RunFolder, writing
@@ -86,6 +86,7 @@ class Session:
         self.loggers: list[Logger] = []
         self.folder: RunFolder | None = None
         self._finished = self._created = False
+        self._first_round = 0
         self.resumed = ckpt_path is not None
         self._ckpt_path = ckpt_path
         self._checkpoint: dict[str, Any] | None = None
@@ -205,8 +206,9 @@ class Session:
             torch.set_num_threads(threads)
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
-        if self._checkpoint is not None and self.loggers and isinstance(self.loggers[0], MetricsCSV):
-            self.loggers[0].resume(trainer.current_round)
+        if self._checkpoint is not None and self.metrics_csv is not None:
+            with writing(self.metrics_csv.path):
+                self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
         self._first_round = trainer.current_round
         define_round_axis(self.loggers)
         self.hooks("on_fit_start")
@@ -244,7 +246,12 @@ class Session:
             callback.teardown(self.trainer, self.module, self.command)  # type: ignore[arg-type]
         self.module.teardown(self.command)
         close_loggers(self.loggers, "failed" if isinstance(error, Exception) else "success")
-        if error is not None and self._created and self.folder is not None and self.folder.discard_if_unused():
+        if (
+            error is not None
+            and self._created
+            and self.folder is not None
+            and self.folder.discard_if_unused(self._first_round)
+        ):
             self.trainer.run_dir = None
 
     def publish(self, metrics: dict[str, Tensor]) -> None:
@@ -255,9 +262,13 @@ class Session:
         """Write a round's metrics to every logger."""
         metrics = as_floats(row)
         self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
-        for logger in self.loggers:
-            with writing(self.trainer.run_dir or Path()):
-                logger.log_metrics(metrics, step=int(metrics["round"]))
+        with writing(self.trainer.run_dir or Path()):
+            tell(self.loggers, lambda logger: logger.log_metrics(metrics, step=int(metrics["round"])))
+
+    @property
+    def metrics_csv(self) -> MetricsCSV | None:
+        """The logger that always is; None in other processes than the first, and where nothing is written."""
+        return self.loggers[0] if self.loggers and isinstance(self.loggers[0], MetricsCSV) else None
 
     @property
     def interrupted(self) -> int:

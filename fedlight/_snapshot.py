@@ -51,6 +51,7 @@ def make_checkpoint(session: "Session") -> dict[str, Any]:
             "seed": trainer.seed,
             "schedule": session.schedule.state_dict(),
             "loggers": logger_ids(session.loggers),
+            "metrics": session.metrics_csv.text if session.metrics_csv else "",
             **session.federation.state_dict(),
         },
     }
@@ -71,7 +72,7 @@ def write_checkpoint(session: "Session", path: Path, content: dict[str, Any], wa
     """
     store, zero = session.federation.store, session.fabric.global_rank == 0
     if zero:
-        session.writer.submit(path, content)
+        session.writer.submit(path, content, session.metrics_csv.sync if session.metrics_csv else bool)
     if not wait and not isinstance(store, DiskClientStore):
         return
     # The others wait, too: no one leaves before it is on disk.

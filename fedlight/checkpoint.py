@@ -4,6 +4,7 @@ import concurrent.futures
 import io
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,15 @@ class CheckpointWriter:
         """Count seconds anew."""
         self.seconds = 0.0
 
-    def submit(self, path: Path, content: dict[str, Any]) -> None:
-        """Write a checkpoint when those before it are written."""
+    def submit(self, path: Path, content: dict[str, Any], first: Callable[[], object] = bool) -> None:
+        """Write a checkpoint when those before it are written, and ``first`` has done what has to come before it."""
         self._pool = self._pool or ThreadPoolExecutor(1, "fedlight-checkpoints")
-        self._writes.append(self._pool.submit(self._write, path, content))
+        self._writes.append(self._pool.submit(self._write, path, content, first))
 
-    def _write(self, path: Path, content: dict[str, Any]) -> None:
+    def _write(self, path: Path, content: dict[str, Any], first: Callable[[], object]) -> None:
         started = time.perf_counter()
         try:
+            first()
             save_checkpoint(path, content)
         except OSError as error:
             raise unwritable(path.parent, error) from error

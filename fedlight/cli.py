@@ -25,6 +25,7 @@ from fedlight._signals import exit_by_signal
 from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
+from fedlight.loggers import tell
 from fedlight.perturbations.base import Perturbation
 from fedlight.run_folder import atomic_write, writing
 from fedlight.sampling import Sampler
@@ -81,8 +82,7 @@ class SaveConfig(SaveConfigCallback):
                 atomic_write(path, text.encode())
         # By dotted keys: a sweep's parameter `algorithm` would take the place of all below `algorithm`.
         config = dotted(yaml.safe_load(text))
-        for logger in trainer.loggers:
-            logger.log_hyperparams(config)
+        tell(trainer.loggers, lambda logger: logger.log_hyperparams(config))
 
 
 class FederatedCLI(LightningCLI):

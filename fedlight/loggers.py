@@ -1,19 +1,20 @@
 """Where metrics go: ``metrics.csv`` always, W&B and TensorBoard on request."""
 
 import csv
-import io
 import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from fedlight.run_folder import atomic_write
+from fedlight.run_folder import atomic_write, optional
 
 LoggerName = Literal["csv", "wandb", "tensorboard"]
 
@@ -27,9 +28,10 @@ class MetricsCSV(Logger):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._path = path
+        self.path = path
         self._rows: dict[int, dict[str, float]] = {}
         self._columns = ["round"]
+        self._lines: list[str] = []
 
     @property
     def name(self) -> str:
@@ -39,7 +41,7 @@ class MetricsCSV(Logger):
     @property
     def version(self) -> str:
         """Version of the run's folder."""
-        return self._path.parent.name
+        return self.path.parent.name
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """The configuration has a file of its own."""
@@ -52,15 +54,34 @@ class MetricsCSV(Logger):
         row.update({k: float(v) for k, v in metrics.items()} | {"round": key})
         new_columns = [k for k in row if k not in self._columns]
         self._columns += new_columns
-        if new_row and not new_columns and self._path.exists():
-            with self._path.open("a", newline="") as file:
-                csv.writer(file).writerow(self._cells(row))
+        if new_row and not new_columns and self.path.exists():
+            self._lines.append(_line(self._cells(row)))
+            with self.path.open("a", newline="") as file:
+                file.write(self._lines[-1])
         else:
             self._rewrite()
 
-    def resume(self, rounds: int) -> None:
-        """Take over the rows of the first ``rounds`` rounds from the file, and drop later ones."""
-        self._rows = {int(row["round"]): row for row in read_metrics(self._path) if row["round"] < rounds}
+    @property
+    def text(self) -> str:
+        """What the file should hold."""
+        return "".join(self._lines)
+
+    def sync(self) -> None:
+        """Wait until the rows are on the disk; a file that was taken away is written anew with the next one."""
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def resume(self, rounds: int, known: str | None) -> None:
+        """Take over the rows of the first ``rounds`` rounds, from the checkpoint's ``text`` if it is ``known``."""
+        before = read_metrics(self.path) if (there := self.path.exists()) else []
+        if known is not None:
+            atomic_write(self.path, known.encode())
+        self._rows = {int(row["round"]): row for row in read_metrics(self.path) if row["round"] < rounds}
+        found = {row["round"]: str(row) for row in before}
+        if bad := [r for r in range(rounds) if r not in found or found[r] != str(self._rows.get(r))]:
+            what = "the checkpoint does not hold them" if known is None else "they are restored from the checkpoint"
+            say = rank_zero_warn if there else rank_zero_info
+            say(f"{self.path}: the rows of rounds {str(bad[:10])[1:-1]} are missing or damaged; {what}.")
         self._columns = ["round"]
         for row in self._rows.values():
             self._columns += [k for k in row if k not in self._columns]
@@ -70,31 +91,41 @@ class MetricsCSV(Logger):
         return [_text(row[c]) if c in row else "" for c in self._columns]
 
     def _rewrite(self) -> None:
-        buffer = io.StringIO()
-        writer = csv.writer(buffer)
-        writer.writerow(self._columns)
-        writer.writerows(self._cells(self._rows[k]) for k in sorted(self._rows))
-        atomic_write(self._path, buffer.getvalue().encode())
+        self._lines = [_line(self._columns), *(_line(self._cells(self._rows[k])) for k in sorted(self._rows))]
+        atomic_write(self.path, self.text.encode())
+
+
+# A writer's `writerow` returns what `write` does: the line itself.
+_line: Callable[[list[str]], str] = csv.writer(SimpleNamespace(write=str)).writerow
 
 
 def _text(value: float) -> str:
     return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else repr(float(value))
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a ``metrics.csv``, each with the columns that it has a value for; a torn last line is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    lines = list(csv.reader(io.StringIO(text if text.endswith("\n") else text[: text.rfind("\n") + 1])))
-    if not lines:
-        return []
-    header = lines[0]
-    return [
-        {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell != ""}
-        for cells in lines[1:]
-        if len(cells) == len(header)
-    ]
+def read_metrics(path: Path, strict: bool = False) -> list[dict[str, float]]:
+    """The rows of a ``metrics.csv``, each with the columns that it has a value for.
+
+    A torn last line is left out; so are others that cannot be read or give a round again, which are named in a warning,
+    or where this is ``strict`` in a ValueError.
+    """
+    lines = path.read_bytes().decode(errors="replace").split("\n")[:-1] if path.exists() else []
+    rows: dict[float, dict[str, float]] = {}
+    bad: list[int] = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            header, cells = csv.reader([lines[0], line])
+            row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell != ""}
+            if not row["round"].is_integer() or rows.setdefault(row["round"], row) is not row:
+                bad.append(number)
+        except (ValueError, KeyError, csv.Error):
+            bad.append(number)
+    if bad:
+        what = f"{path}: lines {str(bad[:10])[1:-1]} cannot be read"
+        if strict:
+            raise ValueError(what)
+        rank_zero_warn(f"{what}, and are left out.")
+    return list(rows.values())
 
 
 def make_loggers(
@@ -164,12 +195,21 @@ def _begin_wandb(logger: Any) -> None:
         )
 
 
+def tell(loggers: Iterable[Logger], message: Callable[[Any], object]) -> None:
+    """Hand something to every logger: ``metrics.csv`` has to take it, and no other ends a run by failing."""
+    for logger in loggers:
+        if isinstance(logger, MetricsCSV):
+            message(logger)
+        else:
+            with optional(logger, f"trainer.logger: {type(logger).__name__}"):
+                message(logger)
+
+
 def close_loggers(loggers: list[Logger], status: Literal["success", "failed"]) -> None:
     """Finalise every logger, and end the W&B runs that :func:`make_loggers` began."""
-    for logger in loggers:
-        logger.finalize(status)
-        if getattr(logger, "begun_here", False):
-            logger.experiment.finish(exit_code=int(status == "failed"))  # type: ignore[attr-defined]
+    tell(loggers, lambda logger: logger.finalize(status))
+    begun = [logger for logger in loggers if getattr(logger, "begun_here", False)]
+    tell(begun, lambda logger: logger.experiment.finish(exit_code=int(status == "failed")))
 
 
 def _adopt(logger: Logger, folder: Path, ids: dict[str, str]) -> None:
@@ -195,15 +235,13 @@ def logger_ids(loggers: list[Logger]) -> dict[str, str]:
 
 def define_round_axis(loggers: list[Logger]) -> None:
     """Let W&B draw every metric against ``round``."""
-    for logger in loggers:
-        if hasattr(logger, "_wandb_init"):
-            experiment: Any = logger.experiment  # type: ignore[attr-defined]
-            experiment.define_metric("round")
-            experiment.define_metric("*", step_metric="round")
+    wandb = [logger for logger in loggers if hasattr(logger, "_wandb_init")]
+    tell(wandb, lambda logger: logger.experiment.define_metric("round"))
+    tell(wandb, lambda logger: logger.experiment.define_metric("*", step_metric="round"))
 
 
 def log_picture(loggers: list[Logger], key: str, path: Path) -> None:
     """Send a picture to those loggers that take pictures."""
-    for logger in loggers:
-        if hasattr(logger, "log_image") and path.exists():
-            logger.log_image(key=key, images=[str(path)])
+    if path.exists():
+        takers = (logger for logger in loggers if hasattr(logger, "log_image"))
+        tell(takers, lambda logger: logger.log_image(key=key, images=[str(path)]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 class RunFolder:
@@ -111,9 +112,9 @@ class RunFolder:
                 f" {num_bytes / 1e6:.1f} MB. Make room, or set trainer.default_root_dir to another disk."
             )
 
-    def discard_if_unused(self) -> bool:
-        """Remove the folder of a run that ended before its first round, and those made for it; whether it was."""
-        if self.rounds() or any(self.path.glob("checkpoints/*.ckpt")):
+    def discard_if_unused(self, begun: int = 0) -> bool:
+        """Remove the folder of a run that ended before a round, having ``begun`` with some; whether it was removed."""
+        if self.rounds() > begun or any(self.path.glob("checkpoints/*.ckpt")):
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):  # something else may be in them by now
@@ -200,12 +201,23 @@ def writing(path: Path) -> Iterator[None]:
         raise unwritable(path, error) from error
 
 
+@contextmanager
+def optional(owner: Any, what: str) -> Iterator[None]:
+    """What a run can do without: a picture, a table, a logger. Its owner's first failure is said, and no other."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(owner, "failure_was_said", False):
+            owner.failure_was_said = True
+            rank_zero_warn(f"{what} failed, and the run goes on without it: {type(error).__name__}: {error}")
+
+
 def unwritable(path: Path, error: OSError) -> MisconfigurationException:
     """The error for a folder that cannot be written to."""
     reason = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the quota is used up",
-        errno.ENOENT: "a folder or file is gone",
+        errno.ENOENT: f"{error.filename} is gone",
         errno.EMFILE: "too many files are open; `ulimit -n` allows more",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission is denied",

@@ -1,13 +1,18 @@
 """Where metrics go: rows, names, and W&B with and without its server. The real one is in tests/studies."""
 
+import csv
 import types
+import warnings
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
+from fedlight import checkpoint as writing
 from fedlight import loggers
+from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.loggers import MetricsCSV, close_loggers, make_loggers, read_metrics
+from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 
 class FakeRun:
@@ -102,9 +107,124 @@ def test_metrics_csv_grows_columns_and_resumes(tmp_path):
     log.log_metrics({"round": 1, "a": 0.25, "b": 3})
     assert path.read_text().splitlines() == ["round,a,b", "0,0.5,", "1,0.25,3"]
     again = MetricsCSV(path)
-    again.resume(1)
+    again.resume(1, None)
     again.log_metrics({"round": 1, "a": 1e-30})
     assert read_metrics(path) == [{"round": 0, "a": 0.5}, {"round": 1, "a": 1e-30}]
     with path.open("a") as file:
         file.write("2,0.")
     assert len(read_metrics(path)) == 2
+
+
+ROWS = [{"round": float(r), "a": r / 4, **({"b, too": 1e-9 * r} if r > 1 else {})} for r in range(5)]
+
+
+def written(path, rows=ROWS):
+    log = MetricsCSV(path)
+    for row in rows:
+        log.log_metrics(row)
+    return log
+
+
+def without(*lines):
+    return lambda text: "".join(line for i, line in enumerate(text.splitlines(True)) if i not in lines)
+
+
+DAMAGE = {  # what was done to the file, and the rounds whose rows differ then
+    "nothing": (lambda text: text, []),
+    "a missing row": (without(2), [1]),
+    "missing rows": (without(1, 3, 4), [0, 2, 3]),
+    "a torn end": (lambda text: text[:-12], [3]),
+    "a torn row inside": (lambda text: text.replace("2,0.5,", "2,0."), [2]),
+    "another header": (lambda text: text.replace("round", "step"), [0, 1, 2, 3]),
+    "a renamed column": (lambda text: text.replace("a,", "acc,", 1), [0, 1, 2, 3]),
+    "a row twice": (lambda text: text + text.splitlines(True)[2], []),
+    "a changed row": (lambda text: text.replace("1,0.25", "1,7"), [1]),
+    "an empty file": (lambda text: "", [0, 1, 2, 3]),
+    "binary garbage": (lambda text: "\0\udcff\udc80\n" * 7, [0, 1, 2, 3]),
+    "no round": (lambda text: text.replace("3,0.75", "nan,0.75").replace("2,0.5", ",0.5"), [2, 3]),
+    "an infinite round": (lambda text: text.replace("3,0.75", "inf,0.75"), [3]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("known", [True, False])
+def test_a_damaged_metrics_csv_is_restored_or_named(tmp_path, damage, known):
+    path, (change, differ) = tmp_path / "metrics.csv", DAMAGE[damage]
+    text = written(path, ROWS[:4]).text  # the checkpoint's; a fifth round was trained after it
+    written(path)
+    path.write_bytes(change(text).encode(errors="surrogateescape"))
+    log = MetricsCSV(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log.resume(4, text if known else None)
+    said = " ".join(str(w.message) for w in caught)
+    if known:
+        assert read_metrics(path) == ROWS[:4]
+        assert path.read_bytes().decode() == log.text == text
+        assert (f"rounds {str(differ)[1:-1]} are missing or damaged; they are restored" in said) == bool(differ)
+    elif damage not in ("a renamed column", "a changed row"):  # nobody can know that
+        assert read_metrics(path) == [row for row in ROWS[:4] if row["round"] not in differ]
+        assert (f"rounds {str(differ)[1:-1]} are missing or damaged; the checkpoint does not" in said) == bool(differ)
+
+
+def test_what_is_left_of_a_damaged_file_is_read_and_the_rest_named(tmp_path):
+    path = tmp_path / "metrics.csv"
+    text = written(path).text.splitlines(True)
+    path.write_text("".join([*text[:2], "x,y,z\n", *text[2:5], text[3], text[5], "4,1"]))
+    with pytest.warns(UserWarning, match="metrics.csv: lines 3, 7 cannot be read, and are left out"):
+        assert read_metrics(path) == ROWS
+    with pytest.raises(ValueError, match="metrics.csv: lines 3, 7 cannot be read"):
+        read_metrics(path, strict=True)
+
+
+def test_a_resume_restores_the_rows_and_says_so(tmp_path):
+    whole = quiet_trainer(tmp_path / "whole", max_rounds=4)
+    whole.fit(Regression(), Clients())
+    first = quiet_trainer(tmp_path, max_rounds=3)
+    first.fit(Regression(), Clients())
+    path = first.run_dir / "metrics.csv"
+    path.write_text(without(2)(path.read_text())[:-9])
+    with pytest.warns(UserWarning, match="rounds 1, 2 are missing or damaged; they are restored"):
+        quiet_trainer(tmp_path, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")
+
+    def columns(path):
+        rows = csv.DictReader((path / "metrics.csv").read_text().splitlines())
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+    assert columns(path.parent) == columns(whole.run_dir)
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_follows(tmp_path, monkeypatch):
+    order, sync, save = [], MetricsCSV.sync, writing.save_checkpoint
+    monkeypatch.setattr(MetricsCSV, "sync", lambda self: (order.append(self.path.read_text()), sync(self)))
+    monkeypatch.setattr(
+        writing, "save_checkpoint", lambda path, content: (order.append(content["epoch"]), save(path, content))
+    )
+    trainer = quiet_trainer(tmp_path, max_rounds=3, callbacks=[Checkpoint(max_overhead=1)])
+    trainer.fit(Regression(), Clients())
+    assert len(order) >= 6
+    for text, rounds in zip(order[::2], order[1::2], strict=True):
+        assert len(text.splitlines()) == 1 + rounds
+
+
+class Failing(FakeWandbLogger):
+    """Fails in everything that a run asks of it."""
+
+    def fail(self, *args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    experiment = property(fail)
+    log_metrics = log_hyperparams = log_image = log_table = finalize = fail
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(loggers, "_begin_wandb", lambda logger: None)  # it fails later
+        trainer = quiet_trainer(tmp_path, logger=Failing(), max_rounds=3)
+        trainer.fit(Regression(), Clients())
+    assert [str(w.message) for w in said if "no route" in str(w.message)] == [
+        "trainer.logger: Failing failed, and the run goes on without it: ConnectionError: no route to host"
+    ]
+    assert len(read_metrics(trainer.run_dir / "metrics.csv")) == 3
+    assert (trainer.run_dir / "summary.json").exists()

@@ -13,6 +13,7 @@ from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
 from fedlight.analysis.layers import layer_blocks
 from fedlight.analysis.pictures import draw_density, draw_eigenvalues
 from fedlight.analysis.result import HessianResult
+from fedlight.loggers import tell
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -91,12 +92,14 @@ def layer_histories(module: nn.Module, rows: Rows) -> list[LayerHistory]:
 
 def log_density(loggers: Sequence[Logger], results: Mapping[str, HessianResult]) -> None:
     """Send the densities as tables of (eigenvalue, density) to those loggers that take tables."""
-    for logger in loggers:
-        log_table: Any = getattr(logger, "log_table", None)
-        for view, result in results.items():
-            if log_table is not None and result.density is not None:
-                rows = [list(row) for row in result.density_table()]
-                log_table(key=f"hessian/density{_suffix(view)}", columns=["eigenvalue", "density"], data=rows)
+    having = {view: result for view, result in results.items() if result.density is not None}
+
+    def log(logger: Any) -> None:
+        for view, result in having.items():
+            rows = [list(row) for row in result.density_table()]
+            logger.log_table(key=f"hessian/density{_suffix(view)}", columns=["eigenvalue", "density"], data=rows)
+
+    tell((logger for logger in loggers if hasattr(logger, "log_table")), log)
 
 
 def _suffix(view: str) -> str:

@@ -13,6 +13,7 @@ from fedlight.analysis import records
 from fedlight.analysis.measurement import Measurement, ViewName
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, is_federated, output_folder, subject_of
+from fedlight.run_folder import optional
 
 _REDRAW = 30.0  # seconds between two drawings of the same history
 
@@ -51,6 +52,8 @@ class HessianSpectrum(Callback):
 
         trainer = FederatedTrainer(callbacks=[MAN(zeta=0.15), HessianSpectrum(every_n_rounds=20, top_k=3)])
     """
+
+    optional_hooks = ("on_round_end", "on_train_end")
 
     def __init__(
         self,
@@ -118,7 +121,8 @@ class HessianSpectrum(Callback):
         self._undrawn = trainer.current_round - 1
         folder = output_folder(trainer)
         if folder is not None and trainer.is_global_zero:
-            records.save(self.results, folder / "hessian", f"round{self._undrawn}")
+            with optional(self, "HessianSpectrum's files"):
+                records.save(self.results, folder / "hessian", f"round{self._undrawn}")
         return records.metrics(self.results)
 
     def on_round_end(self, trainer: Any, pl_module: Any) -> None:
@@ -154,9 +158,10 @@ class HessianSpectrum(Callback):
         pl_module.log_dict(records.metrics(self.results), sync_dist=trainer.world_size > 1)
         folder = output_folder(trainer)
         if folder is not None and trainer.is_global_zero:
-            records.save(self.results, folder / "hessian", f"epoch{epoch}")
-            self._log(trainer, records.draw_densities(self.results, folder / "plots" / f"density_epoch{epoch}.png"))
-            records.log_density(trainer.loggers, self.results)
+            with optional(self, "HessianSpectrum's files and pictures"):
+                records.save(self.results, folder / "hessian", f"epoch{epoch}")
+                self._log(trainer, records.draw_densities(self.results, folder / "plots" / f"density_epoch{epoch}.png"))
+                records.log_density(trainer.loggers, self.results)
 
     def _is_due(self, trainer: Any, subject: Subject) -> bool:
         last = trainer.current_round >= trainer.max_rounds

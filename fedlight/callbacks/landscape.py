@@ -29,6 +29,8 @@ class LossLandscape(Callback):
         seed: of the samples and the directions: the same for every run that is to be compared.
     """
 
+    optional_hooks = ("on_train_end",)
+
     def __init__(
         self,
         directions: Directions = "random",

@@ -17,6 +17,8 @@ class PartitionPicture(Callback):
     without waiting for it, and handed to the loggers that take pictures.
     """
 
+    optional_hooks = ("on_round_end",)
+
     def on_round_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw it, once."""
         if trainer.run_dir is None or not trainer.is_global_zero:

@@ -16,6 +16,8 @@ class RoundProgress(Callback):
         every_n_seconds: at most one plain line in so many seconds; the first and the last round always have one.
     """
 
+    optional_hooks = ("on_train_start", "on_round_end", "on_train_end")
+
     def __init__(self, every_n_seconds: float = 2.0) -> None:
         self.every_n_seconds = every_n_seconds
         self._bar: Any = None

@@ -134,11 +134,9 @@ def read_run(path: Path) -> Run:
         return run
     run.config = dotted(config)
     try:
-        run.rows = read_metrics(path / "metrics.csv")
+        run.rows = read_metrics(path / "metrics.csv", strict=True)
     except (OSError, ValueError, UnicodeDecodeError):
         return _torn(run, "metrics.csv cannot be read")
-    if any("round" not in row for row in run.rows):
-        return _torn(run, "metrics.csv has rows without a round")
     summary_path = path / "summary.json"
     run.summary = _json(summary_path)
     if run.summary and "final" in run.summary:

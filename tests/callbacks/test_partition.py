@@ -2,9 +2,12 @@
 
 import csv
 
+import pytest
 import torch
+from lightning.pytorch import Callback
 from PIL import Image
 
+from fedlight.callbacks import partition
 from fedlight.data import DatasetPartition, ImageData
 from fedlight.models import MLP, Classifier
 from fedlight.trainer import FederatedTrainer
@@ -14,7 +17,7 @@ def fit(data, root, **settings):
     torch.manual_seed(0)
     model = Classifier(MLP(64, 10, []), num_classes=10)
     quiet = {"enable_progress_bar": False, "accelerator": "cpu", "devices": 1, "views": ("server",)}
-    trainer = FederatedTrainer(max_rounds=1, clients_per_round=2, default_root_dir=root, **quiet, **settings)
+    trainer = FederatedTrainer(**{"max_rounds": 1, **settings}, clients_per_round=2, default_root_dir=root, **quiet)
     trainer.fit(model, data)
     return trainer
 
@@ -46,3 +49,49 @@ def test_unknown_labels_leave_it_out(tmp_path):
     folder = fit(data, tmp_path).run_dir
     assert not (folder / "partition.csv").exists()
     assert (folder / "metrics.csv").exists()
+
+
+def test_it_is_drawn_after_the_first_checkpoint(tmp_path, monkeypatch):
+    """A run that is killed while it is drawn has lost nothing."""
+    found = []
+
+    def draw(counts, path, names):
+        found.extend(p.name for p in path.parents[1].rglob("*.ckpt"))
+
+    monkeypatch.setattr(partition, "save_partition_picture", draw)
+    for rounds in (1, 3):
+        fit(ImageData("digits", num_clients=4, limit_samples=120), tmp_path, max_rounds=rounds)
+        assert "last.ckpt" in found
+        found.clear()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(partition, "save_partition_picture", fail)
+    with pytest.warns(
+        UserWarning, match="PartitionPicture failed, and the run goes on without it: OSError.*space"
+    ) as said:
+        folder = fit(ImageData("digits", num_clients=4, limit_samples=120), tmp_path, max_rounds=3).run_dir
+    assert len(said) == 1
+    assert (folder / "summary.json").exists()
+
+
+class Draws(Callback):
+    optional_hooks = ("on_round_end",)
+
+    def on_round_end(self, trainer, pl_module):
+        raise RuntimeError("no display")
+
+
+class Counts(Draws):
+    optional_hooks = ()
+
+
+def test_only_what_a_callback_calls_optional_may_fail(tmp_path):
+    data = ImageData("digits", num_clients=4, limit_samples=120)
+    with pytest.warns(UserWarning, match="Draws failed, and the run goes on without it: RuntimeError: no display"):
+        fit(data, tmp_path, callbacks=[Draws()])
+    with pytest.raises(RuntimeError, match="no display"):
+        fit(data, tmp_path, callbacks=[Counts()])
