@@ -1,36 +1,45 @@
-"""Trees of image files: class folders, with train/ and test/ or one level of domains above them."""
+"""Trees of image files: class folders, with splits or one level of domains above them."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.data.images import ImageArrays, holdout
+from fedlight.data.pixels import read_images
+from fedlight.data.splits import splits_among
 from fedlight.seeding import generator
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+_NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
 
 
 @dataclass(frozen=True)
 class _File:
     path: Path
-    label: str
-    domain: str | None
+    folders: tuple[str, ...]  # those that it lies in; in the end (class,) or (domain, class)
+    split: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.folders[-1]
+
+    @property
+    def domain(self) -> str | None:
+        return self.folders[0] if len(self.folders) > 1 else None
 
 
 def load_folder(
     root: Path, image_size: int | None = None, test_domains: list[str] | None = None, test_fraction: float = 0.2
 ) -> ImageArrays:
-    """Read all images below a folder as RGB; domains become groups.
+    """Read all images below a folder; domains become groups.
 
-    Layouts: ``<class>/``, ``<domain>/<class>/``, and either of them below ``train/`` and ``test/`` (or ``val/``). A
-    class folder may keep its files in ``images/``, and ``val/`` may name its classes in ``val_annotations.txt``, as
-    Tiny-ImageNet does.
+    Layouts: ``<class>/``, ``<domain>/<class>/``, and either of them with ``train/`` and ``test/`` (or ``val/``) in any
+    usual spelling, at any level. Folders that all images share tell nothing. A class folder may keep its files in
+    ``images/``, and ``val/`` may name its classes in ``val_annotations.txt``, as Tiny-ImageNet does.
 
     Args:
         root: the folder.
@@ -39,28 +48,31 @@ def load_folder(
         test_fraction: where the folder has no test set, this share of each class and domain becomes one.
 
     Raises:
-        ValueError: for images of different sizes, unreadable files, or names that do not exist.
+        ValueError: for a tree that can be read in two ways, images of different sizes, files that cannot be read, or
+            names that do not exist.
     """
-    files, test_files = _split(root)
-    if not files:
-        raise ValueError(
-            f"`data.source` ({root}) is a folder, but there is no image in <class>/, <domain>/<class>/ or "
-            "train/<class>/ below it."
-        )
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"`data.image_size` must be at least 1 pixel, got {image_size}.")
+    files, test_files, said = _split(root)
     if test_domains:
         files, test_files = _hold_out_domains(root, files + test_files, test_domains)
+        said = f"test on the domains {test_domains}"
     if not test_files:
         files, test_files = _hold_out_share(files, test_fraction)
+        said = f"test on {test_fraction:g} of each class{said}"
     classes = sorted({f.label for f in files})
     foreign = sorted({f.label for f in test_files} - set(classes))
     if foreign:
         raise ValueError(f"`data.source` ({root}): the test set has classes without a training image: {foreign[:5]}.")
     domains = sorted({f.domain for f in files + test_files if f.domain is not None})
-    size = _common_size(files[0].path, image_size)
-    (x, y, group), (x_test, y_test, group_test) = (
-        (_read(part, size, image_size is not None), *_labels(part, classes, domains)) for part in (files, test_files)
+    x = read_images([f.path for f in files + test_files], image_size)
+    (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
+    shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
+    rank_zero_info(
+        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; {len(classes)} "
+        f"classes, {len(domains) or 'no'} domains; {said}."
     )
-    return ImageArrays(x, y, x_test, y_test, group, group_test, classes, domains)
+    return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
 
 
 def _hold_out_domains(root: Path, files: list[_File], test_domains: list[str]) -> tuple[list[_File], list[_File]]:
@@ -84,85 +96,79 @@ def _hold_out_share(files: list[_File], fraction: float) -> tuple[list[_File], l
     return [files[i] for i in keep.tolist()], [files[i] for i in out.tolist()]
 
 
-def _split(root: Path) -> tuple[list[_File], list[_File]]:
-    """The files for training and for the test; the latter is empty where the folder does not tell."""
-    train = _scan(root / "train")
-    if not train:
-        return _scan(root), []
+def _split(root: Path) -> tuple[list[_File], list[_File], str]:
+    """The files for training and for the test, which are none where the tree does not tell; and how it was read."""
+    files = _without_splits(root, _walk(root))
+    labelled = [f for f in files if f.folders]
+    if not any(f.split in ("", "train") for f in labelled):
+        splits = ", ".join(sorted({f.split for f in files if f.split}))
+        raise ValueError(
+            f"`data.source` ({root}) is a folder, but there is no image in <class>/, <domain>/<class>/ or "
+            f"train/<class>/ below it; it holds {len(files)} images{f' and the splits {splits}' if splits else ''}."
+        )
+    depth = max(len(f.folders) for f in labelled)
+    told = [i for i in range(depth) if i == depth - 1 or len({f.folders[i : i + 1] for f in labelled}) > 1]
+    labelled = [replace(f, folders=tuple(f.folders[i] for i in told if i < len(f.folders))) for f in labelled]
+    layouts = {(len(f.folders), bool(f.split)): f.path.relative_to(root) for f in labelled}
+    if len(layouts) > 1 or len(told) > 2:
+        raise ValueError(
+            f"`data.source` ({root}): all images must lie in <class>/, or all in <domain>/<class>/, and all or none "
+            f"below splits, but there are {', '.join(map(str, layouts.values()))}. Move what does not belong there."
+        )
+    train = [f for f in labelled if f.split in ("", "train")]
     classes = {f.label for f in train}
-    annotations = root / "val" / "val_annotations.txt"
-    if annotations.is_file():
-        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line]
-        return train, [_File(root / "val" / "images" / row[0], row[1], None) for row in rows]
-    found = [files for name in ("test", "val") if (files := _scan(root / name))]
-    # test/ without labels (one folder of images) is passed over if val/ has the classes of train/.
-    matching = [files for files in found if {f.label for f in files} <= classes]
-    return train, (matching or found or [[]])[0]
+    found = [part for split in ("test", "val") if (part := [f for f in labelled if f.split == split])]
+    # A test set of other classes is passed over if val/ has those of train/.
+    test = next((part for part in found if {f.label for f in part} <= classes), found[0] if found else [])
+    said = f"test on the split {test[0].split!r}" if test else ""
+    left = len(files) - len(train) - len(test)
+    return train, test, said + (f"; {left} images of another split or in no class folder are left out" if left else "")
 
 
-def _scan(tree: Path) -> list[_File]:
-    """All images of a tree of class folders, or of domains with class folders; sorted; empty if it is neither."""
-    folders = _folders(tree)
-    if any(_is_class(f) for f in folders):
-        return [_File(path, f.name, None) for f in folders for path in _images(f)]
-    return [_File(path, c.name, d.name) for d in folders for c in _folders(d) for path in _images(c)]
+def _walk(root: Path) -> list[_File]:
+    """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
+    files: list[_File] = []
+    for place, inner, names in os.walk(root, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith(_NOT_DATA))
+        path = Path(place)
+        folders, table = path.relative_to(root).parts, path.parent / "val_annotations.txt"
+        folders = folders[:-1] if folders and folders[-1].lower() == "images" else folders
+        rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
+        labels = {row[0]: row[1:2] for row in rows}
+        chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in _EXTENSIONS]
+        files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
+    return files
 
 
-def _folders(path: Path) -> list[Path]:
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")) if path.is_dir() else []
+def _without_splits(root: Path, files: list[_File]) -> list[_File]:
+    """The level of folders that are called as splits are becomes ``split``, wherever it is.
 
-
-def _is_class(folder: Path) -> bool:
-    return next(iter(_images(folder)), None) is not None
-
-
-def _images(folder: Path) -> list[Path]:
-    """The image files of a class folder, or of ``images/`` in it."""
-    inner = folder / "images"
-    with os.scandir(inner if inner.is_dir() else folder) as entries:
-        names = sorted(e.name for e in entries if os.path.splitext(e.name)[1].lower() in _EXTENSIONS)
-    return [(inner if inner.is_dir() else folder) / name for name in names]
-
-
-def _common_size(first: Path, image_size: int | None) -> tuple[int, int]:
-    """Height and width of all images."""
-    if image_size is not None:
-        if image_size < 1:
-            raise ValueError(f"`data.image_size` must be at least 1 pixel, got {image_size}.")
-        return image_size, image_size
-    height, width, _ = _decode(first, None).shape
-    return height, width
-
-
-def _decode(path: Path, size: tuple[int, int] | None) -> np.ndarray[Any, Any]:
-    """One image ``[H, W, 3]`` uint8, resized if there is a size."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-            return np.asarray(image if size is None else image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"`data.source`: {path} is not a readable image: {error}") from error
-
-
-def _read(files: list[_File], size: tuple[int, int], resize: bool) -> Tensor:
-    """Decode files side by side, straight into one tensor ``[n, 3, H, W]`` uint8."""
-    height, width = size
-    x = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
-
-    def read(row: int) -> None:
-        image = _decode(files[row].path, size if resize else None)
-        if image.shape[:2] != (height, width):
+    A class may be called ``train``, too: its folder holds images itself, and no neighbour is called as another split.
+    """
+    for level in reversed(range(max((len(f.folders) for f in files), default=0))):
+        deep = [f for f in files if len(f.folders) > level]
+        names = {f.folders[level] for f in deep}
+        kinds = splits_among(names)
+        found = [f for f in deep if f.folders[level] in kinds]
+        mixed = len(found) < len(deep)
+        if not found or (mixed and len(set(kinds.values())) == 1 and all(len(f.folders) == level + 1 for f in found)):
+            continue
+        places = {f.folders[: level + 1]: (f.folders[:level], kinds[f.folders[level]]) for f in found}
+        clash = len(set(places.values())) < len(places) or any(
+            f.split not in ("", kinds[f.folders[level]]) for f in found
+        )
+        if mixed or clash or "train" not in {*kinds.values(), *(f.split for f in files)}:
+            splits, others = sorted(kinds), sorted(names - kinds.keys())
             raise ValueError(
-                f"`data.source`: {files[row].path} is {image.shape[0]}x{image.shape[1]}, but the first image is "
-                f"{height}x{width}. Set `data.image_size` to resize all images."
+                f"`data.source` ({root}): its folders can be read in two ways. Either {splits} are splits"
+                f"{f', and {others[:5]} do not belong beside them' if others else ', but not one training set'}; or "
+                f"{sorted(names)[:5]} are all classes or domains. Rename {splits}, or move the others elsewhere."
             )
-        x[row] = torch.tensor(image).permute(2, 0, 1)
-
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(read, range(len(files))))
-    return x
+        cut = [
+            replace(f, folders=f.folders[:level] + f.folders[level + 1 :], split=kinds[f.folders[level]]) for f in deep
+        ]
+        files = sorted([*cut, *(f for f in files if len(f.folders) <= level)], key=lambda f: f.path)
+    return files
 
 
 def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:

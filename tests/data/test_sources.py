@@ -324,13 +324,6 @@ def test_images_of_different_sizes_need_a_size(tmp_path):
         load_source(str(tmp_path), image_size=-3)
 
 
-def test_grey_images_become_colour_images(tmp_path):
-    (tmp_path / "cat").mkdir()
-    for i in range(5):
-        Image.new("L", (4, 4), i).save(tmp_path / "cat" / f"{i}.png")
-    assert load_source(str(tmp_path)).x_train.shape[1:] == (3, 4, 4)
-
-
 def test_folders_that_cannot_be_read(tmp_path):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"`data\.source` .* no image in <class>/"):
