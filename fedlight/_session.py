@@ -18,7 +18,7 @@ from fedlight._float32 import float32_products
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
 from fedlight._processors import choose_threads, resolve_devices
-from fedlight._resume import decided, read_checkpoint
+from fedlight._resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight._setup import be_deterministic, local_training, make_fabric
 from fedlight._signals import deferred_signals
 from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_checkpoint, write_summary
@@ -57,7 +57,9 @@ class Session:
         hooks: calls hooks of callbacks and module.
         federation: the server's and the clients' state.
         engine: executes local trainings; set by :meth:`start_fit`.
-        schedule: learning rates by round; set by :meth:`start_fit`.
+        schedule: learning rates by round, in a fit.
+        experiment: what those that continue the run must agree with, in a fit.
+        changes: where this run differs from the one that it continues.
         writer: writes checkpoints.
         clock: seconds of a round's parts; set by :meth:`start_fit`.
         views: evaluates the weights that are of interest.
@@ -86,10 +88,13 @@ class Session:
         self.loggers: list[Logger] = []
         self.folder: RunFolder | None = None
         self._finished = self._created = False
-        self._first_round = 0
+        self.first_round = 0
         self.resumed = ckpt_path is not None
         self._ckpt_path = ckpt_path
         self._checkpoint: dict[str, Any] | None = None
+        self.schedule: RoundSchedule
+        self.experiment: dict[str, Any] = {}
+        self.changes: dict[str, list[Any]] = {}
         self._started = time.perf_counter()
         self._cleanup = ExitStack()
         self.writer = CheckpointWriter()
@@ -153,11 +158,13 @@ class Session:
         self.views = Views(self)
         per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
+        if checkpoint is not None:
+            check_state_dict(self._path, checkpoint["state_dict"], self.module.state_dict())
+        anew = self.command == "fit" and begin_experiment(self, checkpoint)
         buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
         self.federation.initialise(flat_parameters(self.module), buffers)
         if checkpoint is not None:
-            check_state_dict(self._path, checkpoint["state_dict"], self.module.state_dict())
-            self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit")
+            self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
             self.views.load("server")
             if self.command == "fit":
                 restore_callbacks(self, checkpoint)
@@ -182,9 +189,8 @@ class Session:
 
     def _take_folder(self) -> Path:
         """Make the run's folder if there is none yet, and lock it."""
-        if self.folder is None:
-            self.folder = RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
-            self._created = True
+        self._created = self.folder is None
+        self.folder = self.folder or RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
         self.folder.lock()
         self._cleanup.callback(self.folder.unlock)
         return self.folder.path
@@ -196,9 +202,8 @@ class Session:
     def start_fit(self) -> None:
         """Make the schedule and the engine, try one batch, and call the hooks of the start."""
         trainer, settings, data = self.trainer, self.settings, self.datamodule
-        self.schedule = RoundSchedule(self.module)
         if self._checkpoint is not None:
-            self.schedule.load_state_dict(self._checkpoint["fedlight"]["schedule"])
+            restore_schedule(self, self._checkpoint)
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
         if (threads := choose_threads(self)) is not None:
@@ -209,7 +214,7 @@ class Session:
         if self._checkpoint is not None and self.metrics_csv is not None:
             with writing(self.metrics_csv.path):
                 self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
-        self._first_round = trainer.current_round
+        self.first_round = trainer.current_round
         define_round_axis(self.loggers)
         self.hooks("on_fit_start")
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
@@ -217,6 +222,8 @@ class Session:
         self._cleanup.callback(self.engine.teardown)
         profiler = start_profiler(self._profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
+        if self.resumed and self.folder is not None and self._is_zero and trainer.current_round < trainer.max_rounds:
+            record_changes(self.folder.path, trainer.current_round, self.changes)
         self.hooks("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
             self.raise_if_interrupted(self.interrupted)
@@ -226,9 +233,7 @@ class Session:
         self.views.load("server")
         self.hooks("on_train_end")
         self._finished = True
-        if self.folder is None or not self._is_zero:
-            return
-        if self.trainer.current_round > self._first_round or not (self.folder.path / "summary.json").exists():
+        if self.folder is not None and self._is_zero:
             with writing(self.folder.path):
                 write_summary(self, time.perf_counter() - self._started)
 
@@ -250,7 +255,7 @@ class Session:
             error is not None
             and self._created
             and self.folder is not None
-            and self.folder.discard_if_unused(self._first_round)
+            and self.folder.discard_if_unused(self.first_round)
         ):
             self.trainer.run_dir = None
 

@@ -48,7 +48,7 @@ def make_checkpoint(session: "Session") -> dict[str, Any]:
         "fedlight": {
             "format": FORMAT,
             "version": package_version(),
-            "seed": trainer.seed,
+            "experiment": session.experiment,
             "schedule": session.schedule.state_dict(),
             "loggers": logger_ids(session.loggers),
             "metrics": session.metrics_csv.text if session.metrics_csv else "",
@@ -143,6 +143,8 @@ def as_floats(row: Mapping[str, Tensor | float]) -> dict[str, float]:
 def write_summary(session: "Session", seconds: float) -> None:
     """Write ``summary.json``: final and best metrics, rounds, seconds, seed, versions."""
     assert session.folder is not None
+    if session.trainer.current_round == session.first_round and (session.folder.path / "summary.json").exists():
+        return  # it was finished before
     rows = read_metrics(session.folder.path / "metrics.csv")
     trainer, final = session.trainer, {}
     for row in rows:
@@ -154,7 +156,7 @@ def write_summary(session: "Session", seconds: float) -> None:
         for row in [better(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
     }
     federation = session.federation
-    described = {k: v for k, v in federation.describe().items() if k != "views"}
+    perturbation = trainer.perturbation
     session.folder.write_json(
         "summary.json",
         {
@@ -163,7 +165,10 @@ def write_summary(session: "Session", seconds: float) -> None:
             "rounds": trainer.current_round,
             "seconds": round(seconds, 3),
             "seed": trainer.seed,
-            **described,
+            "algorithm": type(trainer.algorithm).__name__,
+            "perturbation": None if perturbation is None else type(perturbation).__name__,
+            "num_clients": federation.num_clients,
+            "buffers": federation.buffer_policy,
             "parameters": session.layout.numel,
             "device": str(session.fabric.device),
             "precision": trainer.settings["precision"],

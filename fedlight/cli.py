@@ -21,6 +21,7 @@ import fedlight.models
 import fedlight.perturbations  # all of these, so that their classes are known by their short names
 from fedlight._arguments import dotted, yaml_argument
 from fedlight._messages import readable, suggestions
+from fedlight._resume import keep_config
 from fedlight._signals import exit_by_signal
 from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule
@@ -57,13 +58,10 @@ class FederatedArgumentParser(LightningArgumentParser):
         return {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
 
 
-def _class_names() -> dict[str, str]:
-    """The classes that are known by short names, and the key that each belongs under."""
+def _class_names() -> set[str]:
     bases = (Algorithm, Perturbation, FederatedDataModule, LightningModule, Callback, Sampler, Partitioner, Optimizer)
-    keys = ["algorithm", "perturbation", "data", "model", "trainer.callbacks+", "trainer.sampler", "data.partitioner"]
-    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger"]
-    both = zip(keys, (*bases, LRScheduler, Logger), strict=True)
-    return {c.__name__: key for key, base in both for c in _subclasses(base) if not c.__name__.startswith("_")}
+    names = {c.__name__ for base in (*bases, LRScheduler, Logger) for c in _subclasses(base)}
+    return {name for name in names if not name.startswith("_")}
 
 
 def _subclasses(base: type) -> set[type]:
@@ -75,17 +73,32 @@ class SaveConfig(SaveConfigCallback):
     """Writes the complete configuration to the run's folder, and hands it to the loggers."""
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when a fit begins; a resumed run keeps the one it has."""
-        if stage != "fit" or trainer.log_dir is None or not trainer.is_global_zero:
+        """Write ``config.yaml`` when a fit begins."""
+        if stage == "fit" and not trainer._session.resumed:
+            self._write(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Write it when a run is continued, now that nothing stands against that; what was there before is kept."""
+        if trainer._session.resumed:
+            self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
+        if trainer.log_dir is None or not trainer.is_global_zero:
             return
-        path = Path(trainer.log_dir) / "config.yaml"
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=False)
-        if not path.exists():
-            with writing(path.parent):
-                atomic_write(path, text.encode())
+        path, config = Path(trainer.log_dir) / "config.yaml", self.config.clone()
+        if path.exists():
+            if trainer.current_round >= trainer.max_rounds:
+                return
+            # How a run was continued is no part of what it is.
+            config["ckpt_path"], config["trainer.allow_changes"] = None, False
+        text = self.parser.dump(config, skip_none=False, skip_link_targets=False)
+        with writing(path.parent):
+            if path.exists():
+                keep_config(path.parent, trainer.current_round, path.read_text() == text)
+            atomic_write(path, text.encode())
         # By dotted keys: a sweep's parameter `algorithm` would take the place of all below `algorithm`.
-        config = dotted(yaml.safe_load(text))
-        tell(trainer.loggers, lambda logger: logger.log_hyperparams(config))
+        logged = dotted(yaml.safe_load(text))
+        tell(trainer.loggers, lambda logger: logger.log_hyperparams(logged))
 
 
 class FederatedCLI(LightningCLI):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlight._results import checksum, round_metrics
 from fedlight.aggregation import average_buffers
 from fedlight.algorithms.base import Algorithm
-from fedlight.clients import ClientStore, reweighed, running_mean
+from fedlight.clients import ClientStore, mean_update
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
@@ -34,9 +34,8 @@ class ServerState:
         perturbation: the perturbation's state.
         buffers: the model's buffers.
         views: the weights that are evaluated, by name, ``[P]`` each.
-        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, ``initial``, the model
-            before the first round, ``[P]``, and ``shares``, what each client weighs in that mean, ``[N]`` float64;
-            empty unless view ``all`` is kept.
+        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, and ``initial``, the model
+            before the first round, ``[P]``; empty unless view ``all`` is kept.
         loss_scale: where 16-bit mixed precision starts in the next round.
     """
 
@@ -83,8 +82,6 @@ class Federation:
         self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
         self._mean_size = float(self.sizes.double().mean())
         self._initial_buffers: State = {}
-        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
-        self._shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         algorithm.setup(self.num_clients, layout)
         if perturbation is not None:
             perturbation.setup(layout)
@@ -93,13 +90,12 @@ class Federation:
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
         self._initial_buffers = {k: v.clone() for k, v in buffers.items()}
-        latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
             algorithm=self.algorithm.init_server(params),
             perturbation={} if self.perturbation is None else self.perturbation.init_server(params),
             buffers=buffers,
             views=dict.fromkeys(self.views, params),
-            latest_mean=latest if "all" in self.views else {},
+            latest_mean={"params": params.double(), "initial": params} if "all" in self.views else {},
         )
 
     @property
@@ -209,18 +205,23 @@ class Federation:
         if self.buffer_policy == "local":
             for r in results:
                 self.store.put(r.client, "buffers", r.buffers)
-        weights = [self.algorithm.mean_weight(r.num_samples) for r in results]
-        return average_buffers([r.buffers for r in results], weights)
+        return average_buffers([r.buffers for r in results], [float(r.num_samples) for r in results])
 
     def _update_latest(self, results: Sequence[ClientResult]) -> State:
         if "all" not in self.views:
             return {}
-        rows, mean = [], self.state.latest_mean
+        rows = []
         for r in results:
-            old = self.store.get(r.client, "latest")  # the model before the first round where it has not trained
-            rows.append((r.params, mean["initial"] if old is None else old["params"], float(self._shares[r.client])))
+            old = self.store.get(r.client, "latest")
+            rows.append((r.params, self._first_params() if old is None else old["params"]))
+        latest = mean_update(rows, self.num_clients, self.state.latest_mean["params"])
+        for r in results:
             self.store.put(r.client, "latest", {"params": r.params})
-        return {**mean, "params": running_mean(rows, mean["params"])}
+        return {"params": latest, "initial": self._first_params()}
+
+    def _first_params(self) -> Tensor:
+        """The model before the first round: the latest model of a client that has not trained."""
+        return self.state.latest_mean["initial"]
 
     def metrics(self, results: Sequence[ClientResult], left_out: int) -> dict[str, Tensor | float]:
         """What the clients logged, reduced over them by samples seen, and the figures of the round."""
@@ -242,42 +243,28 @@ class Federation:
         tensors = {id(v): v for part in vars(self.state).values() if isinstance(part, dict) for v in part.values()}
         return sum(v.numel() * v.element_size() for v in tensors.values())
 
-    def describe(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        return {
-            "algorithm": type(self.algorithm).__name__,
-            "perturbation": None if self.perturbation is None else type(self.perturbation).__name__,
-            "num_clients": self.num_clients,
-            "views": list(self.views),
-            "buffers": self.buffer_policy,
-        }
-
     def state_dict(self) -> dict[str, Any]:
         """Server state and client rows, in plain tensors and Python values."""
         return {
-            **self.describe(),
             "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
             "initial_buffers": dict(self._initial_buffers),
             "clients": self.store.state_dict(),
         }
 
-    def load_state_dict(self, saved: dict[str, Any], clients: bool = True) -> None:
+    def load_state_dict(self, saved: dict[str, Any], clients: bool = True, anew: bool = False) -> None:
         """Continue from :meth:`state_dict`.
 
         Args:
             saved: the state.
             clients: whether the clients' rows are needed; evaluation needs none.
+            anew: count rounds and steps from there, and leave the rest as it has been initialised.
 
         Raises:
-            MisconfigurationException: if the state belongs to another algorithm, perturbation or federation.
+            MisconfigurationException: if the algorithm keeps something else.
         """
-        keys = {"num_clients": "data.num_clients", "views": "trainer.views", "buffers": "trainer.buffers"}
-        for key, here in self.describe().items() if clients else ():
-            if saved[key] != here:
-                raise MisconfigurationException(
-                    f"ckpt_path: the checkpoint was written with {key}={saved[key]!r}, this run has {here!r}."
-                    f" Set {keys.get(key, key)} to {saved[key]!r} to continue it, or start anew without ckpt_path."
-                )
+        if anew:
+            self.state.round, self.state.global_step = saved["server"]["round"], saved["server"]["global_step"]
+            return
         device = self.params.device
         expected = {k: v.shape for k, v in self.state.algorithm.items()}
         found = {k: v.shape for k, v in saved["server"]["algorithm"].items()}
@@ -288,9 +275,6 @@ class Federation:
         self.state = ServerState(**server)
         if clients:
             self.store.load_state_dict(saved["clients"])
-        self.state.latest_mean = reweighed(self.state.latest_mean, self._shares, self.store if clients else None)
-        if self.state.latest_mean:
-            self.state.views["all"] = self.state.latest_mean["params"].to(self.params.dtype)
 
 
 def _to(state: State, device: torch.device | str) -> State:

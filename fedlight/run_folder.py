@@ -14,6 +14,9 @@ from typing import IO, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
+HISTORY = "config_history"
+"""Where a run keeps the configurations that it had before, and what was changed."""
+
 
 class RunFolder:
     """One run's folder, locked while the run is alive, so that no two runs write to it.

@@ -26,7 +26,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.sampling import Sampler, Uniform, balance
 from fedlight.seeding import generator
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "32", "bf16", "16", "64"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true"]
 
 
 class FederatedTrainer(TrainerInterface):
@@ -76,6 +76,8 @@ class FederatedTrainer(TrainerInterface):
         centralized: train on the pooled data of all clients instead, the upper line of a study: a round is
             ``local_epochs`` passes over all data, and algorithm, sampler and ``clients_per_round`` play no part.
         seed: seed of every random draw.
+        allow_changes: let a run that is continued differ from its checkpoint in what is trained; each difference is
+            said, and kept in the run's ``config_history/``.
 
     Example::
 
@@ -96,7 +98,7 @@ class FederatedTrainer(TrainerInterface):
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         strategy: str = "auto",
-        precision: Precision | int = "32-true",
+        precision: Precision = "32-true",
         tf32: bool | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
@@ -122,6 +124,7 @@ class FederatedTrainer(TrainerInterface):
         compile: bool = False,
         centralized: bool = False,
         seed: int = 0,
+        allow_changes: bool = False,
     ) -> None:
         settings = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         settings["algorithm"] = algorithm or FedAvg()

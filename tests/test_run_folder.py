@@ -175,7 +175,7 @@ def test_a_run_that_is_going_on_cannot_be_resumed_beside_itself(tmp_path):
     trainer.fit(Intruder(), Clients())
     assert trainer.current_round == 3
     assert (trainer.run_dir / "metrics.csv").read_text().count("\n") == 4
-    quiet_trainer(tmp_path, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")  # now it can
+    quiet_trainer(tmp_path, max_rounds=4).fit(Intruder(), Clients(), ckpt_path="last")  # now it can
 
 
 def test_what_a_run_leaves_behind(tmp_path):

@@ -17,7 +17,7 @@ _ASIDE = (
     "trainer.engine", "trainer.client_state", "trainer.compile", "trainer.deterministic", "trainer.views",
     "trainer.check_val_every_n_rounds", "trainer.client_val_every_n_rounds", "trainer.fast_dev_run",
     "trainer.limit_val_batches", "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
-    "data.init_args.num_workers", "data.init_args.eval_batch_size",
+    "data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.allow_changes", "trainer.profiler",
 )  # fmt: skip
 _DIVISION = ("data.init_args.partitioner", "data.init_args.num_clients", "trainer.sampler", "trainer.clients_per_round")
 

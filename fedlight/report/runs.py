@@ -13,9 +13,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight._arguments import dotted
 from fedlight.loggers import read_metrics
-from fedlight.run_folder import is_locked, versions
+from fedlight.run_folder import HISTORY, is_locked, versions
 
-Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign"]
+Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign", "changed"]
 
 
 @dataclass
@@ -141,6 +141,8 @@ def read_run(path: Path) -> Run:
     run.summary = _json(summary_path)
     if run.summary and "final" in run.summary:
         run.status, run.detail = "finished", _other_version(run.summary)
+        if (changes := _changes(path)) is not None:
+            run.status, run.detail = "changed", changes
         return run if run.rows else _torn(run, "metrics.csv has no rows")
     if summary_path.exists():
         return _torn(run, "summary.json cannot be read")
@@ -156,6 +158,19 @@ def _unfinished(run: Run) -> Run:
     run.status = "running" if is_locked(run.path) else "interrupted"
     run.detail = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
     return run
+
+
+def _changes(path: Path) -> str | None:
+    """What was changed within a run's rounds, so that no setting is the run's; None if nothing was."""
+    path = path / HISTORY / "changes.json"
+    if not path.exists():
+        return None
+    try:
+        noted = [(r, key, *pair) for r, changes in _json(path).items() for key, pair in changes.items()]
+        changed = [f"{key} from round {r}: {old} -> {new}" for r, key, old, new in noted]
+    except (AttributeError, TypeError, ValueError):
+        changed = []
+    return "; ".join(changed[:3] + ["..."] * (len(changed) > 3)) or f"{HISTORY}/{path.name} cannot be read"
 
 
 def _other_version(summary: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.report.groups import group_runs
 from fedlight.report.runs import find_runs, read_run
 from tests.report.folders import config, write_run
 
@@ -122,3 +123,24 @@ def test_folders_without_runs(tmp_path):
         find_runs([tmp_path / "none"])
     with pytest.raises(MisconfigurationException, match="There is no run in or below"):
         find_runs([tmp_path])
+
+
+def test_a_run_whose_settings_changed_is_no_run_of_a_setting(tmp_path):
+    path = write_run(tmp_path / "version_0", [0.1, 0.4])
+    write_run(tmp_path / "version_1", [0.1, 0.6])
+    (path / "config_history").mkdir()
+    changes = path / "config_history" / "changes.json"
+    changes.write_text(json.dumps({"1": {"algorithm.mu": [0.1, 0.2], "trainer.callbacks": [["MAN"], []]}}))
+    found = read_run(path)
+    assert found.status == "changed"
+    assert found.detail == "algorithm.mu from round 1: 0.1 -> 0.2; trainer.callbacks from round 1: ['MAN'] -> []"
+    study = group_runs(find_runs([tmp_path]))
+    assert [run.path.name for run in study.used] == ["version_1"]
+    assert len(study.runs) == 2
+    for damaged in ("", "{", "[]", '{"1": 3}', '{"1": {"a": 3}}'):
+        changes.write_text(damaged)
+        assert read_run(path).detail == "config_history/changes.json cannot be read"
+    path = write_run(tmp_path / "version_2", [0.1], finished=False)
+    (path / "config_history").mkdir()
+    (path / "config_history" / "changes.json").write_text(json.dumps({"1": {"algorithm.mu": [0.1, 0.2]}}))
+    assert read_run(path).status == "interrupted"
