@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from torchmetrics import Metric
 
 from fedlight._logging import LogCollector, collecting_logs
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.slot import call_step
 from fedlight.evaluation import evaluating
@@ -71,10 +71,11 @@ def _check_labels(module: LightningModule, datamodule: FederatedDataModule) -> N
 def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> None:
     """Look for NaN in what is in memory: clients of a partition share their storage, so one of them shows it all."""
     first = datamodule.client_dataset(int(federation.sizes.nonzero()[0]))
-    sets = [d for d in (first, datamodule.val_dataset(), datamodule.test_dataset()) if isinstance(d, ArrayDataset)]
-    stored = {t.data_ptr(): (what, t) for d in sets for what, t in (("inputs", d.inputs), ("targets", d.targets))}
-    for what, tensor in stored.values():
+    sets = [in_memory(d, datamodule.collate_fn) for d in (first, datamodule.val_dataset(), datamodule.test_dataset())]
+    stored = {t.data_ptr(): (d, t) for d in sets if isinstance(d, ArrayDataset) for t in d.storage.leaves}
+    for dataset, tensor in stored.values():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            what = {id(dataset.inputs): "inputs", id(dataset.targets): "targets"}.get(id(tensor), "entries")
             bad = (~tensor.flatten(1).isfinite().all(1) if tensor.ndim > 1 else ~tensor.isfinite()).nonzero().flatten()
             raise MisconfigurationException(
                 f"data: {len(bad)} of {len(tensor)} {what} hold NaN or infinity, the first in row {int(bad[0])}."
@@ -161,8 +162,8 @@ def first_samples(datamodule: FederatedDataModule, client: int, count: int) -> A
     Raises:
         MisconfigurationException: if they hold NaN or infinity.
     """
-    dataset = datamodule.client_dataset(client)
-    rows = list(range(min(count, len(dataset))))  # type: ignore[arg-type]
+    dataset = in_memory(datamodule.client_dataset(client), datamodule.collate_fn)
+    rows = list(range(min(count, len(dataset))))
     if isinstance(dataset, ArrayDataset):
         batch: Any = dataset.batch(torch.tensor(rows, device=dataset.device))
     else:

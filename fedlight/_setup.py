@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.eager import Eager
 from fedlight.local import GradientClip
 from fedlight.sampling import expected_clients
 
@@ -43,6 +44,8 @@ def local_training(session: "Session") -> LocalTraining:
     """What all local trainings of the session have in common."""
     trainer, settings, data, federation = session.trainer, session.settings, session.datamodule, session.federation
     clip = settings["gradient_clip_val"]
+    engine = settings["engine"]
+    federation.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
     return LocalTraining(
         module=session.module,
         fabric=session.fabric,

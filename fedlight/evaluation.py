@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight._logging import LogCollector, batch_size, collecting_logs
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
 from fedlight.engines.plan import num_batches
 from fedlight.engines.slot import call_step, transfer_function
+from fedlight.seeding import derive_seed
 
 Stage = Literal["validation", "test"]
 _Logged = dict[str, tuple[Tensor, Tensor, str]]
@@ -63,6 +64,7 @@ class Evaluator:
             share: whether the processes share the batches; otherwise this process evaluates all of them.
             publish: receives the result before the end hook is called, so that callbacks find it.
         """
+        dataset = in_memory(dataset, self._datamodule.collate_fn)
         call = self._module_call if quiet else self._call
         log = LogCollector(self._fabric.device)
         log.dtype = torch.float64 if self._fabric.device.type != "mps" else torch.float32
@@ -136,7 +138,8 @@ class Evaluator:
                 yield index, convert(self.transfer(batch))
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
-        read = read_batches(dataset, order, (0, "evaluation"), data.num_workers, data.collate_fn, mine)
+        seeds = [derive_seed(0, "evaluation", i) for i in mine]
+        read = read_batches(dataset, order, seeds, data.num_workers, data.collate_fn)
         for index, batch in zip(mine, read, strict=True):
             yield index, convert(self.transfer(batch))
 

@@ -13,6 +13,7 @@ from fedlight._results import checksum, round_metrics
 from fedlight.aggregation import average_buffers
 from fedlight.algorithms.base import Algorithm
 from fedlight.clients import ClientStore, mean_update
+from fedlight.data.arrays import in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
@@ -63,6 +64,9 @@ class Federation:
         views: which weights are evaluated.
         layout: the order of the parameters.
     """
+
+    read = False
+    """Whether datasets are read into memory, for an engine that takes no others."""
 
     def __init__(
         self,
@@ -133,7 +137,7 @@ class Federation:
         return ClientTask(
             client=client,
             objective=objective,
-            dataset=self.datamodule.client_dataset(client),
+            dataset=in_memory(self.datamodule.client_dataset(client), self.datamodule.collate_fn, self.read),
             weight=self._weight(client),
             buffers=self._buffers(client),
             perturbation=perturbation,

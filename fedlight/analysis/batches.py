@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fedlight._logging import batch_size
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
-from fedlight.seeding import generator
+from fedlight.seeding import derive_seed, generator
 
 
 class Batches(Sequence[Any]):
@@ -92,7 +92,8 @@ def analysis_batches(
     parts = [every[i] for i in mine]
     if isinstance(data, ArrayDataset):
         return _of_arrays(data, parts, device, move)
-    read = read_batches(data, [p.tolist() for p in parts], (seed, "hessian"), collate_fn=collate_fn, numbers=mine)
+    seeds = [derive_seed(seed, "hessian", i) for i in mine]
+    read = read_batches(data, [part.tolist() for part in parts], seeds, collate_fn=collate_fn)
     kept = [move(batch) for batch in read]
     return Batches(kept.__getitem__, [len(part) for part in parts])
 

@@ -1,32 +1,53 @@
 """Datasets in memory that are read a batch at a time."""
 
+from collections.abc import Hashable
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from fedlight.data.augment import BatchTransform
+from fedlight.data.reading import Collate, read_batches
+
+_MOST_BYTES = 2**31
+"""A dataset is read into memory as a whole if it needs less."""
 
 
 class _Storage:
-    """The tensors that all datasets of a datamodule share, and their copies on other devices, made once each."""
+    """The tensors that all datasets of a datamodule share, and their copies on other devices, made once each.
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
-        self.inputs, self.targets = inputs, targets
-        self._copies: dict[torch.device, _Storage] = {inputs.device: self}
+    They are the ``leaves`` of a tree that is made as ``spec`` says; ``build`` makes such a tree of other leaves.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        leaves, self.spec = tree_flatten(tree)
+        self.leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves]
+        if len({(*leaf.shape[:1], leaf.device) for leaf in self.leaves}) != 1 or not self.leaves[0].ndim:
+            found = ", ".join(f"{list(leaf.shape)} on {leaf.device}" for leaf in self.leaves)
+            raise ValueError(f"Tensors of a dataset need an entry for each sample, and one device; found {found}.")
+        flat = type(tree) in (tuple, list) and len(tree) == len(leaves)
+        self.build = type(tree) if flat else partial(tree_unflatten, treespec=self.spec)
+        self._copies: dict[torch.device, _Storage] = {self.device: self}
         self._refused: dict[torch.device, bool] = {}
 
-    def replace(self, inputs: Tensor, targets: Tensor) -> None:
+    def replace(self, leaves: list[Tensor]) -> None:
         """Keep the same numbers elsewhere."""
-        self.inputs, self.targets = inputs, targets
+        self.leaves = leaves
         self._copies.clear()
-        self._copies[inputs.device] = self
+        self._copies[self.device] = self
+
+    @property
+    def device(self) -> torch.device:
+        return self.leaves[0].device
 
     @property
     def nbytes(self) -> int:
-        return self.inputs.nbytes + self.targets.nbytes
+        return sum(leaf.nbytes for leaf in self.leaves)
 
     def fits(self, device: torch.device) -> bool:
         """Whether it is, or may be copied, there: half of what a device has free is for other things."""
@@ -44,23 +65,20 @@ class _Storage:
 
     def to(self, device: torch.device) -> "_Storage":
         if device not in self._copies:
-            copy = _Storage(self.inputs.to(device), self.targets.to(device))
+            copy = _Storage(self.build([leaf.to(device) for leaf in self.leaves]))
             copy._copies = self._copies
             self._copies[device] = copy
         return self._copies[device]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"inputs": self.inputs, "targets": self.targets}  # a worker process or a file needs no copies
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __reduce__(self) -> Any:
+        return _Storage, (self.build(self.leaves),)  # a worker process or a file needs no copies
 
 
-class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
+class ArrayDataset(Dataset[Any]):
     """Images (or any tensors) in memory, read a batch at a time.
 
     The datasets of all clients are views of one storage: :meth:`view` and :meth:`pooled` copy nothing, and :meth:`to`
-    moves the storage once for all of them.
+    moves the storage once for all of them. :meth:`of` makes one of other than inputs and targets.
 
     Args:
         inputs: ``[n_total, ...]``; images are ``[n_total, C, H, W]`` uint8.
@@ -69,56 +87,63 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
         transform: what turns a batch of stored inputs into what the model sees; None leaves them as they are.
 
     Raises:
-        ValueError: if inputs and targets differ in length or devices.
+        ValueError: if tensors differ in length or devices.
     """
 
     def __init__(
         self, inputs: Tensor, targets: Tensor, indices: Tensor | None = None, transform: BatchTransform | None = None
     ) -> None:
-        if len(inputs) != len(targets):
-            raise ValueError(
-                f"There are {len(inputs)} inputs, but {len(targets)} targets; each input needs one target."
-            )
-        if inputs.device != targets.device:
-            raise ValueError(f"Inputs are on {inputs.device}, but targets on {targets.device}.")
-        self._storage = _Storage(inputs, targets)
-        self.indices = indices if indices is None else indices.to(inputs.device)
-        self.transform = transform if transform is None else transform.to(inputs.device)
+        self._set(_Storage((inputs, targets)), indices, transform)
+
+    @classmethod
+    def of(cls, tree: Any) -> "ArrayDataset":
+        """A dataset of a dict, list or tuple of tensors ``[n_total, ...]``, nested or not; batches are made like it."""
+        return cls._over(_Storage(tree), None, None)
+
+    @classmethod
+    def _over(cls, storage: _Storage, indices: Tensor | None, transform: BatchTransform | None) -> "ArrayDataset":
+        dataset: ArrayDataset = object.__new__(ArrayDataset)
+        dataset._set(storage, indices, transform)
+        return dataset
+
+    def _set(self, storage: _Storage, indices: Tensor | None, transform: BatchTransform | None) -> None:
+        self.storage = storage
+        self.indices = indices if indices is None else indices.to(storage.device)
+        self.transform = transform if transform is None else transform.to(storage.device)
 
     @property
     def inputs(self) -> Tensor:
-        """All stored inputs ``[n_total, ...]``, those of other clients included."""
-        return self._storage.inputs
+        """All stored inputs ``[n_total, ...]``, those of other clients included: the first tensor."""
+        return self.storage.leaves[0]
 
     @property
     def targets(self) -> Tensor:
-        """All stored targets ``[n_total]``, those of other clients included."""
-        return self._storage.targets
+        """All stored targets ``[n_total]``, those of other clients included: the last tensor."""
+        return self.storage.leaves[-1]
 
     @property
     def device(self) -> torch.device:
         """Where the storage is."""
-        return self.inputs.device
+        return self.storage.device
 
     def __len__(self) -> int:
-        return len(self.targets) if self.indices is None else len(self.indices)
+        return len(self.inputs) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Any:
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no sample {index} in a dataset of {len(self)}.")
-        inputs, targets = self.batch(torch.tensor([index % len(self)], device=self.device))
-        return inputs[0], targets[0]
+        return self.__getitems__([index % len(self)])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, indices: list[int]) -> list[Any]:
         """What a ``DataLoader`` calls for a batch: one gather, then a list that any collate function takes."""
-        inputs, targets = self.batch(torch.tensor(indices, device=self.device))
-        return list(zip(inputs.unbind(), targets.unbind(), strict=True))
+        leaves = self.leaves(torch.tensor(indices, device=self.device))
+        return [self.storage.build(list(sample)) for sample in zip(*(leaf.unbind() for leaf in leaves), strict=True)]
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The augmentation's random numbers for ``n`` samples, in order: CPU tensors ``[n]``; ``{}`` for none."""
         return {} if self.transform is None else self.transform.draw(n, generator)
 
-    def batch(self, rows: Tensor, draws: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Tensor, draws: dict[str, Tensor] | None = None) -> Any:
         """Gather, augment and normalise a batch, on the device of the storage and without waiting for it.
 
         Only tensor operations of static shape: this can be captured in a CUDA graph, compiled, and run under ``vmap``.
@@ -128,11 +153,18 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
             draws: what :meth:`draw` gave, cut to these ``B`` samples, on the same device; None: no augmentation.
 
         Returns:
-            Inputs ``[B, ...]`` as the model sees them (images: float32, normalised), and targets ``[B]``.
+            Inputs ``[B, ...]`` as the model sees them (images: float32, normalised), and targets ``[B]``; or what the
+            dataset was made :meth:`of`.
         """
+        return self.storage.build(self.leaves(rows, draws))
+
+    def leaves(self, rows: Tensor, draws: dict[str, Tensor] | None = None) -> list[Tensor]:
+        """The tensors of :meth:`batch`, in the order of the storage's."""
         rows = rows if self.indices is None else self.indices[rows]
-        inputs = self.inputs[rows]
-        return inputs if self.transform is None else self.transform(inputs, draws), self.targets[rows]
+        leaves = [leaf[rows] for leaf in self.storage.leaves]
+        if self.transform is not None:
+            leaves[0] = self.transform(leaves[0], draws)
+        return leaves
 
     def positions(self, rows: Tensor) -> Tensor:
         """The rows of the storage at these positions: ``d.batch(r)`` is ``d.pooled().batch(d.positions(r))``."""
@@ -144,23 +176,15 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def view(self, indices: Tensor | None, transform: BatchTransform | None) -> "ArrayDataset":
         """Other rows of the same storage, or another transform; nothing is copied."""
-        other = object.__new__(ArrayDataset)
-        other._storage = self._storage
-        other.indices = indices if indices is None else indices.to(self.device)
-        other.transform = transform if transform is None else transform.to(self.device)
-        return other
+        return self._over(self.storage, indices, transform)
 
     def to(self, device: torch.device | str) -> "ArrayDataset":
         """The same dataset on a device. The storage is moved by the first call and shared by all datasets after it."""
-        other = object.__new__(ArrayDataset)
-        other._storage = self._storage.to(_with_index(torch.device(device)))
-        other.indices = self.indices if self.indices is None else self.indices.to(other.device)
-        other.transform = self.transform if self.transform is None else self.transform.to(other.device)
-        return other
+        return self._over(self.storage.to(_with_index(torch.device(device))), self.indices, self.transform)
 
     def fits(self, device: torch.device | str) -> bool:
         """Whether :meth:`to` can be used: whether there is room on the device for the storage."""
-        return self._storage.fits(_with_index(torch.device(device)))
+        return self.storage.fits(_with_index(torch.device(device)))
 
     def near(self, device: torch.device | str) -> "ArrayDataset":
         """The same samples on a device, whether or not the storage fits there.
@@ -170,10 +194,10 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
         """
         if self.fits(device):
             return self.to(device)
-        inputs, targets = (_sent(stored, self.indices, torch.device(device)) for stored in (self.inputs, self.targets))
-        return ArrayDataset(inputs, targets, None, self.transform)
+        sent = [_sent(leaf, self.indices, torch.device(device)) for leaf in self.storage.leaves]
+        return self._over(_Storage(self.storage.build(sent)), None, self.transform)
 
-    def part(self, begin: int, end: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def part(self, begin: int, end: int, device: torch.device | str) -> Any:
         """The samples ``begin`` to ``end``, without augmentation, as :meth:`batch` gives them, on a device."""
         if self.fits(device):
             return self.to(device).batch(torch.arange(begin, end, device=device))
@@ -192,3 +216,43 @@ def _sent(stored: Tensor, rows: Tensor | None, device: torch.device) -> Tensor:
 def _with_index(device: torch.device) -> torch.device:
     """``cuda`` is ``cuda:<current>``: both names must find the same copy."""
     return torch.device(device.type, torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+_known: "WeakKeyDictionary[Any, tuple[list[tuple[int, int]], ArrayDataset | None]]" = WeakKeyDictionary()
+
+
+def in_memory(data: Any, collate_fn: Collate | None = None, read: bool = False) -> Any:
+    """The samples of a dataset as an :class:`ArrayDataset`, if they are tensors in memory; else the dataset itself.
+
+    These are a ``TensorDataset``, a dict or tuple of tensors, and a ``Subset`` of one of these. Nothing is copied, and
+    batches are those of a loader; another ``collate_fn`` than torch's own wants samples. With ``read`` any dataset is
+    read as a whole (twice) whose samples torch collates to tensors, if they do not depend on random numbers.
+    """
+    if isinstance(data, ArrayDataset) or collate_fn not in (None, default_collate):
+        return data
+    if isinstance(data, dict | tuple):
+        return ArrayDataset.of(data)
+    if type(data) is Subset:
+        whole, rows = in_memory(data.dataset, None, read), torch.as_tensor(data.indices)
+        return whole.view(whole.positions(rows), whole.transform) if isinstance(whole, ArrayDataset) else data
+    tensors = data.tensors if type(data) is TensorDataset else ()
+    if not tensors and not (read and isinstance(data, Hashable)):
+        return data
+    state = [(id(t), 0 if t.is_inference() else t._version) for t in tensors]  # others, or other numbers in them
+    if data not in _known or _known[data][0] != state:
+        _known[data] = state, ArrayDataset.of([t.contiguous() for t in tensors]) if tensors else _read(data)
+    return _known[data][1] or data
+
+
+def _read(data: Any) -> ArrayDataset | None:
+    """All samples of a dataset, if they are tensors of one shape and do not depend on the seed."""
+    try:
+        first = next(read_batches(data, [[0]], [0]))
+        if sum(leaf.nbytes for leaf in tree_leaves(first)) * len(data) > _MOST_BYTES:
+            return None
+        rank_zero_info(f"data: {type(data).__name__} is read into memory, for an engine that records the local step.")
+        one, other = read_batches(data, [list(range(len(data)))] * 2, [0, 1])
+        same = [torch.equal(a, b) for a, b in zip(tree_leaves(one), tree_leaves(other), strict=True)]
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # what is no tensor, or does not stack
+        return None
+    return ArrayDataset.of(one) if all(same) else None

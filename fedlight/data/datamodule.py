@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.seeding import generator
 
 
@@ -16,8 +16,8 @@ class FederatedDataModule(LightningDataModule):
     """Client i's dataset, and datasets for validation and test.
 
     A subclass loads and partitions its data in :meth:`setup`, sets ``num_clients`` and returns datasets from
-    :meth:`client_dataset` and whichever of the others it has. Any map-style torch dataset will do; an
-    :class:`~fedlight.data.arrays.ArrayDataset` is read a batch at a time, and so much faster.
+    :meth:`client_dataset` and whichever of the others it has. Any map-style torch dataset will do; what is in memory
+    (:func:`~fedlight.data.arrays.in_memory`) is read a batch at a time, and so much faster.
 
     The pooled data of all clients is there as ordinary loaders, so the same datamodule works in a plain
     ``lightning.pytorch.Trainer``: the central baseline.
@@ -66,7 +66,7 @@ class FederatedDataModule(LightningDataModule):
 
     def client_size(self, client: int) -> int:
         """n_i, the number of training samples of a client."""
-        return len(self.client_dataset(client))  # type: ignore[arg-type]
+        return len(in_memory(self.client_dataset(client)))
 
     def val_dataset(self) -> Dataset[Any] | None:
         """What the model is evaluated on while it trains, or None."""

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.partition import IID, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
+
+_LABELS = ("labels", "label", "targets", "target", "y")
 
 
 class DatasetPartition(PartitionedDataModule):
@@ -19,8 +21,8 @@ class DatasetPartition(PartitionedDataModule):
 
         data = DatasetPartition(MyText("train"), test=MyText("test"), num_clients=50, partitioner=DirichletClients(0.3))
 
-    A ``TensorDataset`` of inputs and targets, and an ``ArrayDataset``, are read a batch at a time; others sample by
-    sample.
+    What is in memory is read a batch at a time: an ``ArrayDataset``, a ``TensorDataset``, a ``Subset`` of these, and a
+    dict or tuple of tensors, which may stand for a dataset. Others are read sample by sample.
 
     Args:
         train: the training data.
@@ -28,8 +30,9 @@ class DatasetPartition(PartitionedDataModule):
         val: the validation data; by default the test data.
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which samples; by default ``IID()``.
-        targets: class of each training sample; by default what ``.targets`` or ``.labels`` of the dataset say, or the
-            last tensor of a ``TensorDataset``, through ``Subset`` and ``ConcatDataset``.
+        targets: class of each training sample; by default what ``.targets`` or ``.labels`` of the dataset say, the last
+            tensor of a ``TensorDataset`` or tuple, or ``labels`` or ``y`` of a dict, through ``Subset`` and
+            ``ConcatDataset``.
         groups: natural group of each training sample, for ``NaturalGroups``.
         batch_size: samples of a batch in local training.
         eval_batch_size: samples of a batch in evaluation; by default ``batch_size``.
@@ -62,6 +65,9 @@ class DatasetPartition(PartitionedDataModule):
         """Find the labels and divide the training data among the clients."""
         if self.partition is not None:
             return
+        self._train, self._test, self._val = (
+            in_memory(d, self.collate_fn) for d in (self._train, self._test, self._val)
+        )
         size = len(self._train)  # type: ignore[arg-type]
         if size == 0:
             raise ValueError("`data.train` is empty.")
@@ -71,9 +77,6 @@ class DatasetPartition(PartitionedDataModule):
             if values is not None and len(values) != size:
                 raise ValueError(f"`data.{key}` has {len(values)} entries, but the training data has {size} samples.")
         self._val_targets = None if self._val is None else find_targets(self._val)
-        if self.collate_fn is None:
-            self._train = _in_arrays(self._train)
-            self._test, self._val = (None if d is None else _in_arrays(d) for d in (self._test, self._val))
         self.divide(size, targets, groups=groups)
 
     def client_dataset(self, client: int) -> Dataset[Any]:
@@ -110,7 +113,9 @@ def find_targets(dataset: Dataset[Any]) -> Tensor | None:
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
     if isinstance(dataset, ArrayDataset):
-        found: Any = dataset.targets if dataset.indices is None else dataset.targets[dataset.indices]
+        tree = dataset.storage.build(dataset.storage.leaves)
+        names = [name for name in _LABELS if isinstance(tree, dict) and name in tree]
+        found: Any = (tree[names[0]] if names else dataset.targets)[dataset.positions(torch.arange(len(dataset)))]
     elif isinstance(dataset, TensorDataset):
         found = dataset.tensors[-1]
     else:
@@ -128,13 +133,6 @@ def _integers(values: Sequence[int] | Tensor) -> Tensor:
             f"Classes and groups are one integer per sample, got {tensor.dtype} of shape {list(tensor.shape)}."
         )
     return tensor.long()
-
-
-def _in_arrays(dataset: Dataset[Any]) -> Dataset[Any]:
-    """The tensors of a TensorDataset of inputs and targets as an ArrayDataset, which gives the same batches faster."""
-    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
-        return ArrayDataset(*dataset.tensors)
-    return dataset
 
 
 def _rows(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:

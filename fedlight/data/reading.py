@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
+from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 Collate = Callable[[list[Any]], Any]
 
@@ -14,33 +14,18 @@ Collate = Callable[[list[Any]], Any]
 def read_batches(
     dataset: Dataset[Any],
     batches: Sequence[list[int]],
-    seed: tuple[int | str, ...],
+    seeds: Sequence[int],
     num_workers: int = 0,
     collate_fn: Collate | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> Iterator[Any]:
-    """Yield batches of samples, with or without worker processes.
+    """Yield batches of the samples at these positions, with or without worker processes.
 
-    What the dataset and ``collate_fn`` draw from the generators of Python, NumPy and torch depends on the seed and the
-    number of the batch alone, and the caller's own draws go on as if nothing had been read.
-
-    Args:
-        dataset: gives samples.
-        batches: which samples make each batch.
-        seed: arguments of :func:`~fedlight.seeding.derive_seed`.
-        num_workers: processes that read.
-        collate_fn: makes a batch of a list of samples.
-        numbers: of the batches; by default 0, 1, 2, ...
+    What the dataset and ``collate_fn`` draw from the generators of Python, NumPy and torch depends on the batch's seed
+    alone, and the caller's own draws go on as if nothing had been read.
     """
-    seeds = [derive_seed(*seed, n) for n in (range(len(batches)) if numbers is None else numbers)]  # type: ignore[arg-type]
-    yield from DataLoader(
-        _Batches(dataset, collate_fn or default_collate),
-        batch_size=None,
-        sampler=list(zip(seeds, batches, strict=True)),
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        generator=torch.Generator(),
-    )
+    whole, items = _Batches(dataset, collate_fn or default_collate), list(zip(seeds, batches, strict=True))
+    settings: dict[str, Any] = {"sampler": items, "num_workers": num_workers, "generator": torch.Generator()}
+    yield from DataLoader(whole, batch_size=None, collate_fn=_unchanged, **settings)
 
 
 class _Batches(Dataset[Any]):

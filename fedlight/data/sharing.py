@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 
 
@@ -22,17 +22,18 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     Args:
         fabric: the processes; every one of them must call this, with data that are the same.
         data: whose first client, validation and test datasets are shared, and so what else is a view of their storage;
-            datasets that are no ``ArrayDataset`` are left alone.
+            datasets that are not in memory are left alone.
 
     Returns:
         Bytes that are shared.
     """
     if fabric.world_size == 1:
         return 0
-    datasets = (data.client_dataset(0), data.val_dataset(), data.test_dataset())
-    arrays = [dataset for dataset in datasets if isinstance(dataset, ArrayDataset)]
-    storages = list({id(dataset._storage): dataset._storage for dataset in arrays}.values())
-    tensors = [tensor for storage in storages for tensor in (storage.inputs, storage.targets)]
+    datasets = [
+        in_memory(d, data.collate_fn) for d in (data.client_dataset(0), data.val_dataset(), data.test_dataset())
+    ]
+    storages = list({id(d.storage): d.storage for d in datasets if isinstance(d, ArrayDataset)}.values())
+    tensors = [tensor for storage in storages for tensor in storage.leaves]
     layout = [(str(t.dtype), tuple(t.shape)) for t in tensors]
     path = _write(tensors) if fabric.local_rank == 0 else None
     everyone: list[Any] = [None] * fabric.world_size
@@ -42,7 +43,7 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     if possible:
         mapped = iter(_map(files[fabric.node_rank], tensors))
         for storage in storages:
-            storage.replace(next(mapped), next(mapped))
+            storage.replace([next(mapped) for _ in storage.leaves])
     torch.distributed.barrier()
     if path is not None:
         os.unlink(path)

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from fedlight._logging import LogCollector
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.programs import ClientStep, Program
+from fedlight.engines.programs import ClientStep, Program, numbered
 from fedlight.engines.requirements import check_recordable
 from fedlight.engines.step import Batch
 from fedlight.local import LocalObjective
@@ -35,7 +36,7 @@ class CompiledStep:
 
     def takes(self, batches: Sequence[Batch]) -> bool:
         """Whether it is made for batches of these sizes."""
-        return tuple(len(batch[1]) for batch, _ in batches) == self._sizes
+        return tuple(len(tree_leaves(batch)[0]) for batch, _ in batches) == self._sizes
 
     def __call__(
         self,
@@ -53,11 +54,12 @@ class CompiledStep:
             buffers: the module's buffers.
             log: what is logged goes there.
             objective: what the algorithm asks for; its numbers are tensors, where they matter.
-            batches: micro-batches of inputs and targets.
+            batches: micro-batches.
             state: the perturbation's state.
         """
-        inputs, targets = ([batch[i] for batch, _ in batches] for i in (0, 1))
-        named = {"params": params, "x": _joined(inputs), "y": _joined(targets), **_corrections(objective)}
+        leaves = zip(*(tree_leaves(batch) for batch, _ in batches), strict=True)
+        self._step.spec = tree_structure(batches[0][0])
+        named = {"params": params, **numbered(map(_joined, leaves)), **_corrections(objective)}
         named |= {f"state/{name}": value for name, value in state.items()}
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
         key = tuple(named)
@@ -85,5 +87,5 @@ def _corrections(objective: LocalObjective) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -84,10 +84,10 @@ class GraphSlot(Slot):
         """Whether a client's samples are in the pool, or there is room for them."""
         if dataset.fits(self.device):
             return same_storage(dataset.to(self.device), self.pool)
-        alike = (
-            dataset.inputs.shape[1:] == self.pool.inputs.shape[1:] and dataset.inputs.dtype == self.pool.inputs.dtype
+        kinds = [[(leaf.shape[1:], leaf.dtype) for leaf in d.storage.leaves] for d in (dataset, self.pool)]
+        return (
+            kinds[0] == kinds[1] and dataset.storage.spec == self.pool.storage.spec and len(dataset) <= len(self.pool)
         )
-        return alike and len(dataset) <= len(self.pool)
 
     def prepare(self, round: int, task: ClientTask, fresh: Optimization | None = None) -> "Job":
         """Plan a client's round, and record what has not been recorded yet.
@@ -182,8 +182,8 @@ class GraphSlot(Slot):
         """Everything is as at the start of the client's round."""
         if isinstance(task.dataset, ArrayDataset) and not task.dataset.fits(self.device):
             own = task.dataset.near(self.device)
-            self.pool.inputs[: len(own)].copy_(own.inputs)
-            self.pool.targets[: len(own)].copy_(own.targets)
+            for room, leaf in zip(self.pool.storage.leaves, own.storage.leaves, strict=True):
+                room[: len(leaf)].copy_(leaf)
         self.flat.params.copy_(task.objective.start)
         for held, values in (
             (self.buffers, task.buffers),

@@ -78,4 +78,5 @@ def local_plan(round: int, client: int, dataset: Dataset[object], training: Loca
 
 def same_storage(one: ArrayDataset, other: ArrayDataset) -> bool:
     """Whether two datasets are rows of one storage, and transformed alike."""
-    return one.inputs is other.inputs and one.targets is other.targets and one.transform is other.transform
+    same = len(one.storage.leaves) == len(other.storage.leaves) and one.transform is other.transform
+    return same and all(a is b for a, b in zip(one.storage.leaves, other.storage.leaves, strict=True))

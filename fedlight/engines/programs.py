@@ -1,6 +1,6 @@
 """The local step of many clients as one program: `local_gradient` under ``torch.func``, traced and compiled."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._ops import OpOverload
 from torch.func import functional_call, grad, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight._penalized_step import penalized_step
@@ -48,7 +49,7 @@ class _Caller(nn.Module):
 class ClientStep:
     """One client's local step as a pure function of named tensors.
 
-    Inputs: ``params`` ``[P]``, ``x`` and ``y`` (the batch), optionally ``anchor``, ``proximal``, ``linear`` and
+    Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), optionally ``anchor``, ``proximal``, ``linear`` and
     ``scale`` of the objective, ``state/<name>`` of the perturbation and ``buffers/<name>``. Outputs: ``gradient``
     ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``, ``weight/<name>`` of the logs.
 
@@ -57,6 +58,7 @@ class ClientStep:
         layout: order of the parameters.
 
     Attributes:
+        spec: what a batch is made of.
         index: the batch index that ``training_step`` is handed.
         reductions: how what was logged is combined, by name; known after a call.
         changing: those of ``state/`` that steps change; known after a call, None before.
@@ -67,6 +69,7 @@ class ClientStep:
         self._module = training.module
         self._caller = _Caller(training.module)
         self._precision = training.fabric.strategy.precision
+        self.spec: TreeSpec  # set before the first call
         self.index: int = 0
         self.reductions: dict[str, str] = {}
         self.changing: set[str] | None = None
@@ -75,8 +78,8 @@ class ClientStep:
         """The step on a batch that consists of micro-batches of these sizes."""
         log = LogCollector(named["params"].device)
         buffers, logs = _part(named, "buffers/"), Logs()
-        x, y = (named[name].split(list(sizes)) for name in ("x", "y"))  # type: ignore[no-untyped-call]
-        batches = list(zip(x, y, strict=True))
+        leaves = [leaf.split(list(sizes)) for leaf in _part(named, "batch/").values()]  # type: ignore[no-untyped-call]
+        batches = [tree_unflatten(list(parts), self.spec) for parts in zip(*leaves, strict=True)]
 
         def loss(params: State, held: State, first: bool) -> tuple[Tensor, tuple[State, Logs]]:
             inner = {f"module.{name}": value for name, value in params.items()}
@@ -118,6 +121,11 @@ class ClientStep:
         self.reductions = {name: log.reduction(name) for name in logs}
         out |= {f"value/{k}": value for k, (value, _) in logs.items()}
         return out | {f"weight/{k}": weight for k, (_, weight) in logs.items()}
+
+
+def numbered(leaves: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The tensors of a batch by the names that :class:`ClientStep` reads."""
+    return {f"batch/{i}": leaf for i, leaf in enumerate(leaves)}
 
 
 def _part(named: Mapping[str, Tensor], prefix: str) -> State:

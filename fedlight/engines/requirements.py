@@ -44,7 +44,10 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
             yield f"{type(training.module).__name__} overrides {hook}, which has no place in a recorded local step"
     dataset = None if training.example is None else training.example.dataset
     if dataset is not None and not isinstance(dataset, ArrayDataset):
-        yield f"the clients' data is a {type(dataset).__name__}, read sample by sample; it takes an ArrayDataset"
+        yield (
+            f"the clients' data is a {type(dataset).__name__}, read sample by sample; it takes tensors in memory (or"
+            " what fits there: samples of tensors of one shape, without random numbers) and no data.collate_fn"
+        )
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"

@@ -246,9 +246,9 @@ def batch_reader(
         return gathered
 
     def loaded(epoch: int) -> Iterator[Batch]:
-        seed = training.seed, "loader", round, task.client, epoch
         batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
-        read = read_batches(dataset, batches, seed, training.num_workers, training.collate_fn)
+        seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
+        read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
         for index, batch in enumerate(read):
             yield convert(transfer(batch)), index
 

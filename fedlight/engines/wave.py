@@ -10,7 +10,8 @@ from torch import Tensor
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.plan import local_plan, same_storage
-from fedlight.engines.programs import ClientStep, Program
+from fedlight.engines.programs import ClientStep, Program, numbered
+from fedlight.engines.requirements import cannot
 from fedlight.engines.schedule import LocalSchedule, lr_sum
 from fedlight.engines.stacked import Block, StackedOptimizer
 from fedlight.local import ClientResult
@@ -20,8 +21,8 @@ _GATHERED_BYTES = 2**27
 """Batches are read ahead, as many as fit into so many bytes."""
 
 
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets."""
+Batch = list[Tensor]
+"""The tensors of a batch, as inputs and targets."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Wave:
         self._keys = [keys[i] for i in order]
         self._steps = [plan.steps(parts.training.accumulate_grad_batches) for plan in self._plans]
         self._data = _Data(round, self._tasks, [plan.order for plan in self._plans], parts.training)
+        parts.step.spec, *others = [dataset.storage.spec for dataset in self._data.datasets]
+        if any(spec != parts.step.spec for spec in others):
+            raise cannot("vmap", "the clients' batches are not made alike")
         self._stack()
         self._logs: dict[str, list[tuple[slice | Tensor, Tensor, Tensor]]] = {}
         self._reductions: dict[str, str] = {}
@@ -167,14 +171,13 @@ class Wave:
         """Run one program on some rows, keep what it changed, and return their gradients."""
         count = len(group.rows)
         width = self._parts.width(group.sizes, count)
-        x, y = batch
         source = rows
         if width > count:  # a compiled program has its size: the first client fills the places that are left
             padded = [*range(count), *[0] * (width - count)]
-            source = torch.tensor([group.rows[i] for i in padded], device=x.device)
-            x, y = x[padded], y[padded]
+            source = torch.tensor([group.rows[i] for i in padded], device=batch[0].device)
+            batch = [leaf[padded] for leaf in batch]
         named = {name: value[source] for name, value in self._rows.items()}
-        named |= {**self._shared, "x": x, "y": y}
+        named |= {**self._shared, **numbered(batch)}
         program = self._parts.program(group.sizes, width, tuple(named), frozenset(self._shared))
         out = program(named)
         self._reductions |= program.reductions
@@ -243,21 +246,23 @@ class _Data:
     ) -> None:
         device = training.fabric.device
         self._convert = training.fabric.strategy.precision.convert_input
-        self._datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
+        self.datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
         self._orders = [order.to(device) for order in orders]
         draws = [
             dataset.draw(len(order), generator(training.seed, "augment", round, task.client))
-            for dataset, order, task in zip(self._datasets, orders, tasks, strict=True)
+            for dataset, order, task in zip(self.datasets, orders, tasks, strict=True)
         ]
         self._draws = [{name: value.to(device) for name, value in own.items()} for own in draws]
         self._offsets = [0, *accumulate(len(order) for order in orders)]
-        first = self._datasets[0]
-        self._pooled = first.pooled() if all(same_storage(d, first) for d in self._datasets) else None
+        first = self.datasets[0]
+        self._pooled = first.pooled() if all(same_storage(d, first) for d in self.datasets) else None
         if self._pooled is not None:
-            both = zip(self._datasets, self._orders, strict=True)
+            both = zip(self.datasets, self._orders, strict=True)
             self._positions = torch.cat([dataset.positions(order) for dataset, order in both])
             self._all_draws = {name: torch.cat([own[name] for own in self._draws]) for name in self._draws[0]}
-        self.samples_ahead = max(1, _GATHERED_BYTES // max(1, 4 * first.inputs[:1].numel()))
+        self.samples_ahead = max(
+            1, _GATHERED_BYTES // max(1, sum(4 * leaf[:1].numel() for leaf in first.storage.leaves))
+        )
 
     def read(self, groups: Sequence[_Group]) -> Iterator[Batch]:
         """The batches ``[A, n, ...]`` of some groups; all those of one size are read together."""
@@ -268,22 +273,20 @@ class _Data:
         used = dict.fromkeys(cells, 0)
         for group in groups:
             n, count = sum(group.sizes), len(group.rows)
-            x, y = read[n]
-            yield x[used[n] : used[n] + count], y[used[n] : used[n] + count]
+            yield [leaf[used[n] : used[n] + count] for leaf in read[n]]
             used[n] += count
 
     def _gather(self, pairs: Sequence[tuple[int, int]], n: int) -> Batch:
         if self._pooled is None:
             parts = [self._one(row, slice(begin, begin + n)) for row, begin in pairs]
-            x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+            leaves = [torch.cat(same) for same in zip(*parts, strict=True)]
         else:
             begins = torch.tensor([self._offsets[row] + begin for row, begin in pairs], device=self._positions.device)
             index = (begins[:, None] + torch.arange(n, device=begins.device)).flatten()
             draws = {name: value[index] for name, value in self._all_draws.items()}
-            x, y = self._pooled.batch(self._positions[index], draws)
-        x, y = self._convert((x, y))
-        return x.unflatten(0, (len(pairs), n)), y.unflatten(0, (len(pairs), n))
+            leaves = self._pooled.leaves(self._positions[index], draws)
+        return [leaf.unflatten(0, (len(pairs), n)) for leaf in self._convert(leaves)]
 
     def _one(self, row: int, part: slice) -> Batch:
         draws = {name: value[part] for name, value in self._draws[row].items()}
-        return self._datasets[row].batch(self._orders[row][part], draws)
+        return self.datasets[row].leaves(self._orders[row][part], draws)

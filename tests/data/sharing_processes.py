@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
+from torch.utils.data import Subset, TensorDataset
 
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.sharing import share_among_processes
 
@@ -19,7 +20,8 @@ class Data(FederatedDataModule):
         self.num_clients = 2
         rng = torch.Generator().manual_seed(0)
         self.all = ArrayDataset(torch.randint(0, 256, (odd, 3), dtype=torch.uint8, generator=rng), torch.arange(odd))
-        self.own = ArrayDataset(torch.randn(3, 2, generator=rng, dtype=torch.float64), torch.randn(3, generator=rng))
+        x = torch.randn(3, 2, generator=rng, dtype=torch.float64)
+        self.tensors = TensorDataset(x, torch.randn(3, generator=rng))
 
     def client_dataset(self, client):
         return self.all.view(torch.arange(client, len(self.all), 2), None)
@@ -28,7 +30,11 @@ class Data(FederatedDataModule):
         return self.all
 
     def test_dataset(self):
-        return self.own
+        return Subset(self.tensors, [0, 1])
+
+    @property
+    def own(self):
+        return in_memory(self.tensors)
 
 
 def main(folder: Path) -> None:

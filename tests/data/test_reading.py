@@ -15,7 +15,7 @@ from tests.helpers.processes import DrawingClients, Measured
 from tests.helpers.tiny import Drawing, quiet_trainer, seeded, weights
 
 BATCHES = [[3, 1], [0, 5, 2], [4]]
-SEED = (0, "test", 7)
+SEEDS = [3, 5, 7]
 
 
 def collate(samples):
@@ -25,7 +25,7 @@ def collate(samples):
 
 
 def drawn(**settings):
-    settings = {"dataset": Drawing(seeded(6, 3), seeded(6)), "batches": BATCHES, "seed": SEED, **settings}
+    settings = {"dataset": Drawing(seeded(6, 3), seeded(6)), "batches": BATCHES, "seeds": SEEDS, **settings}
     return list(read_batches(collate_fn=collate, **settings))
 
 
@@ -40,10 +40,9 @@ def test_workers_draw_what_the_program_itself_draws():
     assert [len(x) for x, _ in expected] == [2, 3, 1]
     assert equal(drawn(num_workers=2), expected)
     assert equal(drawn(dataset=Subset(Drawing(seeded(6, 3), seeded(6)), range(6))), expected)
-    assert not equal(drawn(seed=(0, "test", 8)), expected)
+    assert not equal(drawn(seeds=[3, 5, 8]), expected)
     # A part of the batches, as a process of several reads it.
-    assert equal(drawn(batches=BATCHES[1:], numbers=[1, 2]), expected[1:])
-    assert not equal(drawn(batches=BATCHES[1:]), expected[1:])
+    assert equal(drawn(batches=BATCHES[1:], seeds=SEEDS[1:]), expected[1:])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -56,7 +55,7 @@ def test_the_programs_own_draws_go_on_as_if_nothing_had_been_read(num_workers):
         expected = [numbers() for _ in range(4)]
         seed_global_rng(1)
         found = [numbers()]
-        for _ in read_batches(Drawing(seeded(6, 3), seeded(6)), BATCHES, SEED, num_workers):
+        for _ in read_batches(Drawing(seeded(6, 3), seeded(6)), BATCHES, SEEDS, num_workers):
             found.append(numbers())
     assert found == expected
 
@@ -71,7 +70,7 @@ def test_batches_are_those_of_a_stock_loader():
 
     expected = list(torch.utils.data.DataLoader(Words(), batch_sampler=BATCHES))
     for num_workers in (0, 2):
-        found = list(read_batches(Words(), BATCHES, SEED, num_workers))
+        found = list(read_batches(Words(), BATCHES, SEEDS, num_workers))
         assert repr(found) == repr(expected)  # types, too
 
 
