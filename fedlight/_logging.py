@@ -1,13 +1,14 @@
 """What a module's ``self.log`` collects during local training and evaluation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -158,16 +159,29 @@ def batch_size(batch: Any) -> int:
     mappings, sequences and dataclasses, however nested, with a warning where another tensor has another length.
     """
     if type(batch) in (list, tuple):  # the common case, at once
-        sizes = {part.size(0) if isinstance(part, Tensor) and part.ndim else None for part in batch}
-        if len(sizes) == 1 and (size := sizes.pop()) is not None:
+        same = {part.size(0) if isinstance(part, Tensor) and part.ndim else None for part in batch}
+        if len(same) == 1 and (size := same.pop()) is not None:
             return size
-    for part in batch if isinstance(batch, list | tuple) else (batch,):
-        if isinstance(graphs := getattr(part, "num_graphs", None), int):
-            return graphs
-    try:
-        return extract_batch_size(batch)
-    except (MisconfigurationException, NotImplementedError):  # the latter where a graph has several kinds of nodes
-        return 1
+    sizes = list(dict.fromkeys(_sizes(batch)))
+    if len(sizes) > 1:
+        _told.warn(f"A batch has tensors of lengths {sizes}: logs that pass no batch_size are weighted by {sizes[0]}.")
+    return sizes[0] if sizes else 1
+
+
+_told = WarningCache()
+
+
+def _sizes(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        yield batch.size(0) if batch.ndim else 1
+    elif isinstance(graphs := getattr(batch, "num_graphs", None), int):
+        yield graphs
+    elif isinstance(batch, Iterable) and not isinstance(batch, str):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _sizes(part)
+    elif is_dataclass(batch):
+        for field in fields(batch):
+            yield from _sizes(getattr(batch, field.name))
 
 
 @contextmanager

@@ -70,7 +70,9 @@ def test_sizes_are_those_of_lightning(name):
 
 def test_a_batch_with_two_lengths_is_named():
     batch = {"x": x(7), "other": x(2)}
-    with pytest.warns(UserWarning, match="ambiguous collection. The batch size we found is 7"):
+    with pytest.warns(
+        UserWarning, match=r"tensors of lengths \[7, 2\]: logs that pass no batch_size are weighted by 7"
+    ):
         assert batch_size(batch) == 7
 
 
@@ -84,7 +86,11 @@ def test_sizes_of_transformers_and_geometric():
     assert batch_size(batch) == batch_size((batch, x(3))) == 3  # and not its 8 nodes
     mixed = geometric.HeteroData()
     mixed["user"].x = x()
-    assert batch_size(geometric.Batch.from_data_list([mixed, mixed])) == 2
+    assert batch_size({"text": ["a"], "graphs": geometric.Batch.from_data_list([mixed, mixed])}) == 2
+
+
+def test_text_beside_tensors_is_no_other_length():
+    assert batch_size({"x": x(), "text": ["a", "b"], "number": 3}) == 5  # Lightning would warn
 
 
 class Logs(Regression):

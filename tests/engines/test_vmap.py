@@ -212,13 +212,6 @@ def test_16_mixed_is_refused():
         check_recordable(training, "vmap")
 
 
-def test_a_dataset_that_is_read_sample_by_sample_is_refused(tmp_path, monkeypatch):
-    plain = torch.utils.data.TensorDataset(torch.zeros(4, 1, 6, 6), torch.zeros(4, dtype=torch.long))
-    monkeypatch.setattr(cases.Images, "client_dataset", lambda self, client: plain)
-    with pytest.raises(MisconfigurationException, match="TensorDataset"):
-        cases.train(tmp_path, "vmap", precision="32-true")
-
-
 def test_a_frozen_layer_stays(tmp_path, monkeypatch):
     class Frozen(cases.Net):
         def __init__(self, **settings):
