@@ -1,55 +1,117 @@
 """Arrays in files: ``.npz``, and the IDX files of MNIST and its kin."""
 
 import gzip
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.images import ImageArrays, as_images
+from fedlight.data.images import ImageArrays, as_images, holdout
+from fedlight.data.splits import split_of
+from fedlight.seeding import generator
 
-_KEYS = ("x_train", "y_train", "x_test", "y_test", "group_train", "group_test", "classes", "groups")
+_ROLES = {"x": "x|images?|imgs?|data|inputs?|features?|pixels?", "y": "y|labels?|targets?", "group": "groups?"}
 
 
-def load_npz(path: Path) -> ImageArrays:
-    """Read ``x_train``, ``y_train``, ``x_test``, ``y_test`` and, where they exist, groups and names.
+def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
+    """Read images, labels and, where they exist, groups and names; say what each array was taken for.
+
+    Arrays are called as in :class:`ImageArrays`, or ``X``, ``train_images``, ``labels_test`` and the like. Without a
+    test set, ``val`` is the test set; without that, ``test_fraction`` of each class.
 
     Raises:
-        ValueError: if the file is torn, lacks an array, or an array has the wrong shape or type.
+        ValueError: if the file is torn, lacks an array, or its arrays cannot be read, or be read in two ways.
     """
     try:
         # Opened here: NumPy leaves a file open that turns out to be torn.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            held = {key: file[key] for key in file.files if key in _KEYS}
             found = list(file.files)
+            held = {key: file[key] for key in found if _role(key) or key in ("classes", "groups")}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"`data.source` ({path}) is not a readable .npz file: {error}") from error
-    missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in held]
-    if missing:
-        raise ValueError(
-            f"`data.source` ({path}) lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}."
-        )
-    where = f"{path}: "
-    x = [as_images(torch.from_numpy(held[key]), where + key) for key in ("x_train", "x_test")]
-    y = [_integers(held[key], where + key) for key in ("y_train", "y_test")]
-    groups = [_integers(held[key], where + key) if key in held else None for key in ("group_train", "group_test")]
-    names = {key: [str(name) for name in held.get(key, [])] for key in ("classes", "groups")}
-    return ImageArrays(x[0], y[0], x[1], y[1], groups[0], groups[1], names["classes"], names["groups"])
+    where, names = f"`data.source` ({path})", {key: held.pop(key, np.array([])) for key in ("classes", "groups")}
+    roles = [_role(key) for key in held]
+    if twice := [key for key in held if roles.count(_role(key)) > 1]:
+        raise ValueError(f"{where} can be read in two ways: {', '.join(twice)} have the same part. Keep one of them.")
+    arrays = {role: (key, array) for role, (key, array) in zip(roles, held.items(), strict=True) if role}
+    test = next((split for split in ("test", "val") if {f"x_{split}", f"y_{split}"} & arrays.keys()), None)
+    splits = ["train", test] if test else ["train"]
+    if missing := [f"{part}_{split}" for split in splits for part in "xy" if f"{part}_{split}" not in arrays]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; it holds {', '.join(found) or 'nothing'}.")
+    x, said = as_images(dict(arrays[f"x_{split}"] for split in splits), str(path))
+    y, classes, told = _codes(dict(arrays[f"y_{split}"] for split in splits), names["classes"], where)
+    grouped = [split for split in splits if f"group_{split}" in arrays]
+    codes, groups, _ = _codes(dict(arrays[f"group_{s}"] for s in grouped), names["groups"], where, shift=False)
+    rank_zero_info(
+        f"{where}: {said}; {told or 'labels as they are'}; test on {test or f'{test_fraction:g} of each class'}."
+    )
+    group: dict[str | None, Tensor] = dict(zip(grouped, codes, strict=True))
+    if not test:
+        rows = holdout(y[0], test_fraction, generator(0, "test split"))
+        x, y = ([values[0][part] for part in rows] for values in (x, y))
+        group = {split: group["train"][part] for split, part in zip(("train", test), rows, strict=True) if group}
+    return ImageArrays(x[0], y[0], x[1], y[1], group.get("train"), group.get(test), classes, groups)
 
 
-def _integers(values: np.ndarray[Any, Any], what: str) -> Tensor:
-    """Labels or groups ``[n]`` int64; ``[n, 1]`` and whole floating-point numbers are taken too."""
-    flat = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
-    whole = flat.ndim == 1 and flat.dtype.kind in "iufb" and bool((flat == np.rint(flat.astype(np.float64))).all())
-    if not whole:
-        raise ValueError(
-            f"`data.source` ({what}) has shape {list(values.shape)} and type {values.dtype}; it must be "
-            "one integer per image."
+def _role(key: str) -> str | None:
+    """What an array is by its name: ``x_train``, ``y_test``, ``group_val``; None if it tells nothing."""
+    split, words = split_of(key)
+    parts = [part for part, spellings in _ROLES.items() if len(words) == 1 and re.fullmatch(spellings, words[0])]
+    return f"{parts[0]}_{split or 'train'}" if parts and key not in ("classes", "groups") else None
+
+
+def _codes(
+    held: dict[str, np.ndarray[Any, Any]], names: np.ndarray[Any, Any], where: str, shift: bool = True
+) -> tuple[list[Tensor], list[str], str]:
+    """Labels or groups as numbers ``[n]`` int64, the names of these, and what was done.
+
+    Taken are whole numbers of any type, also ``[n, 1]``; one-hot rows; and strings, numbered in the order of ``names``
+    or else as they sort. Labels that begin at 1 are moved to 0.
+    """
+    flat, listed, told = {}, [str(name) for name in names], ""
+    for key, values in held.items():
+        flat[key] = values.reshape(len(values)) if values.ndim > 1 and values.size == len(values) else values
+        rows = values if values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "biuf" else None
+        if rows is not None and bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all()):
+            flat[key], told = rows.argmax(1), "labels from one-hot rows"
+    strings = bool(flat) and all(values.ndim == 1 and values.dtype.kind in "US" for values in flat.values())
+    if strings:
+        words = {key: values.astype(str) for key, values in flat.items()}
+        known = listed or sorted(set(np.concatenate(list(words.values())).tolist()))
+        if strange := sorted(set(np.concatenate(list(words.values())).tolist()) - set(known)):
+            raise ValueError(
+                f"{where}: {', '.join(held)} hold {strange[:5]}, which are not among its names {known[:5]}."
+            )
+        number = {name: i for i, name in enumerate(known)}
+        return (
+            [torch.tensor([number[w] for w in part.tolist()]) for part in words.values()],
+            known,
+            "labels from strings",
         )
-    return torch.from_numpy(flat.astype(np.int64))
+    for key, values in flat.items():
+        if (
+            values.ndim != 1
+            or values.dtype.kind not in "iufb"
+            or not bool((values == np.rint(values.astype(float))).all())
+        ):
+            raise ValueError(
+                f"{where} ({key}) has shape {list(values.shape)} and type {values.dtype}; it must be one integer per "
+                "image, one string per image, or a row that is 1 at the class and 0 elsewhere."
+            )
+    codes = [torch.from_numpy(values.astype(np.int64)) for values in flat.values()]
+    low, high = (int(f(torch.cat(codes))) if codes and len(codes[0]) else 0 for f in (torch.min, torch.max))
+    if shift and low == 1 and len(listed) in (0, high):
+        return (
+            [c - 1 for c in codes],
+            listed or [str(i + 1) for i in range(high)],
+            f"labels 1 .. {high} as 0 .. {high - 1}",
+        )
+    return codes, listed, told
 
 
 def has_idx(path: Path) -> bool:

@@ -31,8 +31,8 @@ class ImageData(PartitionedDataModule):
     Args:
         source: ``digits`` (comes with scikit-learn, no download), ``cifar10``, ``cifar100``, ``fashion_mnist``,
             ``mnist``, ``emnist`` (balanced) or ``svhn``; or an ``.npz`` file with ``x_train``, ``y_train``, ``x_test``,
-            ``y_test`` and optionally ``group_train``; or a folder of class folders, below ``train/`` and ``test/`` or
-            domains or neither; or a folder with the four files of MNIST or its kin.
+            ``y_test`` and optionally ``group_train``; or a folder of class folders, with or without splits and domains;
+            or a folder with the four files of MNIST or its kin.
         num_clients: N; null for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which images; by default ``DirichletClients(alpha=0.3)``.
         batch_size: images of a batch in local training.
@@ -51,7 +51,7 @@ class ImageData(PartitionedDataModule):
         limit_samples: use at most so many training and so many test images, for a quick trial.
         image_size: height and width that the images of a folder are resized to.
         test_domains: domains of a folder that are held out for the test.
-        test_fraction: share of each class (and domain) that is held out of a folder without a test set.
+        test_fraction: share of each class (and domain) that is held out of a folder or file without a test set.
         crop_padding: zeros around an image that is cropped at random, in pixels.
 
     Attributes:

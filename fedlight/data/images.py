@@ -1,5 +1,6 @@
 """Images in memory: what every source is turned into, checked, split and cut down."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlight.data._draws import rank_in_group
+from fedlight.data.pixels import FULL_SCALES, white_of
 
 
 @dataclass(frozen=True)
@@ -49,25 +51,72 @@ class ImageArrays:
         np.savez(path, allow_pickle=False, **{name: value.numpy() for name, value in arrays.items()}, **names)
 
 
-def as_images(x: Tensor, what: str) -> Tensor:
-    """``[n, H, W]``, ``[n, H, W, C]`` or ``[n, C, H, W]`` of any number type to ``[n, C, H, W]`` uint8 or float32."""
-    shape = list(x.shape)
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[3] in (1, 3, 4):
-        x = x.permute(0, 3, 1, 2)
-    elif x.ndim != 4 or x.shape[1] not in (1, 3, 4):
+def as_images(held: Mapping[str, np.ndarray[Any, Any]], source: str) -> tuple[list[Tensor], str]:
+    """The arrays of one source, read alike: ``[n, C, H, W]`` uint8 or float32, and what they were taken for.
+
+    They are ``[n, H, W]``, ``[n, H, W, C]`` or ``[n, C, H, W]``. White is 1 for bool and 255 for uint8; for other
+    integers, and for floating-point numbers, it is the least of :data:`FULL_SCALES` that holds all of them.
+
+    Raises:
+        ValueError: if an array is none of these, or together they can be read in two ways.
+    """
+    shapes = {key: _layouts(x, f"`data.source` ({source}: {key})") for key, x in held.items()}
+    common = [shape for shape in next(iter(shapes.values())) if all(shape in other for other in shapes.values())]
+    square = [shape for shape in common if shape[1] == shape[2]]
+    common = square if len(square) == 1 else common
+    if len(common) > 1:
         raise ValueError(
-            f"`data.source` ({what}) has shape {shape}; images are [n, H, W], [n, H, W, C] or [n, C, H, W] with "
-            "1, 3 or 4 channels."
+            f"`data.source` ({source}): {', '.join(f'{k} {list(x.shape)}' for k, x in held.items())} can be read in two"
+            f" ways, as images (channels, height, width) of {' or '.join(map(str, common))}. Write [n, H, W] for grey."
         )
-    if x.is_floating_point():
-        return x.float().contiguous()
-    if x.dtype != torch.uint8 and x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= 255:
+    known = {"bool": (1,), "uint8": (255,), "f": FULL_SCALES}
+    kinds = {key: x.dtype.name if x.dtype.name in known else x.dtype.kind.replace("u", "i") for key, x in held.items()}
+    ranges = {key: _range(x) for key, x in held.items()}
+    tops = {kind: max(ranges[key][1] for key in held if kinds[key] == kind) for kind in kinds.values()}
+    white = {kind: white_of(top, known.get(kind, FULL_SCALES[1:])) for kind, top in tops.items()}
+    signs = {low < 0 for low, high in ranges.values() if low or high}
+    signed = signs == {True} and set(kinds.values()) == {"f"}  # images of mean 0 are left as they are
+    lit = (
+        [1.0]
+        if signed or 0 in white.values()
+        else [ranges[k][1] / white[kinds[k]] for k in held if ranges[k][1]] or [1]
+    )
+    said = ", ".join(f"{k} {x.dtype.name} {ranges[k][0]:g} .. {ranges[k][1]:g}" for k, x in held.items())
+    if ((True in signs or 0 in white.values()) and not signed) or min(lit) < max(lit) / 10:
         raise ValueError(
-            f"`data.source` ({what}) holds integers from {int(x.min())} to {int(x.max())}; pixels lie in 0 .. 255."
+            f"`data.source` ({source}): it is not clear what is white in {said}. Pixels are bytes, or lie in 0 .. 1, "
+            "0 .. 255 or 0 .. 65535 in all arrays; floating-point numbers may also have mean 0 in all of them."
         )
-    return x.to(torch.uint8).contiguous()
+    small = all(kind == "bool" or (kind != "f" and white[kind] == 255) for kind in white)
+    images = []
+    for key, x in held.items():
+        last = shapes[key][common[0] if common else next(iter(shapes[key]))]
+        x = x[:, None] if x.ndim == 3 else np.moveaxis(x, 3, 1) if last else x
+        scale = 1 if signed else white[kinds[key]]
+        x = x.astype(np.uint8) * np.uint8(255 // scale) if small else x.astype(np.float32) / np.float32(scale)
+        images.append(torch.from_numpy(np.ascontiguousarray(x)))
+    return images, f"{said}, as {'bytes' if small else 'float32' if signed else 'float32 in 0 .. 1'}"
+
+
+def _range(x: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """The least and the largest finite number."""
+    numbers = x[np.isfinite(x)] if x.dtype.kind == "f" else x
+    return (float(numbers.min()), float(numbers.max())) if numbers.size else (0.0, 0.0)
+
+
+def _layouts(x: np.ndarray[Any, Any], what: str) -> dict[tuple[int, ...], bool]:
+    """What the shape of an array can mean, (channels, height, width), and whether its channels come last."""
+    found: dict[tuple[int, ...], bool] = {(1, *x.shape[1:]): False} if x.ndim == 3 else {}
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4):
+        found[x.shape[3], x.shape[1], x.shape[2]] = True
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4):
+        found.setdefault(x.shape[1:], False)
+    if not found or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{what} has shape {list(x.shape)} and type {x.dtype}; images are numbers [n, H, W], [n, H, W, C] or "
+            "[n, C, H, W] with 1, 3 or 4 channels."
+        )
+    return found
 
 
 def check(arrays: ImageArrays, source: str) -> None:

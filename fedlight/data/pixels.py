@@ -1,7 +1,7 @@
 """The pixels of image files: every kind of image as bytes or as numbers in [0, 1], with one channel or three."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,15 +51,21 @@ def read_images(paths: list[Path], side: int | None = None) -> Tensor:
         ranges = list(pool.map(read, range(len(paths))))
     for kind, scales in _KINDS.items():
         rows = [row for row, found in enumerate(kinds) if found == kind]
-        for low, high, row in ((*ranges[row], row) for row in rows):
-            if not 0 <= low <= high <= scales[-1]:  # NaN too
+        white = white_of(max((ranges[row][1] for row in rows), default=0), scales)
+        for low, high, row in sorted(((*ranges[row], row) for row in rows), key=lambda found: -found[1]):
+            if not white or not 0 <= low <= high:  # NaN too
                 raise ValueError(
                     f"`data.source`: {paths[row]} holds {kind} pixels from {low:g} to {high:g}, and nothing tells what "
                     "is white; pixels lie in 0 .. 1, 0 .. 255 or 0 .. 65535. Write all images anew, in one of these."
                 )
         if rows:
-            x[rows] /= next(scale for scale in scales if scale >= max(ranges[row][1] for row in rows))
+            x[rows] /= white
     return x
+
+
+def white_of(largest: float, scales: Sequence[int] = FULL_SCALES) -> int:
+    """The least scale that holds the largest pixel; 0 where none does, or it is just above 1, which may be either."""
+    return 0 if 1 in scales and 1 < largest < 3 else next((white for white in scales if white >= largest), 0)
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def load_source(
     elif path.is_dir():
         arrays = load_idx(path)
     elif path.is_file():
-        arrays = load_npz(path)
+        arrays = load_npz(path, test_fraction)
     else:
         raise MisconfigurationException(_not_found(source, path))
     check(arrays, source)
@@ -130,7 +130,7 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
         raise MisconfigurationException(
             f"`data.source: {name}` {problem} {named.url} to {root / named.folder}. {_OFFLINE}"
         ) from error
-    x = [as_images(torch.as_tensor(np.asarray(d.data)), name) for d in both]
+    x, _ = as_images({split: np.asarray(d.data) for split, d in zip(("train", "test"), both, strict=True)}, name)
     y = [torch.as_tensor(np.asarray(d.labels if name == "svhn" else d.targets)).long() for d in both]
     if name == "emnist":  # its files hold columns first
         x = [images.transpose(2, 3).contiguous() for images in x]

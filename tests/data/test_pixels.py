@@ -90,6 +90,7 @@ def test_integers_of_32_bits(tmp_path, values, white):
         (np.full((2, 2), -1, np.int16), "pixels from -1 to -1"),
         (np.full((2, 2), 70000, np.int32), "32-bit integer pixels from 70000"),
         (np.full((2, 2), -0.5, np.float32), "floating-point pixels from -0.5"),
+        (np.full((2, 2), 1.5, np.float32), "floating-point pixels from 1.5"),
         (np.full((2, 2), np.nan, np.float32), "floating-point pixels from nan"),
         (np.full((2, 2), np.inf, np.float32), "floating-point pixels from inf"),
         (np.full((2, 2), 0.5, np.float64), "is not a readable image"),

@@ -1,6 +1,7 @@
 """Sources: what is read from a name, an .npz file, IDX files and folders, and what is refused."""
 
 import gzip
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,10 @@ def arrays():
 def load(tmp_path, arrays):
     """``load(x_train=...)``: the arrays with some replaced, written to a file and read as a source."""
 
-    def load(**changes):
+    def load(test_fraction=0.2, **changes):
         held = {key: value for key, value in (arrays | changes).items() if value is not None}
         np.savez(tmp_path / "images.npz", **held)
-        return load_source(str(tmp_path / "images.npz"))
+        return load_source(str(tmp_path / "images.npz"), test_fraction=test_fraction)
 
     return load
 
@@ -97,7 +98,7 @@ def test_npz_of_other_numbers(load):
             {"x_train": np.zeros((12, 4, 4, 3), np.uint8)},
             r"training images are \[3, 4, 4\] and test images \[3, 6, 5\]",
         ),
-        ({"x_train": np.full((12, 6, 5, 3), 300)}, "integers from 300 to 300"),
+        ({"x_train": np.full((12, 6, 5, 3), 300)}, "not clear what is white in x_train int64 300 .. 300"),
         ({"x_train": np.full((12, 6, 5, 3), np.nan)}, "12 images of x_train hold NaN or infinity, the first is 0"),
         ({"x_test": np.full((6, 6, 5, 3), np.inf)}, "6 images of x_test hold NaN"),
         ({"y_train": np.arange(12) - 1}, r"y_train lie in -1 \.\. 10"),
@@ -113,6 +114,157 @@ def test_npz_that_cannot_be_trained_on(load, changes, message):
     with pytest.raises(ValueError, match=message) as error:
         load(**changes)
     assert "`data.source`" in str(error.value)
+
+
+def pictures(dtype, high, low=0, n=6):
+    """``n`` grey pictures of 4x5 pixels, the first pixel the darkest and the last the lightest."""
+    x = np.linspace(low, high, n * 20).reshape(n, 4, 5)
+    return x.astype(dtype)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    ("dtype", "high", "white"),
+    [
+        ("u2", 65535, 65535), ("u2", 4095, 65535), ("u4", 65535, 65535), ("i4", 255, 255), ("u2", 255, 255),
+        ("f4", 1, 1), ("f8", 255, 255), ("f2", 255, 255), ("f8", 65535, 65535),
+    ],
+)  # fmt: skip
+def test_npz_of_every_type_of_number(load, dtype, high, white, order):
+    x, y = pictures(order + dtype, high), np.arange(6)
+    got = load(x_train=x, y_train=y, x_test=x[1:], y_test=y[1:])
+    expected = torch.from_numpy(x.astype(np.float64) / white).float()
+    bytes_ = dtype[0] != "f" and white == 255
+    assert got.x_train.dtype == (torch.uint8 if bytes_ else torch.float32)
+    assert torch.allclose(got.x_train[:, 0] / (255 if bytes_ else 1), expected)
+    assert torch.allclose(got.x_test[:, 0] / (255 if bytes_ else 1), expected[1:])
+
+
+def test_npz_whose_arrays_have_different_types_are_scaled_alike(load):
+    y = np.arange(6)
+    for other, exact in ((pictures("f4", 255), 255), (pictures("f4", 1), 1), (pictures("u2", 65535), 65535)):
+        got = load(x_train=pictures("u1", 255), y_train=y, x_test=other, y_test=y)
+        assert got.x_train.dtype == got.x_test.dtype == torch.float32
+        assert torch.allclose(got.x_test[:, 0], torch.from_numpy(other.astype(np.float32)) / exact)
+        assert got.x_train.max() == 1
+    got = load(x_train=pictures("u1", 255), y_train=y, x_test=pictures("u1", 255) > 99, y_test=y)
+    assert got.x_test.dtype == torch.uint8
+    assert got.x_test.unique().tolist() == [0, 255]
+    signed = load(x_train=pictures("f4", 2.5, -2), y_train=y, x_test=pictures("f4", 2, -2.5), y_test=y)
+    assert (signed.x_train.min(), signed.x_train.max()) == (-2, 2.5)  # they have mean 0, and keep it
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        pictures("u1", 1),
+        pictures("f4", 2),
+        pictures("f4", 1, -1),
+        pictures("f4", 70000),
+        pictures("i2", 255, -1),
+        pictures("u4", 2**32 - 1),
+    ],
+)
+def test_npz_in_which_white_is_not_clear(load, test):
+    with pytest.raises(ValueError, match="not clear what is white in x_train uint8 0 .. 255, x_test"):
+        load(x_train=pictures("u1", 255), y_train=np.arange(6), x_test=test, y_test=np.arange(6))
+
+
+def test_npz_in_which_one_set_is_divided_by_255(load):
+    with pytest.raises(ValueError, match="not clear what is white in x_train float32 0 .. 255, x_test float32 0 .. 1"):
+        load(x_train=pictures("f4", 255), y_train=np.arange(6), x_test=pictures("f4", 1), y_test=np.arange(6))
+
+
+@pytest.mark.parametrize(
+    ("shape", "test", "expected"),
+    [
+        ((6, 4, 4, 3), (6, 4, 4, 3), (3, 4, 4)),  # square
+        ((6, 3, 4, 4), (6, 3, 4, 4), (3, 4, 4)),
+        ((6, 1, 28, 3), (6, 28, 3), (1, 28, 3)),  # the other array tells
+        ((6, 1, 28, 3), (6, 1, 28, 3), None),
+        ((6, 3, 28, 1), (6, 3, 28, 1), None),
+        ((6, 3, 8, 4), (6, 3, 8, 4), None),
+    ],
+)
+def test_npz_whose_channels_may_be_first_or_last(load, shape, test, expected):
+    arrays = {"x_train": np.zeros(shape, np.uint8), "x_test": np.zeros(test, np.uint8)}
+    if expected is None:
+        with pytest.raises(ValueError, match=r"x_train \[.*\], x_test \[.*can be read in two ways.*\) or \("):
+            load(**arrays, y_train=np.arange(6))
+    else:
+        assert load(**arrays, y_train=np.arange(6)).x_train.shape[1:] == expected
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train_images", "train_labels", "test_images", "test_labels"), ("X_train", "Y_train", "X_test", "Y_test"),
+        ("trainX", "trainY", "testX", "testY"), ("images", "labels", "images_test", "labels_test"),
+        ("x", "y", "x_val", "y_val"), ("train_data", "train_labels", "val_data", "val_labels"), ("X", "y", None, None),
+    ],
+)  # fmt: skip
+def test_npz_with_other_names(load, arrays, names):
+    held = {name: value for name, value in zip(names, arrays.values(), strict=True) if name}
+    got = load(**dict.fromkeys(arrays), **held, note=np.arange(3), test_fraction=0.5)
+    if names[2]:
+        assert torch.equal(got.x_test, torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2))
+        assert got.y_train.tolist() == arrays["y_train"].tolist()
+    else:
+        assert torch.bincount(got.y_train).tolist() == torch.bincount(got.y_test).tolist() == [2, 2, 2]
+
+
+def test_npz_of_medmnist(load, arrays):
+    keys = ("train_images", "train_labels", "test_images", "test_labels")
+    held = dict(zip(keys, arrays.values(), strict=True)) | {
+        "val_images": arrays["x_test"],
+        "val_labels": arrays["y_test"],
+    }
+    got = load(**dict.fromkeys(arrays), **{k: v[:, None] if "labels" in k else v for k, v in held.items()})
+    assert (len(got.y_train), len(got.y_test)) == (12, 6)
+
+
+def test_npz_with_one_part_twice_or_without_names(load, arrays):
+    with pytest.raises(ValueError, match="two ways: x_train, train_images have the same part"):
+        load(train_images=arrays["x_train"])
+    with pytest.raises(ValueError, match="lacks x_train, y_train; it holds arr_0, arr_1"):
+        load(**dict.fromkeys(arrays), arr_0=arrays["x_train"], arr_1=arrays["y_train"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected", "names"),
+    [
+        (["dog", "cat", "dog", "ant", "ant", "cat"], None, [2, 1, 2, 0, 0, 1], ["ant", "cat", "dog"]),
+        (["dog", "cat", "dog", "ant", "ant", "cat"], ["dog", "cat", "ant"], [0, 1, 0, 2, 2, 1], ["dog", "cat", "ant"]),
+        (np.eye(3)[[2, 0, 1, 1, 0, 2]], None, [2, 0, 1, 1, 0, 2], []),
+        (np.array([[2.0], [0], [1], [1], [0], [2]]), None, [2, 0, 1, 1, 0, 2], []),
+        ([3, 1, 2, 2, 1, 3], None, [2, 0, 1, 1, 0, 2], ["1", "2", "3"]),
+        ([3, 1, 2, 2, 1, 3], ["a", "b", "c"], [2, 0, 1, 1, 0, 2], ["a", "b", "c"]),
+        ([3, 1, 2, 2, 1, 3], ["none", "a", "b", "c"], [3, 1, 2, 2, 1, 3], ["none", "a", "b", "c"]),
+        (np.array([True, False, True, False, True, False]), None, [1, 0, 1, 0, 1, 0], []),
+    ],
+)
+def test_npz_with_labels_of_every_kind(load, arrays, labels, classes, expected, names):
+    names_ = {"classes": np.array(classes)} if classes else {}
+    got = load(x_train=arrays["x_test"], y_train=np.array(labels), y_test=np.array(labels), **names_)
+    assert got.y_train.tolist() == got.y_test.tolist() == expected
+    assert got.classes == names
+
+
+def test_npz_with_string_groups_and_strange_names(load, arrays):
+    got = load(group_train=np.array(["b", "a"] * 6))
+    assert (got.group_train.tolist(), got.groups) == ([1, 0] * 6, ["a", "b"])
+    with pytest.raises(ValueError, match=r"y_test hold \['cow'\], which are not among"):
+        load(y_train=np.array(["a"] * 12), y_test=np.array(["cow"] * 6), classes=np.array(["a"]))
+    with pytest.raises(ValueError, match="one string per image, or a row"):
+        load(y_train=np.ones((12, 3)))  # several labels of one image
+
+
+def test_what_an_npz_was_taken_for_is_said_once(load, caplog):
+    with caplog.at_level(logging.INFO):
+        load(y_train=np.arange(12) % 3 + 1, y_test=np.arange(6) % 3 + 1)
+    (line,) = [r.message for r in caplog.records if "`data.source`" in r.message]
+    for part in ("x_train uint8 0 .. 255", "as bytes", "labels 1 .. 3 as 0 .. 2", "test on test"):
+        assert part in line
 
 
 @pytest.mark.parametrize("content", [b"", b"not a zip file", b"PK\x03\x04torn", b"\x93NUMPY\x01\0"])
