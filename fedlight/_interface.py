@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fedlight._session import Session
 
 
+_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
+
+
 class TrainerInterface:
     """Settings and state of a trainer, under the names that Lightning's Trainer has where it has one.
 
@@ -67,6 +70,7 @@ class TrainerInterface:
         self.callbacks: list[Callback] = [c for c in given if c is not None]
         self._add_default_callbacks(settings)
         settings["default_root_dir"] = Path(settings["default_root_dir"])
+        settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
         self.settings = settings
         for key in ("algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"):

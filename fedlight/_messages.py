@@ -2,9 +2,13 @@
 
 import difflib
 import importlib
+import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+
+from lightning.pytorch import Trainer
 
 _NOISE = re.compile(
     r"(-? ?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
@@ -22,16 +26,19 @@ def readable(message: str) -> str:
     return "\n".join(seen.values()) or message
 
 
-def suggestions(message: str, keys: Iterable[str], classes: Iterable[str]) -> list[str]:
+def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -> list[str]:
     """A sentence for each name in a message that nothing is known by.
 
     Args:
         message: what the parser says.
         keys: the keys that there are.
-        classes: the names of classes that there are.
+        classes: the names of classes that there are, and the key that each belongs under.
     """
-    found = [_key(word, sorted(keys)) for word in _words(message, _KEYS)]
-    found += [_class(word, sorted(classes)) for word in _words(message, _CLASSES)]
+    message = re.sub(r"Group '([\w.]+)' does not accept option '", r"does not accept option '\1.", message)
+    owner = re.search(r"Problem with given class_path '([\w.]+)'", message)
+    taken = [] if owner is None else _parameters(owner[1])
+    found = [_key(word, taken or sorted(keys), owner and owner[1]) for word in _words(message, _KEYS)]
+    found += [_class(word, classes) for word in _words(message, _CLASSES)]
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
@@ -58,20 +65,58 @@ def _near(word: str, known: list[str], cutoff: float) -> list[str]:
     return [name for name, ratio in zip(best, ratios, strict=True) if ratio > ratios[0] - 0.05]
 
 
-def _key(word: str, keys: list[str]) -> str:
+_TRAINER = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_time"), "max_rounds"),
+    **dict.fromkeys(("max_steps", "min_steps"), "max_rounds' with 'trainer.local_steps"),
+    **dict.fromkeys(("check_val_every_n_epoch", "val_check_interval"), "check_val_every_n_rounds"),
+    **{"gpus": "accelerator=gpu' with 'trainer.devices", "weights_save_path": "default_root_dir"},
+}
+_ELSEWHERE = {f"trainer.{key}": f"trainer.{here}" for key, here in _TRAINER.items()}
+_ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")} | {"seed": "seed_everything"}
+"""What Lightning's users write, and what it is here; a key may go on with a dot."""
+_LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "csv": "CSVLogger"}
+
+
+def _parameters(class_path: str) -> list[str]:
+    """What a class takes; arguments that it hands on to its bases included."""
+    module, _, name = class_path.rpartition(".")
+    found: list[str] = []
+    with suppress(ImportError, AttributeError, ValueError, TypeError):  # what is given may be no class
+        for cls in getattr(importlib.import_module(module), name).__mro__:
+            kinds = {p.name: p.kind for p in inspect.signature(cls).parameters.values()}
+            found += [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+            if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+                break
+    return found
+
+
+def _key(word: str, keys: list[str], owner: str | None) -> str:
+    start = next((k for k in _ELSEWHERE if f"{word}.".startswith(f"{k}.")), "") if owner is None else ""
+    if start:
+        return f"{word!r} is not known; did you mean '{_ELSEWHERE[start]}{word[len(start) :]}'?"
+    if word.partition("trainer.")[2] in inspect.signature(Trainer).parameters:
+        return f"{word!r} is of Lightning's own Trainer and has no counterpart in rounds: leave it out"
+    if word in ("lr", "weight_decay", "momentum") and "optimizer" in keys:
+        return f"{word!r} is the optimizer's; did you mean 'optimizer.{word}'?"
     near = [k for k in keys if k.startswith(word)][:2] or _near(word, keys, 0.7)
     first, _, rest = word.partition(".")
     if not near and rest:  # a section may be misspelt, or a key that another section has
         near = _near(first, keys, 0.7)
         leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], 1, 0.7)
         near = near if near and near[0] != first else [k for k in keys if k.rsplit(".", 1)[-1] in leaf][:2]
+    if not near and owner is not None:
+        return f"{owner} takes {', '.join(keys) or 'nothing'}"
     return f"{word!r} is not known; did you mean {' or '.join(map(repr, near))}?" if near and word not in near else ""
 
 
-def _class(word: str, classes: list[str]) -> str:
+def _class(word: str, classes: Mapping[str, str]) -> str:
     if "/" in word or word.endswith((".yaml", ".yml")):
         return f"there is no file {str(Path(word).absolute())!r}"
-    near = _near(word, classes, 0.6)
+    if word in _LOGGERS:
+        return f"settings of a logger go to its class: --trainer.logger {_LOGGERS[word]} --trainer.logger.<setting>"
+    if word in classes:
+        return f"{word!r} belongs under another key: --{classes[word]} {word}"
+    near = _near(word, sorted(classes), 0.6)
     if near:
         return f"{word!r} is not known; did you mean {' or '.join(map(repr, near))}?"
     return f"{word!r} is no class that is known by a short name; give its import path, as my_module.{word}"

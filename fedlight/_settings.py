@@ -59,8 +59,12 @@ def check_settings(settings: dict[str, Any]) -> None:
     views, known = list(settings["views"]), get_args(View)
     if "server" not in views or any(v not in known for v in views):
         raise MisconfigurationException(f"trainer.views={views} must hold 'server' and may hold {list(known[1:])}.")
-    if not settings["name"] or "/" in settings["name"] or settings["name"].startswith("."):
-        raise MisconfigurationException(f"trainer.name={settings['name']!r} must be the name of a folder.")
+    for key in ("name", "default_root_dir"):
+        text = str(settings[key])
+        single = key != "name" or (settings[key] and "/" not in text and not text.startswith("."))
+        if not single or "\0" in text or any(len(part.encode(errors="replace")) > 255 for part in text.split("/")):
+            shown = repr(text if len(text) < 80 else text[:40] + "...")
+            raise MisconfigurationException(f"trainer.{key}={shown} must name a folder, in 255 bytes at most.")
 
 
 def _check_limit(key: str, value: Any, zero: bool) -> None:

@@ -2,7 +2,9 @@
 
 import math
 import os
+import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,15 @@ def make_fabric(settings: dict[str, Any]) -> Fabric:
     """
     keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
     try:
-        return Fabric(**{key: settings[key] for key in keys})
+        fabric = Fabric(**{key: settings[key] for key in keys})
+        main = sys.modules["__main__"]
+        fixed = not (main.__spec__ or Path(getattr(main, "__file__", "")).is_file())
+        if fixed and fabric.world_size > settings["num_nodes"] and getattr(fabric.strategy, "launcher", None):
+            raise RuntimeError(
+                "every further process runs the program again, and python -c, standard input and notebooks have no file"
+                " to run. Put it into one, or set trainer.devices=1"
+            )
+        return fabric
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={settings[key]!r}" for key in keys)
         raise MisconfigurationException(f"{given} is not possible here: {error}") from error

@@ -58,10 +58,13 @@ class FederatedArgumentParser(LightningArgumentParser):
         return {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
 
 
-def _class_names() -> set[str]:
+def _class_names() -> dict[str, str]:
+    """The classes that are known by short names, and the key that each belongs under."""
     bases = (Algorithm, Perturbation, FederatedDataModule, LightningModule, Callback, Sampler, Partitioner, Optimizer)
-    names = {c.__name__ for base in (*bases, LRScheduler, Logger) for c in _subclasses(base)}
-    return {name for name in names if not name.startswith("_")}
+    keys = ["algorithm", "perturbation", "data", "model", "trainer.callbacks+", "trainer.sampler", "data.partitioner"]
+    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger"]
+    both = zip(keys, (*bases, LRScheduler, Logger), strict=True)
+    return {c.__name__: key for key, base in both for c in _subclasses(base) if not c.__name__.startswith("_")}
 
 
 def _subclasses(base: type) -> set[type]:

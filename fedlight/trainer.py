@@ -26,7 +26,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.sampling import Sampler, Uniform, balance
 from fedlight.seeding import generator
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "32", "bf16", "16", "64"]
 
 
 class FederatedTrainer(TrainerInterface):
@@ -98,7 +98,7 @@ class FederatedTrainer(TrainerInterface):
         devices: int | str | list[int] = "auto",
         num_nodes: int = 1,
         strategy: str = "auto",
-        precision: Precision = "32-true",
+        precision: Precision | int = "32-true",
         tf32: bool | None = None,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",

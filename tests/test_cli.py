@@ -211,6 +211,12 @@ BAD = {
     "trainer: {callbacks: [{class_path: MANN}]}": "'MANN' is not known; did you mean 'MAN'?",
     "trainer: {callbacks: [{class_path: MAN, init_args: {zetta: 1}}]}": "'zetta' is not known; did you mean 'zeta'?",
     "trainer: {sampler: Bernouli}": "'Bernouli' is not known; did you mean 'Bernoulli'?",
+    "trainer: {max_epochs: 3}": "'trainer.max_epochs' is not known; did you mean 'trainer.max_rounds'?",
+    "optimizer: {class_path: SGD, init_args: {lr: 1}}": "did you mean 'model.optimizer",
+    "perturbation: FedSAM": "'FedSAM' belongs under another key: --algorithm FedSAM",
+    "algorithm: {class_path: FedDyn, init_args: {alfa: 0.1}}": "FedDyn takes alpha",
+    "data: {class_path: ImageData, init_args: {num_workers: 2}}": "ImageData takes source, num_clients, partitioner",
+    "model: {class_path: Classifier, init_args: {lr: 1}}": "'lr' is the optimizer's; did you mean 'optimizer.lr'?",
     "trainer: {max_rounds: many}": "Parser key \"trainer.max_rounds\": Expected a <class 'int'>. Got value: many",
     "data: {class_path: ImageData, init_args: {partitioner: Dirichlet}}": "did you mean 'DirichletClients'",
     "data: {class_path: ImageData, init_args: {num_client: 3}}": "did you mean 'num_clients'?",
@@ -235,6 +241,17 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
     ("args", "message"),
     [
         (["--trainer.max_round=3"], "'trainer.max_round' is not known; did you mean 'trainer.max_rounds'?"),
+        (["--trainer.max_epochs=3"], "'trainer.max_epochs' is not known; did you mean 'trainer.max_rounds'?"),
+        (["--trainer.max_steps=3"], "did you mean 'trainer.max_rounds' with 'trainer.local_steps'?"),
+        (["--trainer.val_check_interval=3"], "did you mean 'trainer.check_val_every_n_rounds'?"),
+        (["--trainer.gpus=2"], "did you mean 'trainer.accelerator=gpu' with 'trainer.devices'?"),
+        (["--trainer.num_sanity_val_steps=2"], "is of Lightning's own Trainer and has no counterpart in rounds"),
+        (["--optimizer.lr=1"], "'optimizer.lr' is not known; did you mean 'model.optimizer.lr'?"),
+        (["--algorithm=SAM"], "'SAM' belongs under another key: --perturbation SAM"),
+        (
+            ["--trainer.logger=wandb", "--trainer.logger.project=p"],
+            "settings of a logger go to its class: --trainer.logger WandbLogger --trainer.logger.<setting>",
+        ),
         (["--ckpt=last"], "'ckpt' is not known; did you mean 'ckpt_path'?"),
         (["--algorithm=FedAvgg"], "did you mean 'FedAvg'"),
         (["--algorithm=configs/none.yaml"], "there is no file"),
@@ -261,6 +278,15 @@ def test_bad_arguments_exit_with_2_and_say_what_to_do(capsys, args, message):
     assert message in " ".join(error.split())
     assert "Traceback" not in error
     assert not list(Path().glob("runs/default/version_*"))
+
+
+def test_precision_is_written_as_for_lightning(tmp_path):
+    Path("p.yaml").write_text("trainer: {precision: 32}")
+    given = {"p.yaml": "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
+    for text, name in given.items():
+        words = ["-c", text] if text == "p.yaml" else [f"--trainer.precision={text}"]
+        assert FederatedCLI([*TINY, *words], run=False).trainer.settings["precision"] == name
+    assert quiet_trainer(tmp_path, precision=64).precision == "64-true"
 
 
 def test_a_run_that_diverges_exits_with_1(capsys):

@@ -145,3 +145,15 @@ def test_the_command_starts_a_process_per_core(tmp_path):
     assert "MEMBER: 2/2" in loud
     assert "MEMBER" not in quiet
     assert two == one
+
+
+@pytest.mark.parametrize("how", ["-c", "-"])
+def test_a_program_without_a_file_is_told_that_it_cannot_be_started_again(how):
+    code = (
+        "from fedlight._setup import make_fabric\n"
+        "make_fabric(dict(accelerator='cpu', devices=2, num_nodes=1, strategy='auto', precision='32-true'))"
+    )
+    words = [sys.executable, "-c", code] if how == "-c" else [sys.executable, "-"]
+    ended = subprocess.run(words, input=code, capture_output=True, text=True)
+    assert "trainer.devices=2" in ended.stderr
+    assert "python -c, standard input and notebooks have no file" in ended.stderr
