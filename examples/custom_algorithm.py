@@ -13,7 +13,7 @@ import torch
 
 from fedlight import MAN, Classifier, FederatedTrainer, ImageData
 from fedlight.algorithms import Algorithm, Message
-from fedlight.algorithms.base import State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import State, check_hyperparameter
 from fedlight.local import ClientResult
 from fedlight.models import MLP
 from fedlight.perturbations import SAM
@@ -30,12 +30,14 @@ class FedExP(Algorithm):
     Source: Jhunjhunwala et al., "FedExP: Speeding Up Federated Averaging via Extrapolation", ICLR 2023, algorithm 1.
     """
 
+    mean_by = "equal"
+
     def __init__(self, eps: float = 1e-3) -> None:
         self.eps = check_hyperparameter("algorithm.eps", eps, positive=True)
 
     def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
         """The extrapolated step."""
-        mean = mean_update(results)
+        mean = self.mean_update(results)
         spread = sum(r.update.square().sum() for r in results) / (2 * len(results))
         step = torch.clamp(spread / (mean.square().sum() + self.eps), min=1.0)
         return {"params": server["params"] + step * mean}

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -39,6 +40,7 @@ def preflight(
         MisconfigurationException: naming the keys that do not fit together.
     """
     _check_lr(federation, schedule)
+    _check_sizes(federation)
     _check_labels(module, datamodule)
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
@@ -53,6 +55,18 @@ def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
         raise MisconfigurationException(
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
+        )
+
+
+def _check_sizes(federation: Federation) -> None:
+    """Warn where a gradient estimate that is divided by p_i makes the steps of small clients long."""
+    algorithm, sizes = federation.algorithm, federation.sizes[federation.sizes > 0]
+    smallest, largest = int(sizes.min()), int(sizes.max())
+    if algorithm.needs_lr and algorithm.weighting == "samples" and largest > 10 * smallest:
+        rank_zero_warn(
+            f"algorithm: {type(algorithm).__name__} divides the server's correction by p_i = n_i / mean(n), and clients"
+            f" have {smallest} to {largest} samples: the steps of small ones may run away. Set algorithm.weighting to"
+            " equal, or trainer.gradient_clip_val to 10, say."
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.run_folder import writing
@@ -237,9 +238,32 @@ def client_store(where: Where, folder: Path, device: torch.device) -> ClientStor
     return ClientStore(device, where, limit)
 
 
-def mean_update(rows: Iterable[tuple[Tensor, Tensor]], num_clients: int, into: Tensor) -> Tensor:
-    """``into + Σ (new − old) / N`` in the order given, in float64: the running mean over all clients' latest models."""
+def running_mean(rows: Iterable[tuple[Tensor, Tensor, float]], into: Tensor) -> Tensor:
+    """``into + Σ share·(new − old)`` in the order given, in float64: the mean over all clients' latest models."""
     out = into.clone()
-    for new, old in rows:
-        out.add_(new.double() - old, alpha=1 / num_clients)
+    for new, old, share in rows:
+        out.add_(new.double() - old, alpha=share)
     return out
+
+
+def reweighed(mean: State, shares: Tensor, store: ClientStore | None) -> State:
+    """The mean of the clients' latest models as a checkpoint has it, with the clients' shares of this run.
+
+    Args:
+        mean: ``params``, ``initial`` (of clients without a row) and the ``shares`` that it was summed up with.
+        shares: of each client, ``[N]``.
+        store: the clients' rows, to sum up anew where shares differ; None keeps the mean, and says so.
+    """
+    known = mean.get("shares")
+    if not mean or (known is not None and (store is None or torch.equal(known.cpu(), shares))):
+        return mean
+    rank_zero_info(
+        "ckpt_path: its view `all` weighed clients otherwise than the algorithm's own mean;"
+        f" it is {'evaluated as it was written' if store is None else 'summed up anew'}."
+    )
+    if store is None:
+        return mean
+    first = mean["initial"]
+    models = ((i, store.get(i, "latest")) for i in store.clients())
+    rows = ((row["params"], first, float(shares[i])) for i, row in models if row is not None)
+    return {"params": running_mean(rows, first.double()), "initial": first, "shares": shares}

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedlight._results import checksum, round_metrics
 from fedlight.aggregation import average_buffers
 from fedlight.algorithms.base import Algorithm
-from fedlight.clients import ClientStore, mean_update
+from fedlight.clients import ClientStore, reweighed, running_mean
 from fedlight.data.arrays import in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask
@@ -35,8 +35,9 @@ class ServerState:
         perturbation: the perturbation's state.
         buffers: the model's buffers.
         views: the weights that are evaluated, by name, ``[P]`` each.
-        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, and ``initial``, the model
-            before the first round, ``[P]``; empty unless view ``all`` is kept.
+        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, ``initial``, the model
+            before the first round, ``[P]``, and ``shares``, what each client weighs in that mean, ``[N]`` float64;
+            empty unless view ``all`` is kept.
         loss_scale: where 16-bit mixed precision starts in the next round.
     """
 
@@ -86,6 +87,8 @@ class Federation:
         self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
         self._mean_size = float(self.sizes.double().mean())
         self._initial_buffers: State = {}
+        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
+        self._shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         algorithm.setup(self.num_clients, layout)
         if perturbation is not None:
             perturbation.setup(layout)
@@ -94,12 +97,13 @@ class Federation:
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
         self._initial_buffers = {k: v.clone() for k, v in buffers.items()}
+        latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
             algorithm=self.algorithm.init_server(params),
             perturbation={} if self.perturbation is None else self.perturbation.init_server(params),
             buffers=buffers,
             views=dict.fromkeys(self.views, params),
-            latest_mean={"params": params.double(), "initial": params} if "all" in self.views else {},
+            latest_mean=latest if "all" in self.views else {},
         )
 
     @property
@@ -209,23 +213,18 @@ class Federation:
         if self.buffer_policy == "local":
             for r in results:
                 self.store.put(r.client, "buffers", r.buffers)
-        return average_buffers([r.buffers for r in results], [float(r.num_samples) for r in results])
+        weights = [self.algorithm.mean_weight(r.num_samples) for r in results]
+        return average_buffers([r.buffers for r in results], weights)
 
     def _update_latest(self, results: Sequence[ClientResult]) -> State:
         if "all" not in self.views:
             return {}
-        rows = []
+        rows, mean = [], self.state.latest_mean
         for r in results:
-            old = self.store.get(r.client, "latest")
-            rows.append((r.params, self._first_params() if old is None else old["params"]))
-        latest = mean_update(rows, self.num_clients, self.state.latest_mean["params"])
-        for r in results:
+            old = self.store.get(r.client, "latest")  # the model before the first round where it has not trained
+            rows.append((r.params, mean["initial"] if old is None else old["params"], float(self._shares[r.client])))
             self.store.put(r.client, "latest", {"params": r.params})
-        return {"params": latest, "initial": self._first_params()}
-
-    def _first_params(self) -> Tensor:
-        """The model before the first round: the latest model of a client that has not trained."""
-        return self.state.latest_mean["initial"]
+        return {**mean, "params": running_mean(rows, mean["params"])}
 
     def metrics(self, results: Sequence[ClientResult], left_out: int) -> dict[str, Tensor | float]:
         """What the clients logged, reduced over them by samples seen, and the figures of the round."""
@@ -279,6 +278,9 @@ class Federation:
         self.state = ServerState(**server)
         if clients:
             self.store.load_state_dict(saved["clients"])
+        self.state.latest_mean = reweighed(self.state.latest_mean, self._shares, self.store if clients else None)
+        if self.state.latest_mean:
+            self.state.views["all"] = self.state.latest_mean["params"].to(self.params.dtype)
 
 
 def _to(state: State, device: torch.device | str) -> State:

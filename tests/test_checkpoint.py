@@ -584,3 +584,39 @@ def test_snapshots_are_not_changed_by_later_rounds(tmp_path):
         assert content["fedlight"]["server"]["round"] == round + 1
         assert torch.equal(content["fedlight"]["server"]["algorithm"]["params"], params)
         assert torch.equal(content["state_dict"]["net.0.weight"].reshape(-1), params[: 4 * 3])
+
+
+@pytest.mark.parametrize("client_state", ["cpu", "disk"])
+def test_a_mean_of_all_clients_that_was_weighted_otherwise_is_summed_up_anew(tmp_path, caplog, client_state):
+    """As earlier versions wrote it: equally for every method, and without a word about that."""
+    settings = {"client_state": client_state}
+    _, whole = fit(tmp_path / "whole", 3, **settings)
+    _, first = fit(tmp_path / "old", 2, **settings)
+    path = first.run_dir / "checkpoints" / "last.ckpt"
+    content = load_checkpoint(path)
+    server, known = content["fedlight"]["server"], first._session.federation.state.views["all"]
+    del server["latest_mean"]["shares"]
+    server["latest_mean"]["params"] += 1
+    server["views"]["all"] = server["views"]["all"] + 1
+    save_checkpoint(path, content)
+    evaluated = quiet_trainer(tmp_path / "old")
+    caplog.clear()
+    evaluated.validate(Regression(), Clients(SIZES), "last", verbose=False)
+    torch.testing.assert_close(evaluated._session.federation.state.views["all"], server["views"]["all"])
+    assert "its view `all` weighed clients otherwise" in caplog.text
+    assert "it is evaluated as it was written" in caplog.text
+    _, again = fit(tmp_path / "old", 2, "last", **settings)
+    assert "it is summed up anew" in caplog.text
+    torch.testing.assert_close(again._session.federation.state.views["all"], known)
+    caplog.clear()
+    _, resumed = fit(tmp_path / "old", 3, path, **settings)
+    expected = whole._session.federation.state.views
+    torch.testing.assert_close(resumed._session.federation.state.views["all"], expected["all"])
+    assert torch.equal(resumed._session.federation.state.views["server"], expected["server"])
+
+
+def test_a_checkpoint_with_the_same_weights_is_continued_without_a_word(tmp_path, caplog):
+    fit(tmp_path, 1)
+    caplog.clear()
+    fit(tmp_path, 2, "last")
+    assert "weighed" not in caplog.text

@@ -115,12 +115,12 @@ def test_data_that_is_read_sample_by_sample_gives_the_same(tmp_path):
 
 
 def test_views_are_the_weights_that_they_say(tmp_path):
-    """Round-robin with one client: server and selected are its model; all is the mean with those never trained."""
+    """Round-robin with one client: server and selected are its model; all is the mean by samples with the others."""
     trainer = quiet_trainer(tmp_path, sampler=RoundRobin(), clients_per_round=1, max_rounds=1)
     trainer.fit(Accurate(), PerClient())
     views, first = trainer._session.federation.state.views, torch.cat([p.flatten() for p in Accurate().parameters()])
     assert torch.equal(views["server"], views["selected"])
-    torch.testing.assert_close(views["all"], first + (views["server"] - first) / 4, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(views["all"], first + (views["server"] - first) * 5 / 28, rtol=1e-6, atol=1e-7)
 
 
 def test_evaluation_leaves_modes_as_they_were():

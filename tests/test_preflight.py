@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from fedlight import algorithms
 from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.data import DatasetPartition
@@ -168,3 +169,23 @@ def test_the_trial_leaves_no_trace(tmp_path):
     quiet_trainer(tmp_path, max_rounds=0).fit(model, Clients(sizes=(6, 4)))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(model.net[0].running_mean, torch.zeros(3))
+
+
+ESTIMATING = ("SCAFFOLD", "FedDC", "FedGAMMA", "FedLESAM_S")
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FedDyn", "FedSpeed", "FedSMOO", "FedLESAM_D", "FedCM", *ESTIMATING])
+def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_their_share(tmp_path, name):
+    method = getattr(algorithms, name)
+
+    def fit(algorithm, smallest):
+        trainer = quiet_trainer(tmp_path, algorithm=algorithm, max_rounds=1, enable_checkpointing=False)
+        trainer.fit(Regression(lr=0.001), Clients(sizes=(smallest, 41, 9, 0)))
+
+    fit(method(), 5)  # 41 / 5 < 10; clients without samples do not count
+    if name not in ESTIMATING:
+        fit(method(), 4)
+        return
+    with pytest.warns(UserWarning, match=rf"algorithm: {name} divides .*have 4 to 41 samples.*algorithm\.weighting to"):
+        fit(method(), 4)
+    fit(method(weighting="equal"), 4)

@@ -9,8 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlight.algorithms.fedavg import FedAvg
+from fedlight.algorithms.fedopt import FedAdam
 from fedlight.algorithms.fedprox import FedProx
+from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.engines.slot import Slot
 from fedlight.sampling import Bernoulli, RoundRobin, draw_subset
 from fedlight.seeding import generator
 from tests.helpers.tiny import SIZES, Clients, Regression, Samples, quiet_trainer, weights
@@ -385,17 +388,24 @@ def test_validate_and_test_report_the_views_of_a_checkpoint(tmp_path, capsys):
     assert set(alone) == {"val/loss"}
 
 
-def test_the_mean_of_all_clients_counts_those_that_never_trained(tmp_path):
-    latest = [weights(Regression())] * 4
+@pytest.mark.parametrize("rounds", [2, 6])
+@pytest.mark.parametrize("method", [FedAvg(), SCAFFOLD(), FedAdam(weighted=False), FedAdam()])
+def test_the_mean_of_all_clients_is_weighted_as_the_methods_own_and_counts_those_that_never_trained(
+    tmp_path, monkeypatch, method, rounds
+):
+    """Sizes 5, 12, 8 and 3, one client a round: after two rounds the others count with the first model."""
+    latest, train = [weights(Regression())] * 4, Slot.train
 
-    class Keep(FedAvg):
-        def aggregate(self, server, results, messages):
-            latest[results[0].client] = results[0].params
-            return super().aggregate(server, results, messages)
+    def keep(self, *args):
+        result = train(self, *args)
+        latest[result.client] = result.params
+        return result
 
-    trainer = quiet_trainer(tmp_path, algorithm=Keep(), sampler=RoundRobin(), clients_per_round=1, max_rounds=6)
+    monkeypatch.setattr(Slot, "train", keep)
+    trainer = quiet_trainer(tmp_path, algorithm=method, sampler=RoundRobin(), clients_per_round=1, max_rounds=rounds)
     trainer.fit(Regression(), Clients())
-    expected = torch.stack(latest).double().mean(0).float()
+    n = torch.tensor((5, 12, 8, 3) if method.mean_by == "samples" else (1, 1, 1, 1), dtype=torch.float64)
+    expected = ((n / n.sum()) @ torch.stack(latest).double()).float()
     torch.testing.assert_close(trainer._session.federation.state.views["all"], expected, rtol=1e-6, atol=1e-7)
 
 
@@ -410,3 +420,13 @@ def test_learning_happens(tmp_path):
     trainer.fit(model, Clients())
     truth = torch.tensor([1.0, -2.0, 0.5])
     assert float((weights(model)[:3] - truth).norm()) < 0.05 < float((weights(Regression())[:3] - truth).norm())
+
+
+@pytest.mark.parametrize("method", [FedAvg(), SCAFFOLD(), SCAFFOLD(weighting="equal")])
+def test_views_are_the_servers_model_where_that_is_their_mean(tmp_path, method):
+    """All clients take part, and a step of 1: the server, the selected and all have the same weights."""
+    trainer = quiet_trainer(tmp_path, algorithm=method, clients_per_round=4, max_rounds=2)
+    trainer.fit(Regression(), Clients())
+    views = trainer._session.federation.state.views
+    assert torch.equal(views["server"], views["selected"])
+    torch.testing.assert_close(views["server"], views["all"], rtol=1e-6, atol=1e-7)

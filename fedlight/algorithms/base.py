@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedlight._checks import check_choice as check_choice
 from fedlight._checks import check_hyperparameter as check_hyperparameter
-from fedlight.aggregation import mean, weighted_mean
+from fedlight.aggregation import weighted_mean
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation
@@ -15,6 +16,8 @@ from fedlight.perturbations.base import State as State
 
 Message = dict[str, Tensor]
 """What a client sends besides its model."""
+Weighting = Literal["samples", "equal"]
+"""Whether clients count by their samples, p_i = n_i / mean(n), or equally, p_i = 1."""
 
 
 class Algorithm:
@@ -34,6 +37,8 @@ class Algorithm:
         down_vectors: vectors ``[P]`` that the server sends to each client in a round; a fraction where a part of the
             model stays with the client.
         up_vectors: vectors ``[P]`` that each client sends to the server in a round.
+        mean_by: whether the mean of the clients' models weighs them by samples (McMahan et al. 2017) or equally.
+        weighting: what p_i is in the method's corrections; None where they have no p_i.
         num_clients: N; set by :meth:`setup`.
     """
 
@@ -42,6 +47,8 @@ class Algorithm:
     needs_lr: bool = False
     down_vectors: float = 1
     up_vectors: float = 1
+    mean_by: Weighting = "samples"
+    weighting: Weighting | None = None
     num_clients: int = 0
 
     def setup(self, num_clients: int, layout: ParameterLayout) -> None:
@@ -68,9 +75,26 @@ class Algorithm:
         """The client's new state and what it sends besides its model. ``server`` is the state of the round's start."""
         return client, {}
 
+    def p(self, weight: float) -> float:
+        """p_i of a client whose share of the data is ``weight``, as :attr:`weighting` asks for."""
+        return 1.0 if self.weighting == "equal" else weight
+
+    def mean_weight(self, num_samples: int) -> float:
+        """What a client of n_i samples weighs in the method's mean, and so in every view."""
+        return 1.0 if self.mean_by == "equal" else float(num_samples)
+
     def average(self, results: Sequence[ClientResult]) -> Tensor:
-        """The mean of the models that trained in the round, ``[P]``, weighted by samples (McMahan et al. 2017)."""
-        return weighted_mean([r.params for r in results], [float(r.num_samples) for r in results])
+        """The mean of the models that trained in the round, ``[P]``, weighted by :meth:`mean_weight`."""
+        return weighted_mean([r.params for r in results], [self.mean_weight(r.num_samples) for r in results])
+
+    def mean_update(self, results: Sequence[ClientResult]) -> Tensor:
+        """The mean of Δ_i over the clients that trained, ``[P]``, weighted by :meth:`mean_weight`."""
+        return weighted_mean([r.update for r in results], [self.mean_weight(r.num_samples) for r in results])
+
+    def step(self, params: Tensor, results: Sequence[ClientResult], length: float) -> Tensor:
+        """``params`` moved towards the mean of the models; a length of 1 takes the mean itself, to the bit."""
+        average = self.average(results)
+        return average if length == 1.0 else params + length * (average - params)
 
     def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
         """The server's state after the round, from the trained clients' results and messages, in client order."""
@@ -79,14 +103,9 @@ class Algorithm:
     def evaluated(self, server: State, results: Sequence[ClientResult]) -> dict[str, Tensor]:
         """The weights that are evaluated, by view: ``server`` after aggregation, and the ``selected`` clients' mean.
 
-        The trainer adds ``all``, the mean over the latest model of every client.
+        The trainer adds ``all``, the mean over the latest model of every client, with the same weights.
         """
         return {"server": server["params"], "selected": self.average(results)}
-
-
-def mean_update(results: Sequence[ClientResult]) -> Tensor:
-    """The plain mean of Δ_i over the clients that trained, ``[P]``."""
-    return mean([r.update for r in results])
 
 
 def mean_gradient(result: ClientResult) -> Tensor:

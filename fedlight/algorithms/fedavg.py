@@ -25,7 +25,4 @@ class FedAvg(Algorithm):
 
     def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
         """The server's step towards the weighted average."""
-        average = self.average(results)
-        if self.server_lr != 1.0:
-            average = server["params"] + self.server_lr * (average - server["params"])
-        return {**server, "params": average}
+        return {**server, "params": self.step(server["params"], results, self.server_lr)}

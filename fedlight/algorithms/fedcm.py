@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlight.aggregation import mean
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter, mean_gradient, mean_update
+from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter, mean_gradient
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -26,6 +26,7 @@ class FedCM(Algorithm):
 
     needs_lr = True
     down_vectors = 2
+    mean_by = "equal"
 
     def __init__(self, alpha: float = 0.1, server_lr: float = 1.0) -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True, at_most=1)
@@ -42,5 +43,5 @@ class FedCM(Algorithm):
 
     def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
         """The server's step and the new m."""
-        params = server["params"] + self.server_lr * mean_update(results)
+        params = self.step(server["params"], results, self.server_lr)
         return {"params": params, "momentum": mean([mean_gradient(r) for r in results])}

@@ -20,6 +20,7 @@ class FedDC(FedDyn):
 
     Args:
         alpha: weight of the quadratic penalty.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: Gao et al., "FedDC: Federated Learning with Non-IID Data via Local Drift Decoupling and Correction", CVPR
     2022, equations 2 to 9. The paper adds each client's h_i to its model before averaging the sampled ones; the
@@ -40,18 +41,19 @@ class FedDC(FedDyn):
 
     def objective(self, server: State, client: State, weight: float) -> LocalObjective:
         """FedDyn's, and the gradient corrected by g/p_i − g_i."""
-        start = self.broadcast(server)
+        start, p = self.broadcast(server), self.p(weight)
         return LocalObjective(
             start=start,
             anchor=start - client["h"],
-            proximal=self.alpha / weight,
-            linear=server["gradient"] / weight - client["gradient"],
+            proximal=self.alpha / p,
+            linear=server["gradient"] / p - client["gradient"],
         )
 
     def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """The new h_i and g_i, and the weighted change of g_i for the server."""
-        gradient = client["gradient"] - server["gradient"] / result.weight + mean_gradient(result)
-        change = result.weight * (gradient - client["gradient"])
+        p = self.p(result.weight)
+        gradient = client["gradient"] - server["gradient"] / p + mean_gradient(result)
+        change = p * (gradient - client["gradient"])
         return {"h": client["h"] + result.update, "gradient": gradient}, {"gradient_change": change}
 
     def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedlight.aggregation import mean
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_choice, check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -22,13 +21,17 @@ class FedDyn(Algorithm):
 
     Args:
         alpha: weight of the regulariser. There is no FedAvg at 0, where the server would still add the mean of h.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: Acar et al., "Federated Learning Based on Dynamic Regularization", ICLR 2021, algorithm 1. alpha/p_i for
     clients of unequal size is that of the authors' implementation; the paper has equal ones.
     """
 
-    def __init__(self, alpha: float = 0.01) -> None:
+    mean_by = "equal"
+
+    def __init__(self, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True)
+        self.weighting = check_choice("algorithm.weighting", weighting, Weighting)
 
     def init_server(self, params: Tensor) -> State:
         """The model and the mean of h over all clients."""
@@ -41,7 +44,7 @@ class FedDyn(Algorithm):
     def objective(self, server: State, client: State, weight: float) -> LocalObjective:
         """Proximal to w − h_i."""
         start = self.broadcast(server)
-        return LocalObjective(start=start, anchor=start - client["h"], proximal=self.alpha / weight)
+        return LocalObjective(start=start, anchor=start - client["h"], proximal=self.alpha / self.p(weight))
 
     def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """Add the client's update to h_i. The server works it out from the model, so nothing more is sent."""
@@ -52,4 +55,4 @@ class FedDyn(Algorithm):
         h_mean = server["h_mean"].clone()
         for result in results:
             h_mean.add_(result.update, alpha=1 / self.num_clients)
-        return {**server, "params": mean([r.params for r in results]) + h_mean, "h_mean": h_mean}
+        return {**server, "params": self.average(results) + h_mean, "h_mean": h_mean}

@@ -1,6 +1,6 @@
 """The locally estimated global perturbation on FedAvg, SCAFFOLD and FedDyn: FedLESAM, FedLESAM_S, FedLESAM_D."""
 
-from fedlight.algorithms.base import check_hyperparameter
+from fedlight.algorithms.base import Weighting, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.algorithms.scaffold import SCAFFOLD
@@ -29,12 +29,13 @@ class FedLESAM_S(SCAFFOLD):
     Args:
         rho: radius of the perturbation.
         server_lr: length of the server's step.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: as :class:`FedLESAM`.
     """
 
-    def __init__(self, rho: float = 0.05, server_lr: float = 1.0) -> None:
-        super().__init__(server_lr)
+    def __init__(self, rho: float = 0.05, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
+        super().__init__(server_lr, weighting)
         self.perturbation = LESAM(check_hyperparameter("algorithm.rho", rho))
 
 
@@ -44,10 +45,11 @@ class FedLESAM_D(FedDyn):
     Args:
         rho: radius of the perturbation.
         alpha: weight of the regulariser.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: as :class:`FedLESAM`.
     """
 
-    def __init__(self, rho: float = 0.05, alpha: float = 0.01) -> None:
-        super().__init__(alpha)
+    def __init__(self, rho: float = 0.05, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+        super().__init__(alpha, weighting)
         self.perturbation = LESAM(check_hyperparameter("algorithm.rho", rho))

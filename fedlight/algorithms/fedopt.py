@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
 from fedlight.local import ClientResult
 
 _PREFIX = "optimizer."
@@ -17,12 +17,15 @@ _sgd = partial(torch.optim.SGD, lr=1.0)
 
 
 class FedOpt(Algorithm):
-    """The mean update of the clients is a (negative) gradient, and a torch optimizer on the server follows it.
+    """The mean update Δ of the clients is a (negative) gradient, and a torch optimizer on the server follows it.
 
-    The optimizer's state is part of the server's state, and so of every checkpoint.
+    Δ = Σ_sel n_i Δ_i / Σ_sel n_i, so that plain SGD of learning rate 1 is FedAvg. The optimizer's state is part of the
+    server's state, and so of every checkpoint.
 
     Args:
         optimizer: any torch optimizer that needs no closure; its learning rate is the server's.
+        weighted: whether Δ is weighted by samples, as in Hsu et al. 2019; false takes the plain mean, the letter of
+            Reddi et al.
 
     Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 1.
 
@@ -36,8 +39,8 @@ class FedOpt(Algorithm):
               init_args: {lr: 0.01}
     """
 
-    def __init__(self, optimizer: OptimizerCallable = _sgd) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizer: OptimizerCallable = _sgd, weighted: bool = True) -> None:
+        self.optimizer, self.mean_by = optimizer, "samples" if weighted else "equal"
 
     def init_server(self, params: Tensor) -> State:
         """The model, the number of steps, and room for all that the optimizer keeps.
@@ -63,7 +66,7 @@ class FedOpt(Algorithm):
         if int(server["steps"]) > 0:  # before the first step optimizers keep nothing, and then not always zeros
             state = {k.removeprefix(_PREFIX): v.clone() for k, v in server.items() if k.startswith(_PREFIX)}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
-        params.grad = -mean_update(results)
+        params.grad = -self.mean_update(results)
         optimizer.step()
         return {"params": params.detach(), "steps": server["steps"] + 1, **_tensors(optimizer, params)}
 
@@ -78,55 +81,40 @@ def _tensors(optimizer: torch.optim.Optimizer, params: torch.nn.Parameter) -> St
 
 
 class FedAvgM(FedOpt):
-    """FedAvg with momentum on the server: v ← momentum·v + mean_sel(Δ), w ← w + server_lr·v.
+    """FedAvg with momentum on the server: v ← momentum·v + Δ, w ← w + server_lr·v; without momentum it is FedAvg.
 
     Args:
         server_lr: the server's learning rate.
         momentum: its momentum.
         nesterov: whether to use Nesterov's form.
+        weighted: whether Δ is weighted by samples.
 
     Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification", 2019, section 3.3.
     """
 
-    def __init__(self, server_lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False) -> None:
+    def __init__(
+        self, server_lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False, weighted: bool = True
+    ) -> None:
         lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
         momentum = check_hyperparameter("algorithm.momentum", momentum, below=1)
-        super().__init__(partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov))
+        super().__init__(partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=nesterov), weighted)
 
 
 class FedAdam(FedOpt):
-    """Adam on the server.
+    """Adam on the server, with d = −Δ.
 
-    Args:
-        server_lr: the server's learning rate.
-        beta1: decay of the mean of the pseudo-gradients.
-        beta2: decay of the mean of their squares.
-        eps: added to the root of the mean square, the paper's τ, which sets how adaptive the step is.
-
-    Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2. This is torch's Adam, which
-    corrects the bias of both means and squares the pseudo-gradient itself; the paper's does not correct, and squares
-    the mean.
-    """
-
-    def __init__(self, server_lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, eps: float = 1e-3) -> None:
-        lr, betas, eps = _adaptive(server_lr, beta1, beta2, eps)
-        super().__init__(partial(torch.optim.Adam, lr=lr, betas=betas, eps=eps))
-
-
-class FedYogi(FedOpt):
-    """Yogi on the server: Adam whose mean square moves by a bounded amount in each round.
-
-        m ← beta1·m + (1 − beta1)·g,   v ← v − (1 − beta2)·m²·sign(v − m²),   w ← w − server_lr·m/(√v + eps)
-
-    with g = −mean_sel(Δ).
+        m ← beta1·m + (1 − beta1)·d,   v ← beta2·v + (1 − beta2)·d²,   w ← w − server_lr·m/(√v + eps)
 
     Args:
         server_lr: the server's learning rate.
         beta1: decay of m.
         beta2: decay of v.
-        eps: the paper's τ, which sets how adaptive the step is.
-        initial_accumulator: what v starts from. The paper suggests eps² or more.
+        eps: the paper's τ, which is added to √v and sets how adaptive the step is.
+        initial_accumulator: what v starts from. The paper asks for eps² or more.
+        bias_correction: whether m is divided by 1 − beta1^t and v by 1 − beta2^t in round t before the step, as in
+            Kingma and Ba's algorithm 1 and torch's Adam. It presumes that v starts from 0.
+        weighted: whether Δ is weighted by samples.
 
     Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2.
     """
@@ -138,58 +126,107 @@ class FedYogi(FedOpt):
         beta2: float = 0.99,
         eps: float = 1e-3,
         initial_accumulator: float = 0.0,
+        bias_correction: bool = False,
+        weighted: bool = True,
     ) -> None:
-        lr, betas, eps = _adaptive(server_lr, beta1, beta2, eps)
-        start = check_hyperparameter("algorithm.initial_accumulator", initial_accumulator)
-        super().__init__(partial(_Yogi, lr=lr, betas=betas, eps=eps, initial_accumulator=start))
+        if bias_correction and initial_accumulator:
+            raise ValueError(
+                "algorithm.bias_correction presumes that v starts from 0: set algorithm.initial_accumulator to 0, or"
+                f" leave bias_correction out; found initial_accumulator={initial_accumulator!r}."
+            )
+        settings = _adaptive(server_lr, beta1, beta2, eps, initial_accumulator)
+        super().__init__(partial(_Adaptive, **settings, bias_correction=bias_correction), weighted)
 
 
-class FedAdagrad(FedOpt):
-    """Adagrad on the server: v ← v + g², w ← w − server_lr·g/(√v + eps) with g = −mean_sel(Δ).
+class FedYogi(FedOpt):
+    """Yogi on the server: Adam whose mean square moves by a bounded amount in each round, with d = −Δ.
+
+        m ← beta1·m + (1 − beta1)·d,   v ← v − (1 − beta2)·d²·sign(v − d²),   w ← w − server_lr·m/(√v + eps)
 
     Args:
         server_lr: the server's learning rate.
-        eps: the paper's τ, which sets how adaptive the step is.
-        initial_accumulator: what v starts from. The paper suggests eps² or more.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: the paper's τ, which is added to √v and sets how adaptive the step is.
+        initial_accumulator: what v starts from. The paper asks for eps² or more.
+        weighted: whether Δ is weighted by samples.
+
+    Source: Zaheer et al., "Adaptive Methods for Nonconvex Optimization", NeurIPS 2018, algorithm 2, on the server as in
+    Reddi et al., "Adaptive Federated Optimization", ICLR 2021, whose algorithm 2 prints m² where Zaheer et al. have d².
+    """
+
+    def __init__(
+        self,
+        server_lr: float = 0.01,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        eps: float = 1e-3,
+        initial_accumulator: float = 0.0,
+        weighted: bool = True,
+    ) -> None:
+        settings = _adaptive(server_lr, beta1, beta2, eps, initial_accumulator)
+        super().__init__(partial(_Adaptive, **settings, yogi=True), weighted)
+
+
+class FedAdagrad(FedOpt):
+    """Adagrad on the server: v ← v + d², w ← w − server_lr·d/(√v + eps) with d = −Δ.
+
+    Args:
+        server_lr: the server's learning rate.
+        eps: the paper's τ, which is added to √v and sets how adaptive the step is.
+        initial_accumulator: what v starts from. The paper asks for eps² or more.
+        weighted: whether Δ is weighted by samples.
 
     Source: Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2 with β₁ = 0, as in its experiments.
     """
 
-    def __init__(self, server_lr: float = 0.1, eps: float = 1e-3, initial_accumulator: float = 0.0) -> None:
-        lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
-        eps = check_hyperparameter("algorithm.eps", eps, positive=True)
-        start = check_hyperparameter("algorithm.initial_accumulator", initial_accumulator)
-        super().__init__(partial(torch.optim.Adagrad, lr=lr, eps=eps, initial_accumulator_value=start))
+    def __init__(
+        self, server_lr: float = 0.1, eps: float = 1e-3, initial_accumulator: float = 0.0, weighted: bool = True
+    ) -> None:
+        made = _adaptive(server_lr, 0, 0, eps, initial_accumulator)
+        start = made["initial_accumulator"]
+        super().__init__(
+            partial(torch.optim.Adagrad, lr=made["lr"], eps=made["eps"], initial_accumulator_value=start), weighted
+        )
 
 
-def _adaptive(server_lr: float, beta1: float, beta2: float, eps: float) -> tuple[float, tuple[float, float], float]:
-    return (
-        check_hyperparameter("algorithm.server_lr", server_lr, positive=True),
-        (
-            check_hyperparameter("algorithm.beta1", beta1, below=1),
-            check_hyperparameter("algorithm.beta2", beta2, below=1),
-        ),
-        check_hyperparameter("algorithm.eps", eps, positive=True),
-    )
+def _adaptive(server_lr: float, beta1: float, beta2: float, eps: float, initial_accumulator: float) -> dict[str, Any]:
+    check = check_hyperparameter
+    return {
+        "lr": check("algorithm.server_lr", server_lr, positive=True),
+        "betas": (check("algorithm.beta1", beta1, below=1), check("algorithm.beta2", beta2, below=1)),
+        "eps": check("algorithm.eps", eps, positive=True),
+        "initial_accumulator": check("algorithm.initial_accumulator", initial_accumulator),
+    }
 
 
-class _Yogi(torch.optim.Optimizer):
-    """Yogi as in Reddi et al. 2021, which torch lacks."""
+class _Adaptive(torch.optim.Optimizer):
+    """Adam and Yogi as in Reddi et al. 2021: torch has no Yogi, and its Adam starts v from 0 and corrects the bias."""
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float], eps: float, initial_accumulator: float
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        initial_accumulator: float,
+        yogi: bool = False,
+        bias_correction: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "initial_accumulator": initial_accumulator})
+        self._start, self._yogi, self._bias_correction = initial_accumulator, yogi, bias_correction
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["m"] = torch.zeros_like(p)
-                    state["v"] = torch.full_like(p, group["initial_accumulator"])
-                m = state["m"] = state["m"] * beta1 + p.grad * (1 - beta1)
-                v = state["v"] = state["v"] - (1 - beta2) * m**2 * torch.sign(state["v"] - m**2)
-                p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+        group = self.param_groups[0]
+        (beta1, beta2), p = group["betas"], group["params"][0]
+        state, square = self.state[p], p.grad.square()
+        if not state:
+            state |= {"m": torch.zeros_like(p), "v": torch.full_like(p, self._start), "step": torch.zeros(())}
+        m = state["m"] = state["m"] * beta1 + p.grad * (1 - beta1)
+        towards = torch.sign(state["v"] - square) * square if self._yogi else state["v"] - square
+        v = state["v"] = state["v"] - (1 - beta2) * towards
+        t = state["step"] = state["step"] + 1
+        if self._bias_correction:
+            m, v = m / (1 - beta1 ** int(t)), v / (1 - beta2 ** int(t))
+        p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))

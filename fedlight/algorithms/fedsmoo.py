@@ -1,6 +1,6 @@
 """FedSMOO."""
 
-from fedlight.algorithms.base import check_hyperparameter
+from fedlight.algorithms.base import Weighting, check_hyperparameter
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.perturbations.dual_sam import DualSAM
 
@@ -13,11 +13,12 @@ class FedSMOO(FedDyn):
     Args:
         rho: radius of the perturbation.
         alpha: weight of the regulariser, the paper's 1/β.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: Sun et al., "Dynamic Regularized Sharpness Aware Minimization in Federated Learning: Approaching Global
     Consistency and Smooth Landscape", ICML 2023, algorithm 1.
     """
 
-    def __init__(self, rho: float = 0.1, alpha: float = 0.01) -> None:
-        super().__init__(alpha)
+    def __init__(self, rho: float = 0.1, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+        super().__init__(alpha, weighting)
         self.perturbation = DualSAM(check_hyperparameter("algorithm.rho", rho))

@@ -1,6 +1,6 @@
 """FedSpeed."""
 
-from fedlight.algorithms.base import check_hyperparameter
+from fedlight.algorithms.base import Weighting, check_hyperparameter
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.perturbations.sam import SAM
 
@@ -11,6 +11,7 @@ class FedSpeed(FedDyn):
     Args:
         rho: radius of the perturbation.
         alpha: weight of the regulariser, the paper's 1/λ.
+        weighting: what p_i is: n_i / mean(n) by ``samples``, or 1 with ``equal``, the letter of the paper.
 
     Source: Sun et al., "FedSpeed: Larger Local Interval, Less Communication Round, and Higher Generalization
     Accuracy", ICLR 2023, algorithm 1. The perturbed gradient is taken alone (the paper's mixing weight of 1) at a step
@@ -18,6 +19,6 @@ class FedSpeed(FedDyn):
     correction that the server adds is the mean over all clients, where the paper averages it over the sampled ones.
     """
 
-    def __init__(self, rho: float = 0.01, alpha: float = 0.01) -> None:
-        super().__init__(alpha)
+    def __init__(self, rho: float = 0.01, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+        super().__init__(alpha, weighting)
         self.perturbation = SAM(check_hyperparameter("algorithm.rho", rho))

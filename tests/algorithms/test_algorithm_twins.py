@@ -1,5 +1,6 @@
 """Every algorithm against its twin: three rounds, three unequal clients, partial participation, in float64."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -32,8 +33,8 @@ CASES = {
         lambda p: twins.fedopt(p, Plain(p), twins.sgd_momentum(0.7, 0.9)),
     ),
     "FedAdam": (
-        lambda: algorithms.FedAdam(0.05, 0.8, 0.95, 0.01),
-        lambda p: twins.fedopt(p, Plain(p), twins.adam(0.05, 0.8, 0.95, 0.01)),
+        lambda: algorithms.FedAdam(0.05, 0.8, 0.95, 0.01, 1e-4),
+        lambda p: twins.fedopt(p, Plain(p), twins.adam(0.05, 0.8, 0.95, 0.01, 1e-4)),
     ),
     "FedYogi": (
         lambda: algorithms.FedYogi(0.05, 0.8, 0.95, 0.01, 1e-4),
@@ -57,6 +58,70 @@ CASES = {
 }
 
 
+SETTINGS = {
+    "FedOpt, plain mean": (
+        lambda: algorithms.FedOpt(partial(torch.optim.RMSprop, lr=0.05, alpha=0.9, eps=1e-3), weighted=False),
+        lambda p: twins.fedopt(p, Plain(p), twins.rmsprop(0.05, 0.9, 1e-3), weighted=False),
+    ),
+    "FedAvgM, plain mean": (
+        lambda: algorithms.FedAvgM(0.7, 0.9, weighted=False),
+        lambda p: twins.fedopt(p, Plain(p), twins.sgd_momentum(0.7, 0.9), weighted=False),
+    ),
+    "FedAvgM, Nesterov": (
+        lambda: algorithms.FedAvgM(0.7, 0.9, nesterov=True),
+        lambda p: twins.fedopt(p, Plain(p), twins.sgd_momentum(0.7, 0.9, nesterov=True)),
+    ),
+    "FedAdam, plain mean": (
+        lambda: algorithms.FedAdam(0.05, 0.8, 0.95, 0.01, weighted=False),
+        lambda p: twins.fedopt(p, Plain(p), twins.adam(0.05, 0.8, 0.95, 0.01), weighted=False),
+    ),
+    "FedAdam, bias corrected": (
+        lambda: algorithms.FedAdam(0.05, 0.8, 0.95, 0.01, bias_correction=True),
+        lambda p: twins.fedopt(p, Plain(p), twins.adam(0.05, 0.8, 0.95, 0.01, corrected=True)),
+    ),
+    "FedYogi, plain mean": (
+        lambda: algorithms.FedYogi(0.05, 0.8, 0.95, 0.01, weighted=False),
+        lambda p: twins.fedopt(p, Plain(p), twins.yogi(0.05, 0.8, 0.95, 0.01, 0.0), weighted=False),
+    ),
+    "FedAdagrad, plain mean": (
+        lambda: algorithms.FedAdagrad(0.05, 0.01, weighted=False),
+        lambda p: twins.fedopt(p, Plain(p), twins.adagrad(0.05, 0.01, 0.0), weighted=False),
+    ),
+    "SCAFFOLD, equal": (
+        lambda: algorithms.SCAFFOLD(0.7, weighting="equal"),
+        lambda p: twins.scaffold(p, Plain(p), 0.7, equal=True),
+    ),
+    "FedDyn, equal": (
+        lambda: algorithms.FedDyn(0.3, weighting="equal"),
+        lambda p: twins.feddyn(p, Plain(p), 0.3, equal=True),
+    ),
+    "FedDC, equal": (
+        lambda: algorithms.FedDC(0.3, weighting="equal"),
+        lambda p: twins.feddc(p, Plain(p), 0.3, equal=True),
+    ),
+    "FedSpeed, equal": (
+        lambda: algorithms.FedSpeed(0.1, 0.3, weighting="equal"),
+        lambda p: twins.feddyn(p, Sam(p, 0.1), 0.3, equal=True),
+    ),
+    "FedSMOO, equal": (
+        lambda: algorithms.FedSMOO(0.1, 0.3, weighting="equal"),
+        lambda p: twins.feddyn(p, Dual(p, 0.1), 0.3, equal=True),
+    ),
+    "FedGAMMA, equal": (
+        lambda: algorithms.FedGAMMA(0.1, 0.7, weighting="equal"),
+        lambda p: twins.scaffold(p, Sam(p, 0.1), 0.7, equal=True),
+    ),
+    "FedLESAM_S, equal": (
+        lambda: algorithms.FedLESAM_S(0.1, 0.7, weighting="equal"),
+        lambda p: twins.scaffold(p, Lesam(p, 0.1), 0.7, equal=True),
+    ),
+    "FedLESAM_D, equal": (
+        lambda: algorithms.FedLESAM_D(0.1, 0.3, weighting="equal"),
+        lambda p: twins.feddyn(p, Lesam(p, 0.1), 0.3, equal=True),
+    ),
+}
+
+
 def batch_norm_layout():
     """Four parameters, the last two of a BatchNorm layer."""
     return ParameterLayout.of(nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1)).double())
@@ -70,9 +135,20 @@ def test_every_algorithm_has_a_twin():
     assert set(CASES) == set(algorithms.__all__) - {"Message"}
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_every_weighting_has_a_twin():
+    """All settings that change a mean or a correction are there."""
+    flags = {
+        n
+        for n in CASES
+        for key in ("weighted", "weighting")
+        if key in inspect.signature(getattr(algorithms, n)).parameters
+    }
+    assert flags == {name.split(",")[0] for name in SETTINGS}
+
+
+@pytest.mark.parametrize("name", [*CASES, *SETTINGS])
 def test_three_rounds_equal_those_of_the_twin(name):
-    make, twin = CASES[name]
+    make, twin = {**CASES, **SETTINGS}[name]
     problem = Problem()
     models = Driver(make(), problem, layout=layout_for(name)).run()
     np.testing.assert_allclose(models, twin(problem), rtol=0, atol=1e-10)

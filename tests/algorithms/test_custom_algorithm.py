@@ -67,6 +67,6 @@ def test_the_method_in_the_documentation_is_fedavg_with_momentum():
     source = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Momentum" in block)
     names: dict = {}
     exec(source, names)
-    problem = Problem(sizes=(30, 30, 30))
+    problem = Problem()
     expected = Driver(FedAvgM(1.0, 0.9), problem).run()
     np.testing.assert_allclose(Driver(names["Momentum"](0.9), problem).run(), expected, rtol=0, atol=1e-12)

@@ -33,6 +33,7 @@ from fedlight.algorithms import (
     FedYogi,
     MoFedSAM,
 )
+from fedlight.local import ClientResult
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.algorithms.driver import Driver, linear_layout
 from tests.algorithms.twins import Problem
@@ -86,9 +87,89 @@ def test_fednova_with_equal_steps_is_fedavg():
     assert_same(Driver(FedNova(0.7), problem).run(), Driver(FedAvg(0.7), problem).run())
 
 
-def test_fedavgm_without_momentum_is_fedavg_with_a_plain_mean():
-    problem = equal_sizes()
-    assert_same(Driver(FedAvgM(0.7, momentum=0.0), problem).run(), Driver(FedAvg(0.7), problem).run())
+@pytest.mark.parametrize("server_lr", [1.0, 0.7])
+def test_fedavgm_without_momentum_is_fedavg(server_lr):
+    """With clients of unequal size, too."""
+    assert_same(Driver(FedAvgM(server_lr, momentum=0.0)).run(), Driver(FedAvg(server_lr)).run())
+    assert_same(Driver(FedOpt(partial(torch.optim.SGD, lr=server_lr))).run(), Driver(FedAvg(server_lr)).run())
+
+
+def test_fedavgm_with_a_plain_mean_and_no_momentum_is_fedcm_without_momentum():
+    assert_same(Driver(FedAvgM(0.7, 0.0, weighted=False)).run(), Driver(FedCM(alpha=1.0, server_lr=0.7)).run())
+
+
+def first_step(algorithm, update):
+    """How far the server moves in its first round, for a mean update [P]."""
+    start = torch.zeros(len(update), dtype=torch.float64)
+    update = torch.tensor(update, dtype=torch.float64)
+    result = ClientResult(0, start, start + update, num_samples=3, weight=1.0, num_steps=1, lr_sum=0.1)
+    return algorithm.aggregate(algorithm.init_server(start), [result], [{}])["params"]
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25])
+def test_the_first_step_of_the_adaptive_methods_by_hand(start):
+    """Δ = 2: m = 0.1·2, v = start ± 0.01·4 (Yogi), 0.99·start + 0.01·4 (Adam), start + 4 (Adagrad); τ = 0.1."""
+    common = {"server_lr": 1.0, "eps": 0.1, "initial_accumulator": start}
+    for method, m, v in ((FedYogi, 0.2, start + 0.04), (FedAdam, 0.2, 0.99 * start + 0.04), (FedAdagrad, 2, start + 4)):
+        expected = torch.tensor([m / (v**0.5 + 0.1)], dtype=torch.float64)
+        torch.testing.assert_close(first_step(method(**common), [2.0]), expected, rtol=0, atol=1e-12)
+    # Where v is larger than Δ², Yogi's moves down by (1 − β₂)·Δ².
+    step = first_step(FedYogi(1.0, eps=0.1, initial_accumulator=9.0), [2.0])
+    torch.testing.assert_close(step, torch.tensor([0.2 / (8.96**0.5 + 0.1)], dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_fedadam_with_bias_correction_is_adam_of_torch():
+    corrected = FedAdam(0.05, 0.8, 0.95, 0.01, bias_correction=True)
+    torchs = FedOpt(partial(torch.optim.Adam, lr=0.05, betas=(0.8, 0.95), eps=0.01))
+    assert_same(Driver(corrected).run(), Driver(torchs).run())
+    with pytest.raises(ValueError, match=r"algorithm\.bias_correction presumes .*found initial_accumulator=0\.1\."):
+        FedAdam(bias_correction=True, initial_accumulator=0.1)
+
+
+WEIGHTED = {name: "samples" for name in algorithms.__all__ if name != "Message"}
+WEIGHTED |= dict.fromkeys(("SCAFFOLD", "FedGAMMA", "FedLESAM_S", "FedCM", "MoFedSAM"), "equal")
+WEIGHTED |= dict.fromkeys(("FedDyn", "FedDC", "FedSpeed", "FedSMOO", "FedLESAM_D"), "equal")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_the_selected_clients_are_weighted_as_the_methods_own_mean_is(name):
+    """By samples, n = 10, 25, 55, or equally; and where the server's model is that mean, they are the same bits."""
+    from tests.algorithms.test_algorithm_twins import layout_for
+
+    driver = Driver(getattr(algorithms, name)(), Problem(rounds=((0, 1, 2),), lrs=(0.1,)), layout=layout_for(name))
+    before = {i: driver.local(i, driver.algorithm.init_client(driver.server["params"]), 0.1).params for i in range(3)}
+    driver.run()
+    n = torch.tensor((10.0, 25.0, 55.0) if WEIGHTED[name] == "samples" else (1.0, 1.0, 1.0), dtype=torch.float64)
+    mean = sum(k * before[i] for i, k in enumerate(n / n.sum()))
+    torch.testing.assert_close(driver.evaluated["selected"], mean, rtol=0, atol=1e-12)
+    by_definition = (
+        "FedAvg",
+        "FedProx",
+        "FedSAM",
+        "FedASAM",
+        "FedLESAM",
+        "SCAFFOLD",
+        "FedGAMMA",
+        "FedLESAM_S",
+        "FedCM",
+    )
+    if name in (*by_definition, "Algorithm", "MoFedSAM", "FedBN"):
+        assert torch.equal(driver.evaluated["server"], driver.evaluated["selected"])
+
+
+EQUAL = [n for n in WEIGHTED if getattr(algorithms, n)().weighting is not None]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_weighting_forgets_the_sizes_of_clients(name):
+    """Where all clients are of one size both weightings are the same; otherwise only ``equal`` does not see it."""
+    method, sizes = getattr(algorithms, name), ((1, 9, 80), (30, 30, 30))
+    unequal, alike = (Driver(method(weighting="equal"), Problem(sizes=s)).run() for s in sizes)
+    assert_same(unequal, alike, atol=0)
+    assert_same(alike, Driver(method(), Problem(sizes=sizes[1])).run(), atol=0)
+    assert np.abs(np.subtract(unequal, Driver(method(), Problem(sizes=sizes[0])).run())).max() > 1e-4
+    with pytest.raises(ValueError, match=r"algorithm\.weighting must be one of 'samples', 'equal', found 'sample'\."):
+        method(weighting="sample")
 
 
 def test_fedgloss_without_perturbation_is_feddyn_with_its_weight_inverted():
@@ -178,7 +259,8 @@ def test_fedopt_takes_any_optimizer_of_torch(name):
     optimizer = make([twin])
     for selected, lr in zip(driver.problem.rounds, driver.problem.lrs, strict=True):
         results = [driver.local(i, {}, lr) for i in selected]
-        twin.grad = -torch.stack([r.update for r in results]).mean(0)
+        n = torch.tensor([float(r.num_samples) for r in results], dtype=torch.float64)
+        twin.grad = -(n / n.sum()) @ torch.stack([r.update for r in results])
         optimizer.step()
         torch.testing.assert_close(driver.round(selected, lr), twin.detach(), rtol=0, atol=1e-10)
 

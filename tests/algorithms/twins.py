@@ -139,8 +139,8 @@ def fedavg(problem, oracle, server_lr=1.0, mu=0.0):
     return rounds(problem, oracle, play)
 
 
-def scaffold(problem, oracle, server_lr=1.0):
-    n, p = len(problem.sizes), problem.weights
+def scaffold(problem, oracle, server_lr=1.0, equal=False):
+    n, p = len(problem.sizes), np.ones(len(problem.sizes)) if equal else problem.weights
     x, c = problem.start, np.zeros(PARAMS)
     ci = [np.zeros(PARAMS) for _ in range(n)]
 
@@ -160,9 +160,9 @@ def scaffold(problem, oracle, server_lr=1.0):
     return rounds(problem, oracle, play)
 
 
-def feddyn(problem, oracle, alpha):
+def feddyn(problem, oracle, alpha, equal=False):
     """In the paper's form: g_i = ∇L_i of the last round, h the server's state."""
-    n, p = len(problem.sizes), problem.weights
+    n, p = len(problem.sizes), np.ones(len(problem.sizes)) if equal else problem.weights
     w, h = problem.start, np.zeros(PARAMS)
     gi = [np.zeros(PARAMS) for _ in range(n)]
 
@@ -182,8 +182,8 @@ def feddyn(problem, oracle, alpha):
     return rounds(problem, oracle, play)
 
 
-def feddc(problem, oracle, alpha):
-    n, p = len(problem.sizes), problem.weights
+def feddc(problem, oracle, alpha, equal=False):
+    n, p = len(problem.sizes), np.ones(len(problem.sizes)) if equal else problem.weights
     w, g_all = problem.start, np.zeros(PARAMS)
     h = [np.zeros(PARAMS) for _ in range(n)]
     g_i = [np.zeros(PARAMS) for _ in range(n)]
@@ -241,20 +241,26 @@ def fednova(problem, oracle, server_lr=1.0):
     return rounds(problem, oracle, play)
 
 
-def fedopt(problem, oracle, step):
-    """``step(t, w, gradient)`` is the server's optimizer; t counts from 1."""
+def fedopt(problem, oracle, step, weighted=True):
+    """``step(t, w, d)`` is the server's optimizer; t counts from 1.
+
+    The pseudo-gradient d is weighted by samples as w_t − Σ (n_k / n) w_k in Hsu et al. 2019, section 3.3; Reddi et al.
+    2021, algorithm 1, have 1/|S| instead.
+    """
     w = problem.start
 
     def play(t, selected, lr):
         nonlocal w
-        gradient = -np.mean([local(problem, oracle, i, w, lr) - w for i in selected], axis=0)
-        w = step(t + 1, w, gradient)
+        n = np.array([problem.sizes[i] if weighted else 1 for i in selected])
+        models = np.array([local(problem, oracle, i, w, lr) for i in selected])
+        w = step(t + 1, w, w - (n / n.sum()) @ models)
         return w
 
     return rounds(problem, oracle, play)
 
 
 def sgd_momentum(lr, momentum, nesterov=False):
+    """Hsu et al. 2019, section 3.3."""
     v = np.zeros(PARAMS)
 
     def step(t, w, g):
@@ -265,37 +271,42 @@ def sgd_momentum(lr, momentum, nesterov=False):
     return step
 
 
-def adam(lr, beta1, beta2, eps):
-    m, v = np.zeros(PARAMS), np.zeros(PARAMS)
-
-    def step(t, w, g):
-        nonlocal m, v
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g**2
-        return w - lr * (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)
-
-    return step
-
-
-def yogi(lr, beta1, beta2, eps, start):
+def adam(lr, beta1, beta2, tau, start=0.0, corrected=False):
+    """Reddi et al. 2021, algorithm 2; ``corrected`` is algorithm 1 of Kingma and Ba 2015."""
     m, v = np.zeros(PARAMS), np.full(PARAMS, start)
 
     def step(t, w, g):
         nonlocal m, v
         m = beta1 * m + (1 - beta1) * g
-        v = v - (1 - beta2) * m**2 * np.sign(v - m**2)
-        return w - lr * m / (np.sqrt(v) + eps)
+        v = beta2 * v + (1 - beta2) * g * g
+        m_hat, v_hat = (m / (1 - beta1**t), v / (1 - beta2**t)) if corrected else (m, v)
+        return w - lr * m_hat / (np.sqrt(v_hat) + tau)
 
     return step
 
 
-def adagrad(lr, eps, start):
+def yogi(lr, beta1, beta2, tau, start):
+    """Zaheer et al. 2018, algorithm 2, entry by entry: v moves towards g² by (1 − β₂)·g². (Not from Reddi et al.)"""
+    m, v = np.zeros(PARAMS), np.full(PARAMS, start)
+
+    def step(t, w, g):
+        nonlocal m
+        m = beta1 * m + (1 - beta1) * g
+        for k in range(PARAMS):
+            v[k] += (1 - beta2) * g[k] ** 2 * (1 if g[k] ** 2 > v[k] else -1 if g[k] ** 2 < v[k] else 0)
+        return w - lr * m / (np.sqrt(v) + tau)
+
+    return step
+
+
+def adagrad(lr, tau, start):
+    """Duchi et al. 2011 on the pseudo-gradient, with τ as in Reddi et al. 2021."""
     v = np.full(PARAMS, start)
 
     def step(t, w, g):
         nonlocal v
-        v = v + g**2
-        return w - lr * g / (np.sqrt(v) + eps)
+        v = v + g * g
+        return w - lr * g / (np.sqrt(v) + tau)
 
     return step
 
