@@ -1,7 +1,6 @@
 """Checks of settings that raise errors which name the YAML key."""
 
 import math
-from typing import Any, get_args
 
 
 def check_hyperparameter(
@@ -31,14 +30,3 @@ def check_hyperparameter(
             bound += f" and at most {at_most:g}"
         raise ValueError(f"{key} must be a finite number {bound}, found {value!r}.")
     return number
-
-
-def check_choice(key: str, value: Any, choices: Any) -> Any:
-    """Return ``value`` if it is one of a ``Literal``.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if value not in get_args(choices):
-        raise ValueError(f"{key} must be one of {', '.join(map(repr, get_args(choices)))}, found {value!r}.")
-    return value

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.run_folder import writing
@@ -246,24 +245,10 @@ def running_mean(rows: Iterable[tuple[Tensor, Tensor, float]], into: Tensor) -> 
     return out
 
 
-def reweighed(mean: State, shares: Tensor, store: ClientStore | None) -> State:
-    """The mean of the clients' latest models as a checkpoint has it, with the clients' shares of this run.
-
-    Args:
-        mean: ``params``, ``initial`` (of clients without a row) and the ``shares`` that it was summed up with.
-        shares: of each client, ``[N]``.
-        store: the clients' rows, to sum up anew where shares differ; None keeps the mean, and says so.
-    """
-    known = mean.get("shares")
-    if not mean or (known is not None and (store is None or torch.equal(known.cpu(), shares))):
-        return mean
-    rank_zero_info(
-        "ckpt_path: its view `all` weighed clients otherwise than the algorithm's own mean;"
-        f" it is {'evaluated as it was written' if store is None else 'summed up anew'}."
-    )
-    if store is None:
-        return mean
-    first = mean["initial"]
-    models = ((i, store.get(i, "latest")) for i in store.clients())
-    rows = ((row["params"], first, float(shares[i])) for i, row in models if row is not None)
+def reweighed(mean: State, shares: Tensor, store: ClientStore) -> State:
+    """The mean of the clients' latest models with other ``shares`` ``[N]``: summed up anew from their rows."""
+    first, rows = mean["initial"], []
+    for client in store.clients():
+        if (row := store.get(client, "latest")) is not None:
+            rows.append((row["params"], first, float(shares[client])))
     return {"params": running_mean(rows, first.double()), "initial": first, "shares": shares}

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from fedlight._results import checksum, round_metrics
@@ -278,9 +278,11 @@ class Federation:
         self.state = ServerState(**server)
         if clients:
             self.store.load_state_dict(saved["clients"])
-        self.state.latest_mean = reweighed(self.state.latest_mean, self._shares, self.store if clients else None)
-        if self.state.latest_mean:
-            self.state.views["all"] = self.state.latest_mean["params"].to(self.params.dtype)
+            mean = self.state.latest_mean
+            if mean and not ("shares" in mean and torch.equal(mean["shares"].cpu(), self._shares)):
+                rank_zero_info("ckpt_path: its view `all` weighs clients otherwise than here, and is summed up anew.")
+                self.state.latest_mean = mean = reweighed(mean, self._shares, self.store)
+                self.state.views["all"] = mean["params"].to(self.params.dtype)
 
 
 def _to(state: State, device: torch.device | str) -> State:

@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlight._checks import check_choice as check_choice
 from fedlight._checks import check_hyperparameter as check_hyperparameter
 from fedlight.aggregation import weighted_mean
 from fedlight.local import ClientResult, LocalObjective
@@ -53,6 +52,8 @@ class Algorithm:
 
     def setup(self, num_clients: int, layout: ParameterLayout) -> None:
         """Called once before training, with N and the order of the parameters in the flat vector."""
+        if self.weighting not in (None, "samples", "equal"):
+            raise ValueError(f"algorithm.weighting must be 'samples' or 'equal', found {self.weighting!r}.")
         self.num_clients = num_clients
 
     def init_server(self, params: Tensor) -> State:

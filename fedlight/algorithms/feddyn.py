@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_choice, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -31,7 +31,7 @@ class FedDyn(Algorithm):
 
     def __init__(self, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True)
-        self.weighting = check_choice("algorithm.weighting", weighting, Weighting)
+        self.weighting = weighting
 
     def init_server(self, params: Tensor) -> State:
         """The model and the mean of h over all clients."""

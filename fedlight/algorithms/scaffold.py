@@ -5,15 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import (
-    Algorithm,
-    Message,
-    State,
-    Weighting,
-    check_choice,
-    check_hyperparameter,
-    mean_gradient,
-)
+from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter, mean_gradient
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -40,7 +32,7 @@ class SCAFFOLD(Algorithm):
 
     def __init__(self, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
         self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
-        self.weighting = check_choice("algorithm.weighting", weighting, Weighting)
+        self.weighting = weighting
 
     def init_server(self, params: Tensor) -> State:
         """The model and the server's control variate c."""

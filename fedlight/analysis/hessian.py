@@ -76,7 +76,8 @@ def hessian_operator(
         target = _CPU_GRAPH if parameters[0].device.type == "cpu" else _DEVICE_GRAPH
         batch_size = max(1, min(4096, int(target / build(probe, sizes=probe.sizes).graph_bytes_per_sample())))
     batches = read(max_samples=max_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-    return build(batches, sizes=batches.sizes, reduce=reduce, graph_memory=graph_memory)
+    weights = loss.denominators(batches)
+    return build(batches, sizes=batches.sizes, weights=weights, reduce=reduce, graph_memory=graph_memory)
 
 
 def measure_hessian(

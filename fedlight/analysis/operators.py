@@ -1,5 +1,6 @@
 """The Hessian of a loss over data as a linear operator: products with vectors, never the matrix."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -45,7 +46,7 @@ class SymmetricOperator(Protocol):
 
 
 class HessianOperator:
-    """∇²L for L(w) = (1/n) Σ_i loss_i(w), the mean over all samples of all batches.
+    """∇²L for L(w) = Σ_b n_b·loss_b(w) / Σ_b n_b over batches b: the mean over all their samples.
 
     A product is a double backward pass (Pearlmutter, 1994): ∇²L·v = ∇(∇L·v). The graph of ∇L is built once per batch
     for any number of vectors, and it is kept from one product to the next for as many batches as fit into
@@ -56,6 +57,7 @@ class HessianOperator:
         parameters: w. Vectors have their order and data type, and are on their device.
         batches: the data, on the device of the parameters.
         sizes: samples of each batch; found in the batches by default.
+        weights: n_b, what the loss of each batch divides by; by default its samples. Batches of weight 0 are left out.
         reduce: sums a tensor over processes, each of which has batches of its own; None for a single process.
         graph_memory: bytes that may hold graphs between products. By default a quarter of the memory that is free,
             and 0 keeps none.
@@ -73,6 +75,7 @@ class HessianOperator:
         batches: Sequence[Any],
         *,
         sizes: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         graph_memory: int | None = None,
         settings: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -94,6 +97,12 @@ class HessianOperator:
         self.samples = int(self._sum(torch.tensor(sum(self._sizes), device=self.device)))
         if self.samples == 0:
             raise ValueError("The Hessian is a mean over samples, but there is no data: give at least one batch.")
+        weights = self._sizes if weights is None else weights
+        total = float(self._sum(torch.tensor(float(sum(weights)), dtype=self.dtype, device=self.device)))
+        if not (0 < total < math.inf and min(weights, default=0) >= 0):
+            raise ValueError(f"What the loss of the batches divides by must be positive in sum, found {list(weights)}.")
+        self._shares = [weight / total for weight in weights]
+        self._used = [index for index, weight in enumerate(weights) if weight > 0]
 
     @property
     def size(self) -> int:
@@ -130,7 +139,7 @@ class HessianOperator:
         """
         with self._settings(), torch.enable_grad():
             results = [torch.zeros_like(vector) for _, vector in requests]
-            for index in range(len(self.batches)):
+            for index in self._used:
                 _, gradients = self._graph(index)
                 last = None if index in self._kept else len(requests) - 1  # its pass may free the graph
                 for number, ((block, vector), result) in enumerate(zip(requests, results, strict=True)):
@@ -147,7 +156,7 @@ class HessianOperator:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         with self._settings(), torch.enable_grad():
             gradient = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-            for index in range(len(self.batches)):
+            for index in self._used:
                 kept = self._kept.get(index)
                 loss, parts = kept if kept is not None else self._differentiate(index, create_graph=False)
                 total += loss.detach()
@@ -167,8 +176,8 @@ class HessianOperator:
             for p, value in zip(self.parameters, params.split_with_sizes(self._lengths), strict=True):
                 p.data = value.view_as(p)
             with self._settings(), torch.no_grad():
-                for index, batch in enumerate(self.batches):
-                    total += self._loss(batch, index) * (self._sizes[index] / self.samples)
+                for index in self._used:
+                    total += self._loss(self.batches[index], index) * self._shares[index]
         finally:
             for p, data in zip(self.parameters, before, strict=True):
                 p.data = data
@@ -177,7 +186,8 @@ class HessianOperator:
     def graph_bytes_per_sample(self) -> float:
         """What the graph of the first batch holds in memory, per sample."""
         with self._settings(), torch.enable_grad():
-            return graph_bytes(lambda: self._differentiate(0, create_graph=True), self.parameters) / self._sizes[0]
+            first = self._used[0]
+            return graph_bytes(lambda: self._differentiate(first, True), self.parameters) / self._sizes[first]
 
     def release(self) -> None:
         """Free the graphs that are kept between products."""
@@ -210,7 +220,7 @@ class HessianOperator:
     def _differentiate(self, index: int, create_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
         """A batch's share of L and of ∇L."""
         batch = self.batches[index]
-        loss = self._loss(batch, index) * (self._sizes[index] / self.samples)
+        loss = self._loss(batch, index) * self._shares[index]
         try:
             gradients: Sequence[Tensor | None] = ()
             if loss.requires_grad:

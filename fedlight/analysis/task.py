@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
@@ -84,6 +84,13 @@ class TaskLoss:
                 error = RuntimeError(f"autograd function {', '.join(names)} is marked once_differentiable")
                 raise self.explain(error, batch, index)
         return loss
+
+    def denominators(self, batches: Iterable[Any]) -> list[float] | None:
+        """What the loss of each batch divides by, if the module says so by ``loss_denominator(batch)``."""
+        if (denominator := getattr(self.module, "loss_denominator", None)) is None:
+            return None
+        with torch.no_grad():
+            return [float(denominator(apply_to_collection(batch, Tensor, self._convert))) for batch in batches]
 
     def explain(self, error: RuntimeError, batch: Any, index: int) -> Exception:
         """An error that names the layers at fault."""

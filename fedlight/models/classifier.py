@@ -96,6 +96,10 @@ class Classifier(LightningModule):
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(y))
         return loss
 
+    def loss_denominator(self, batch: Batch) -> Tensor:
+        """How many samples the loss is the mean of: all but those of label -100, which it ignores."""
+        return (batch[1] != -100).sum()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""
         self._evaluate("val", batch)

@@ -68,14 +68,14 @@ def case(name: str) -> tuple[Task, Tensor, Tensor, Tensor]:
     return module, x, y, dense_hessian(module.net, x, y)
 
 
-def dense_hessian(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """∇²L by torch.func over the flat vector of parameters."""
+def dense_hessian(net: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    """∇²L by torch.func over the flat vector of parameters; options are those of cross_entropy."""
     named = dict(net.named_parameters())
     lengths = [p.numel() for p in named.values()]
 
     def loss(flat: Tensor) -> Tensor:
         parts = zip(named, flat.split_with_sizes(lengths), strict=True)
-        return F.cross_entropy(functional_call(net, {n: v.view_as(named[n]) for n, v in parts}, (x,)), y)
+        return F.cross_entropy(functional_call(net, {n: v.view_as(named[n]) for n, v in parts}, (x,)), y, **options)
 
     return hessian(loss)(torch.cat([p.detach().reshape(-1) for p in named.values()])).detach()
 

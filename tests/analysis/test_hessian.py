@@ -1,3 +1,4 @@
+import copy
 import math
 import multiprocessing
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from fedlight.analysis import (
@@ -17,6 +19,7 @@ from fedlight.analysis import (
     measure_hessian,
 )
 from fedlight.data.arrays import ArrayDataset
+from fedlight.models import Classifier
 from tests.analysis.cases import NETS, Task, case, dense_hessian, mlp, operator
 
 
@@ -221,3 +224,74 @@ def test_two_processes_share_the_data_and_give_the_same_figures(tmp_path):
     assert samples == found[0][1] == 25
     assert found[0][0] == pytest.approx(metrics, rel=1e-8)
     assert len(nodes) == len(found[0][2])
+
+
+class Weighted(Task):
+    """Cross-entropy with class weights, or with labels that are ignored, which says what it divides by."""
+
+    def __init__(self, net, weight=None, ignore_index=-100):
+        super().__init__(net)
+        self.weight, self.ignore_index = weight, ignore_index
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y, self.weight, ignore_index=self.ignore_index)
+
+    def loss_denominator(self, batch):
+        kept = batch[1] != self.ignore_index
+        return kept.sum() if self.weight is None else self.weight[batch[1][kept]].sum()
+
+
+class Silent(Weighted):
+    """The same without a word about it."""
+
+    loss_denominator = None
+
+
+LOSSES = {
+    "class weights": {"weight": torch.tensor([0.2, 5.0, 1.0], dtype=torch.float64)},
+    "ignore_index": {"ignore_index": 1},
+    "both": {"weight": torch.tensor([0.2, 5.0, 1.0], dtype=torch.float64), "ignore_index": 2},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_that_divides_by_something_else_than_samples_does_not_depend_on_the_batches(name):
+    """Against the dense Hessian of the loss of all data at once; sorted labels make whole batches of ignored ones."""
+    net, x, y, _ = case("mlp")[0].net, *case("mlp")[1:]
+    order = y.argsort()
+    module, batch = Weighted(copy.deepcopy(net), **LOSSES[name]), (x[order], y[order])
+    reference = dense_hessian(net, *batch, **LOSSES[name])
+    largest = torch.linalg.eigvalsh(reference)[-1].item()
+    whole = module.training_step(batch, 0).item()
+    for size in (1, 4, 7, 30):
+        op = hessian_operator(module, TensorDataset(*batch), batch_size=size, double=True)
+        torch.testing.assert_close(op.matmat(torch.eye(op.size).double()), reference, rtol=1e-9, atol=1e-13)
+        result = measure_hessian(op, trace=False, density=False, tolerance=1e-8)
+        assert result.eigenvalues[0] == pytest.approx(largest, rel=1e-6)
+        assert result.loss == pytest.approx(whole, rel=1e-12)
+        assert result.samples == len(y)
+    if name == "class weights":
+        silent = Silent(copy.deepcopy(net), **LOSSES[name])
+        op = hessian_operator(silent, TensorDataset(*batch), batch_size=4, double=True)
+        assert abs(op.loss_and_gradient()[0] - whole) > 0.01
+
+
+def test_the_classifier_says_what_its_loss_divides_by():
+    net, x, y, _ = case("mlp")[0].net, *case("mlp")[1:]
+    y = y.clone()
+    y[::3] = -100
+    model = Classifier(copy.deepcopy(net), num_classes=3, label_smoothing=0.1).double()
+    losses = [
+        hessian_operator(model, TensorDataset(x, y), batch_size=s, double=True).loss_and_gradient()[0]
+        for s in (1, 7, 30)
+    ]
+    assert losses == pytest.approx([F.cross_entropy(model.net(x), y, label_smoothing=0.1).item()] * 3, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_loss_that_divides_by_nothing_is_refused(value):
+    module = Weighted(case("mlp")[0].net)
+    module.loss_denominator = lambda batch: value
+    with pytest.raises(ValueError, match="divides by must be positive in sum, found"):
+        hessian_operator(module, TensorDataset(*case("mlp")[1:3]), batch_size=10, double=True)
