@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch import Callback
 from lightning.pytorch.trainer.states import TrainerState
 
+from fedlight._hooks import in_federated_terms
+from fedlight._lightning_names import LightningNames
 from fedlight._names import method_name
 from fedlight._settings import check_settings, one_perturbation
 from fedlight.algorithms.base import Algorithm
@@ -17,7 +18,6 @@ from fedlight.callbacks.partition import PartitionPicture
 from fedlight.callbacks.penalty import Penalty
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.checkpoint import CheckpointWriter
-from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
 from fedlight.sampling import Sampler, Uniform
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
 
 
-class TrainerInterface:
+class TrainerInterface(LightningNames):
     """Settings and state of a trainer, under the names that Lightning's Trainer has where it has one.
 
     Attributes:
         current_round: rounds that are complete; inside a round, its 0-based number.
-        global_step: local steps of all clients so far.
+        global_step: local steps of all clients so far; inside a round, those before it and the present client's.
         should_stop: set it to stop after the current round.
         callback_metrics: the latest value of every metric.
     """
@@ -51,10 +51,7 @@ class TrainerInterface:
 
     # Read by Lightning's own callbacks and by LightningModule.log, which says where it may be called.
     _results = None
-    sanity_checking = False
     barebones = False
-    val_check_interval = 1.0
-    check_val_every_n_epoch = 0
 
     def __init__(self, settings: dict[str, Any]) -> None:
         check_settings(settings)
@@ -67,7 +64,7 @@ class TrainerInterface:
             settings |= {"algorithm": FedAvg(), "sampler": Uniform(), "clients_per_round": 1}
         callbacks = settings.pop("callbacks")
         given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-        self.callbacks: list[Callback] = [c for c in given if c is not None]
+        self.callbacks: list[Callback] = in_federated_terms(c for c in given if c is not None)
         self._add_default_callbacks(settings)
         settings["default_root_dir"] = Path(settings["default_root_dir"])
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
@@ -80,7 +77,7 @@ class TrainerInterface:
         self._session: Session
         self.state = TrainerState()
         self.should_stop = False
-        self.callback_metrics: dict[str, torch.Tensor] = {}
+        self._metrics: dict[str, torch.Tensor] = {}
         self.run_dir: Path | None = None
 
     @property
@@ -102,77 +99,20 @@ class TrainerInterface:
     @property
     def current_round(self) -> int:
         """Rounds that are complete; inside a round, its 0-based number."""
-        return self._session.federation.state.round
-
-    @property
-    def current_epoch(self) -> int:
-        """The round, under the name that Lightning's callbacks read."""
-        return self.current_round
+        return self._session.federation.state.round if hasattr(vars(self).get("_session"), "federation") else 0
 
     @property
     def global_step(self) -> int:
-        """Local steps of all clients so far."""
-        return self._session.federation.state.global_step
+        """Local steps of all clients before this round, and those that the present client has taken."""
+        done = 0 if self.now[1] is None else int(self.now[1].done)
+        return done + (self._session.federation.state.global_step if self.current_round or done else 0)
 
     @property
-    def max_epochs(self) -> int:
-        """``max_rounds``, under the name that Lightning's callbacks read."""
-        return self.max_rounds
-
-    @property
-    def strategy(self) -> Any:
-        """Fabric's strategy."""
-        return self._session.fabric.strategy
-
-    @property
-    def global_rank(self) -> int:
-        """This process among all."""
-        return self._session.fabric.global_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self._session.fabric.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the first process."""
-        return self.global_rank == 0
-
-    @property
-    def lightning_module(self) -> LightningModule:
-        """The module that is trained."""
-        return self._session.module
-
-    @property
-    def datamodule(self) -> FederatedDataModule:
-        """The data."""
-        return self._session.datamodule
-
-    @property
-    def loggers(self) -> list[Logger]:
-        """The loggers; ``metrics.csv`` comes first."""
-        return self._session.loggers
-
-    @property
-    def logger(self) -> Logger | None:
-        """The first logger."""
-        return self.loggers[0] if self.loggers else None
-
-    @property
-    def log_dir(self) -> str | None:
-        """The run's folder."""
-        return None if self.run_dir is None else str(self.run_dir)
-
-    @property
-    def logged_metrics(self) -> dict[str, torch.Tensor]:
-        """The latest value of every metric."""
-        return self.callback_metrics
-
-    @property
-    def training(self) -> bool:
-        """Whether :meth:`fit` is running."""
-        return self.state.fn == "fit"
+    def callback_metrics(self) -> dict[str, torch.Tensor]:
+        """The latest value of every metric; inside a client's round, of what the client has logged so far."""
+        if self.now[1] is not None:
+            self._metrics |= self.now[1].log.compute(keep=True)
+        return self._metrics
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""

@@ -124,15 +124,18 @@ class LogCollector:
             )
         return named
 
-    def sums(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``."""
+    def sums(self, keep: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
+        found = dict(self._sums)
         for name, metric in self._metrics.items():
             with _attributes([metric] if self.alone else [], _ALONE):
                 value = self._scalar(name, metric.compute())
-            self._sums[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
+            found[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
             self._reductions[name] = "mean"
-        self._forget_metrics()
-        return dict(self._sums)
+        if not keep:
+            self._sums = dict(found)
+            self._forget_metrics()
+        return found
 
     def take(self) -> dict[str, tuple[Tensor, Tensor, str]]:
         """Values that were logged since the last call, with their reductions; metrics stay for :meth:`sums`."""
@@ -144,10 +147,10 @@ class LogCollector:
         """How values of a name are combined."""
         return self._reductions.get(name, "mean")
 
-    def compute(self) -> dict[str, Tensor]:
-        """The reduced values: scalar tensors on the device."""
+    def compute(self, keep: bool = False) -> dict[str, Tensor]:
+        """The reduced values: scalar tensors on the device; ``keep`` leaves the metrics as they are."""
         out: dict[str, Tensor] = {}
-        for name, (total, weight) in self.sums().items():
+        for name, (total, weight) in self.sums(keep).items():
             out[name] = total / weight if self.reduction(name) == "mean" else total
         return out
 

@@ -21,7 +21,7 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.slot import call_step
 from fedlight.evaluation import evaluating
 from fedlight.federation import Federation
-from fedlight.optimizers import RoundSchedule
+from fedlight.optimizers import RoundSchedule, check_schedules
 from fedlight.seeding import preserved_global_rng
 
 
@@ -39,6 +39,7 @@ def preflight(
     Raises:
         MisconfigurationException: naming the keys that do not fit together.
     """
+    check_schedules(module, federation.sizes.tolist(), module.trainer)
     _check_lr(federation, schedule)
     _check_sizes(federation)
     _check_labels(module, datamodule)

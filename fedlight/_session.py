@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from torch import Tensor
 
 from fedlight._clock import RoundClock, make_profiler, start_profiler
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedlight.trainer import FederatedTrainer
 
 Command = Literal["fit", "validate", "test"]
+STAGES = {"fit": RunningStage.TRAINING, "validate": RunningStage.VALIDATING, "test": RunningStage.TESTING}
 
 
 class Session:
@@ -83,14 +84,14 @@ class Session:
             )
         self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
-        self._profiler = make_profiler(self.settings["profiler"])
-        self.hooks = Hooks(trainer, model, trainer.callbacks, self._profiler)
+        self.profiler = make_profiler(self.settings["profiler"])
+        self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
         self.loggers: list[Logger] = []
         self.folder: RunFolder | None = None
         self._finished = self._created = False
         self.first_round = 0
         self.resumed = ckpt_path is not None
-        self._ckpt_path = ckpt_path
+        self.ckpt_path = ckpt_path
         self._checkpoint: dict[str, Any] | None = None
         self.schedule: RoundSchedule
         self.experiment: dict[str, Any] = {}
@@ -104,9 +105,10 @@ class Session:
         check_callbacks(self.trainer.callbacks)
         if self.command == "fit":
             check_module(self.module)
-            self.trainer.callback_metrics = {}
+            self.trainer._metrics = {}
         self.trainer._session = self
-        self.trainer.state.fn = TrainerFn(self.command)
+        state = self.trainer.state
+        state.fn, state.stage, state.status = TrainerFn(self.command), STAGES[self.command], TrainerStatus.RUNNING
         self.trainer.should_stop = False
         try:
             self._set_up()
@@ -135,9 +137,9 @@ class Session:
         self._make_federation(self._checkpoint)
 
     def _set_up_module(self) -> None:
-        module, trainer, stage = self.module, self.trainer, self.command
-        for callback in trainer.callbacks:
-            callback.setup(trainer, module, stage)  # type: ignore[arg-type]
+        module, stage = self.module, self.command
+        for callback, seen in self.hooks.audience:
+            callback.setup(seen, module, stage)
         module.setup(stage)
         if overrides(module, "configure_model"):
             module.configure_model()
@@ -174,8 +176,8 @@ class Session:
     def _open_folder(self) -> dict[str, Any] | None:
         """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
         trainer, checkpoint = self.trainer, None
-        if self._ckpt_path is not None:
-            checkpoint, self._path, self.folder = read_checkpoint(self, self._ckpt_path)
+        if self.ckpt_path is not None:
+            checkpoint, self._path, self.folder = read_checkpoint(self, self.ckpt_path)
         if self.command != "fit" or trainer.fast_dev_run:
             return checkpoint
         trainer.run_dir = folder = decided(self.fabric, self._take_folder)
@@ -220,7 +222,7 @@ class Session:
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         self.engine = start_engine(settings["engine"], local_training(self))
         self._cleanup.callback(self.engine.teardown)
-        profiler = start_profiler(self._profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
+        profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self._is_zero and trainer.current_round < trainer.max_rounds:
             record_changes(self.folder.path, trainer.current_round, self.changes)
@@ -258,10 +260,12 @@ class Session:
             and self.folder.discard_if_unused(self.first_round)
         ):
             self.trainer.run_dir = None
+        state = self.trainer.state
+        state.stage, state.status = None, TrainerStatus.INTERRUPTED if error else TrainerStatus.FINISHED
 
     def publish(self, metrics: dict[str, Tensor]) -> None:
         """Let callbacks find metrics."""
-        self.trainer.callback_metrics |= {k: v.detach().cpu() for k, v in metrics.items()}
+        self.trainer.callback_metrics.update({k: v.detach().cpu() for k, v in metrics.items()})
 
     def log(self, row: dict[str, Tensor | float]) -> None:
         """Write a round's metrics to every logger."""

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from fedlight._hooks import overrides
@@ -50,8 +51,11 @@ class Views:
         defined = overrides(self._session.module, "validation_step")
         if not self.due or not defined or self._settings["limit_val_batches"] == 0:
             return {}
-        metrics = self._evaluate("validation")
-        return metrics | self._evaluate_clients()
+        state = self._session.trainer.state
+        state.stage = RunningStage.VALIDATING
+        metrics = self._evaluate("validation") | self._evaluate_clients()
+        state.stage = RunningStage.TRAINING
+        return metrics
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
         """Evaluate the views once, for ``validate`` and ``test``.
@@ -82,7 +86,7 @@ class Views:
             if id(params) not in done:
                 self.load(view)
                 quiet = view != "server"
-                publish = (lambda _: None) if quiet else session.publish
+                publish = None if quiet else session.publish
                 done[id(params)] = session.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
             suffix = "" if view == "server" else f"_{view}"
             out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}

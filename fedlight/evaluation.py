@@ -43,6 +43,7 @@ class Evaluator:
     ) -> None:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
         self._call, self._module_call = call, module_call
+        self._overridden: Callable[[str], list[str]] = getattr(call, "overridden", lambda name: [])
         self.transfer = transfer_function(module, fabric.device)
 
     def run(
@@ -52,7 +53,7 @@ class Evaluator:
         limit: int | float | None = None,
         quiet: bool = False,
         share: bool = True,
-        publish: Callable[[dict[str, Tensor]], None] = lambda metrics: None,
+        publish: Callable[[dict[str, Tensor]], None] | None = None,
     ) -> dict[str, Tensor]:
         """Evaluate and return what the module logged, reduced over all samples.
 
@@ -62,7 +63,8 @@ class Evaluator:
             limit: at most so many batches (int) or that fraction of them (float).
             quiet: call the module's hooks only, not the callbacks'.
             share: whether the processes share the batches; otherwise this process evaluates all of them.
-            publish: receives the result before the end hook is called, so that callbacks find it.
+            publish: receives the result before the end hook is called, so that callbacks find it; before the epoch's
+                end hook what is known by then, if anyone has that hook.
         """
         dataset = in_memory(dataset, self._datamodule.collate_fn)
         call = self._module_call if quiet else self._call
@@ -84,9 +86,12 @@ class Evaluator:
                 if share:
                     records.append((index, log.take()))
             log.batch_size = seen
+            if publish is not None and self._overridden(f"on_{stage}_epoch_end"):
+                publish(self._reduce(log, records, keep=True) if share else log.compute(keep=True))
             call(f"on_{stage}_epoch_end")
             metrics = self._reduce(log, records) if share else log.compute()
-            publish(metrics)
+            if publish is not None:
+                publish(metrics)
             call(f"on_{stage}_end")
         return metrics
 
@@ -143,11 +148,13 @@ class Evaluator:
         for index, batch in zip(mine, read, strict=True):
             yield index, convert(self.transfer(batch))
 
-    def _reduce(self, log: LogCollector, records: list[tuple[int, _Logged]]) -> dict[str, Tensor]:
+    def _reduce(
+        self, log: LogCollector, records: Sequence[tuple[int, _Logged]], keep: bool = False
+    ) -> dict[str, Tensor]:
         """Reduce over all processes in the order of the batches, which gives the same bits as one process."""
-        log.sums()
         # What is logged once per epoch, and metrics, come after the batches, process by process.
-        records.append((2**62 + self._fabric.global_rank, log.take()))
+        last = {name: (*sums, log.reduction(name)) for name, sums in log.sums(keep).items()}
+        records = [*records, (2**62 + self._fabric.global_rank, last)]
         own = [(i, {n: (v.cpu(), w.cpu(), how) for n, (v, w, how) in logged.items()}) for i, logged in records]
         gathered: list[Any] = [None] * self._fabric.world_size
         torch.distributed.all_gather_object(gathered, own)

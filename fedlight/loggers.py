@@ -32,6 +32,12 @@ class MetricsCSV(Logger):
         self._rows: dict[int, dict[str, float]] = {}
         self._columns = ["round"]
         self._lines: list[str] = []
+        self._own: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"metrics.csv has no `{name}`: set trainer.logger to tensorboard, wandb or another logger."
+        )
 
     @property
     def name(self) -> str:
@@ -47,8 +53,12 @@ class MetricsCSV(Logger):
         """The configuration has a file of its own."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write a round's row, or add columns to it."""
-        key = int(metrics.get("round", 0 if step is None else step))
+        """Write a round's row; what modules log here themselves, without a ``round``, joins the next one."""
+        self._own |= {k: float(v) for k, v in metrics.items()}
+        if "round" not in metrics:
+            return
+        metrics, self._own = self._own, {}
+        key = int(metrics["round"])
         new_row = key not in self._rows
         row = self._rows.setdefault(key, {})
         row.update({k: float(v) for k, v in metrics.items()} | {"round": key})

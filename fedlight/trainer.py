@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
@@ -235,6 +236,8 @@ class FederatedTrainer(TrainerInterface):
             row |= federation.metrics(finite, len(gathered) - len(finite))
             federation.aggregate(finite)
         self.should_stop = self.should_stop or stop > 0
+        self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
+        session.hooks("on_round_trained")
         with clock("evaluate"):
             row |= session.views.evaluate_round()
         row |= clock.metrics()

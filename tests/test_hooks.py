@@ -284,15 +284,8 @@ def test_a_module_without_what_training_needs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        *(
-            "ModelCheckpoint",
-            "LearningRateMonitor",
-            "RichProgressBar",
-            "TQDMProgressBar",
-            "BackboneFinetuning",
-            "Timer",
-        ),
-        *("StochasticWeightAveraging", "DeviceStatsMonitor", "GradientAccumulationScheduler", "OnExceptionCheckpoint"),
+        *("BackboneFinetuning", "StochasticWeightAveraging", "GradientAccumulationScheduler", "OnExceptionCheckpoint"),
+        *("WeightAveraging", "BatchSizeFinder", "LearningRateFinder", "ModelPruning"),
     ],
 )
 def test_refused_callbacks_are_named(tmp_path, name):

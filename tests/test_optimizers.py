@@ -139,8 +139,129 @@ def test_plateaus_wait_for_an_evaluation(tmp_path):
 def test_a_plateau_of_something_unknown_is_an_error(tmp_path):
     with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau monitors 'val/acc', which was not logged"):
         quiet_trainer(tmp_path).fit(Plateau(monitor="val/acc"), Clients())
-    with pytest.raises(MisconfigurationException, match="it can step only with interval 'round'"):
-        quiet_trainer(tmp_path).fit(scheduled(ReduceLROnPlateau, "epoch", monitor="val/loss"), Clients())
+    with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau cannot take interval 'step'"):
+        quiet_trainer(tmp_path).fit(scheduled(ReduceLROnPlateau, "step", monitor="val/loss"), Clients())
+    with pytest.raises(MisconfigurationException, match="ReduceLROnPlateau needs a `monitor`"):
+        quiet_trainer(tmp_path).fit(scheduled(ReduceLROnPlateau, "epoch"), Clients())
+
+
+@pytest.mark.parametrize("interval", [{}, {"interval": "epoch"}, {"interval": "round"}])
+def test_plateaus_of_epochs_are_those_of_rounds(tmp_path, interval, capsys):
+    """Lightning's default interval; two rounds without improvement, patience 1."""
+
+    def make(o):
+        scheduler = ReduceLROnPlateau(o, factor=0.1, patience=1)
+        return {"optimizer": o, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss", **interval}}
+
+    model = Plateau()
+    model.make = make
+    seen = learning_rates(tmp_path, model, max_rounds=4)
+    assert [seen[(r, 0)] for r in range(4)] == [pytest.approx([lr] * 4) for lr in (0.1, 0.1, 0.1, 0.01)]
+
+
+def test_a_plateau_takes_the_monitor_beside_it_and_may_miss_it(tmp_path):
+    model = Scheduled(lambda o: {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o, patience=0), "monitor": "lr"})
+    seen = learning_rates(tmp_path, model, max_rounds=3)
+    assert [seen[(r, 0)][0] for r in range(3)] == pytest.approx([0.1, 0.1, 0.01])
+    lenient = scheduled(ReduceLROnPlateau, "epoch", monitor="nothing", strict=False)
+    with pytest.warns(UserWarning, match="ReduceLROnPlateau monitors 'nothing', which was not logged.* stays"):
+        seen = learning_rates(tmp_path, lenient, max_rounds=2)
+    assert seen[(1, 0)][0] == 0.1
+
+
+class OneCycle(Regression):
+    """One cycle of as many steps as Lightning's trainer says that there are."""
+
+    def __init__(self, steps=None, **more):
+        super().__init__()
+        self.steps, self.more = steps, more
+
+    def configure_optimizers(self):
+        o = SGD(self.parameters(), lr=0.1, momentum=0.9)
+        steps = self.trainer.estimated_stepping_batches if self.steps is None else self.steps
+        return [o], [{"scheduler": OneCycleLR(o, 1.0, total_steps=steps), "interval": "step", **self.more}]
+
+
+def one_cycle(steps):
+    o = SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
+    scheduler, rates = OneCycleLR(o, 1.0, total_steps=steps), []
+    for _ in range(steps):
+        rates.append(o.param_groups[0]["lr"])
+        o.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("engine", ["eager", "vmap"])
+def test_one_cycle_lasts_as_long_as_the_round_of_each_client(tmp_path, engine):
+    """Clients of 5 and 12 samples take four and six steps in two epochs."""
+    keep = []
+
+    class Keep(FedAvg):
+        def aggregate(self, server, results, messages):
+            keep.extend((r.num_steps, r.lr_sum) for r in results)
+            return super().aggregate(server, results, messages)
+
+    settings = {"algorithm": Keep(), "engine": engine, "clients_per_round": 1.0, "max_rounds": 1, "local_epochs": 2}
+    quiet_trainer(tmp_path, **settings).fit(OneCycle(), Clients(sizes=(5, 12)))
+    assert keep == [(steps, pytest.approx(sum(one_cycle(steps)))) for steps in (4, 6)]
+
+
+def test_one_cycle_in_every_step(tmp_path):
+    seen = learning_rates(tmp_path, OneCycle(), sizes=(5, 12))
+    assert seen[(1, 0)] == pytest.approx(one_cycle(4))
+    assert seen[(1, 1)] == pytest.approx(one_cycle(6))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (OneCycle(5), "of OneCycle: OneCycleLR ends after 5 steps, and a client's round has up to 6: "),
+        (OneCycle(2, interval="round"), "OneCycleLR ends after 2 rounds, and trainer.max_rounds has up to 3: "),
+        (OneCycle(2, interval="epoch"), "OneCycleLR ends after 2 epochs, and a client's round has up to 3: "),
+    ],
+)
+def test_a_schedule_that_is_too_short_is_found_before_training(tmp_path, model, message):
+    trained = []
+    model.on_client_start = lambda client: trained.append(client)
+    settings = {"local_epochs": 3 if model.more.get("interval") == "epoch" else 2}
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer(tmp_path, **settings).fit(model, Clients(sizes=(5, 12)))
+    assert trained == []
+
+
+def test_the_learning_rate_of_a_step_is_what_the_schedules_of_a_module_say(tmp_path):
+    seen = []
+
+    class Looks(OneCycle):
+        def training_step(self, batch, batch_idx):
+            seen.append((self.lr_schedulers().get_last_lr()[0], self.optimizers().param_groups[0]["lr"]))
+            return super().training_step(batch, batch_idx)
+
+    quiet_trainer(tmp_path, clients_per_round=1.0, max_rounds=1, local_epochs=2).fit(Looks(), Clients(sizes=(12,)))
+    assert seen[-6:] == [(pytest.approx(lr), pytest.approx(lr)) for lr in one_cycle(6)]
+
+
+def test_an_own_scheduler_step_of_the_default_form_is_the_default(tmp_path):
+    class Own(Scheduled):
+        def lr_scheduler_step(self, scheduler, metric):
+            if metric is None:
+                scheduler.step()
+            else:
+                scheduler.step(metric)
+
+    def make(o):
+        return {"optimizer": o, "lr_scheduler": {"scheduler": ExponentialLR(o, 0.5), "interval": "step"}}
+
+    seen = learning_rates(tmp_path, Own(make))
+    assert seen[(1, 1)] == pytest.approx([0.1, 0.05, 0.025, 0.0125])
+
+    class Timm(Scheduled):
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(epoch=self.current_epoch)
+
+    with pytest.raises(MisconfigurationException, match=r"Timm.lr_scheduler_step gives ExponentialLR.step \[\(0,\)\]"):
+        quiet_trainer(tmp_path).fit(Timm(make), Clients())
 
 
 SCHEDULERS = {
@@ -189,6 +310,10 @@ def test_schedules_of_rounds_go_on_after_a_resume(name):
         lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "interval": "step", "name": "x"}]),
         lambda o: {"optimizer": o, "lr_scheduler": ExponentialLR(o, 1.0)},
         lambda o: {"optimizer": o, "lr_scheduler": ReduceLROnPlateau(o), "monitor": "val/loss"},
+        lambda o: {"optimizer": o, "lr_scheduler": None},
+        lambda o: ([o], ExponentialLR(o, 1.0)),
+        lambda o: ([o], {"scheduler": ExponentialLR(o, 1.0), "frequency": 2}),
+        lambda o: [{"optimizer": o, "lr_scheduler": {"scheduler": ExponentialLR(o, 1.0), "strict": False}}],
     ],
 )
 def test_every_form_that_lightning_takes(make):
@@ -209,13 +334,106 @@ def test_every_form_that_lightning_takes(make):
             lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "interval": "month"}]),
             "interval 'month' must be one of",
         ),
-        (lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "every": 3}]), r"unknown lr_scheduler keys \['every'\]"),
+        (lambda o: {"optimizer": o, "lr_scheduler": {}}, "dictionary .* needs the key 'scheduler'"),
+        (lambda o: ([o], [ExponentialLR(SGD(o.param_groups[0]["params"], lr=1.0), 1.0)]), "that was not returned"),
     ],
 )
 def test_what_is_not_understood_is_refused_before_training(tmp_path, make, message):
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path).fit(Scheduled(make), Clients())
     assert not list(tmp_path.glob("default/*"))
+
+
+def test_keys_that_mean_nothing_are_named(tmp_path):
+    model = Scheduled(lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "every": 3}]))
+    with pytest.warns(UserWarning, match=r"lr_scheduler keys \['every'\] mean nothing"):
+        quiet_trainer(tmp_path).fit(model, Clients())
+
+
+class WarmUp(Regression):
+    """The commonest reason to override ``optimizer_step``: the learning rate grows over the first steps."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+        self.calls = [*getattr(self, "calls", []), (epoch, batch_idx)]
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * min(1.0, (self.trainer.global_step + 1) / 4)
+        optimizer.step(closure=optimizer_closure)
+
+
+class ByHand(Regression):
+    """The same with hooks."""
+
+    def on_before_optimizer_step(self, optimizer):
+        optimizer.param_groups[0]["lr"] = self.lr * min(1.0, (self.trainer.global_step + 1) / 4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}, {"sam": True}])
+def test_an_own_optimizer_step_is_honoured(tmp_path, settings):
+    from fedlight.perturbations import SAM
+
+    more = {"perturbation": SAM(0.1)} if settings == {"sam": True} else settings
+    found, expected = WarmUp(), ByHand()
+    for model in (found, expected):
+        trainer = quiet_trainer(tmp_path, clients_per_round=1.0, max_rounds=2, **more)
+        trainer.fit(model, Clients())
+    assert torch.equal(weights(found), weights(expected))
+    assert not torch.equal(weights(found), weights(Regression()))
+    assert len(found.calls) == trainer.global_step
+
+
+def test_the_rates_of_an_own_optimizer_step_are_those_that_algorithms_divide_by(tmp_path):
+    keep = []
+
+    class Keep(FedAvg):
+        def aggregate(self, server, results, messages):
+            keep.extend(r.lr_sum for r in results)
+            return super().aggregate(server, results, messages)
+
+    model = WarmUp()
+    quiet_trainer(tmp_path, algorithm=Keep(), max_rounds=2, clients_per_round=1.0).fit(model, Clients(sizes=(8, 12)))
+    assert keep == pytest.approx([0.025 + 0.05, 0.025 + 0.05 + 0.075, 0.2, 0.3])
+    assert model.calls == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
+
+
+def test_the_base_classes_optimizer_step_is_the_default(tmp_path):
+    class Own(Regression):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            optimizer.zero_grad()
+
+    found, expected = Own(), Regression()
+    for model in (found, expected):
+        quiet_trainer(tmp_path).fit(model, Clients())
+    assert torch.equal(weights(found), weights(expected))
+
+
+@pytest.mark.parametrize(
+    ("step", "found"),
+    [
+        (lambda self, e, i, o, closure: None, "took 0 steps and 0 gradients"),
+        (lambda self, e, i, o, closure: closure() and None, "took 0 steps and 1 gradients"),
+        (lambda self, e, i, o, closure: [o.step(closure) for _ in "ab"], "took 2 steps and 2 gradients"),
+        (lambda self, e, i, o, closure: o.step(), "took 1 steps and 0 gradients"),
+    ],
+)
+def test_an_own_optimizer_step_without_the_closure_is_refused(tmp_path, step, found):
+    model = type("Model", (Regression,), {"optimizer_step": step})()
+    with pytest.raises(MisconfigurationException, match=f"Model.optimizer_step must call optimizer.step.*{found}"):
+        quiet_trainer(tmp_path).fit(model, Clients())
+
+
+def test_recorded_engines_refuse_an_own_optimizer_step(tmp_path):
+    with pytest.raises(MisconfigurationException, match="engine=vmap: WarmUp overrides optimizer_step"):
+        quiet_trainer(tmp_path, engine="vmap").fit(WarmUp(), Clients())
+
+
+def test_a_module_does_not_step_the_optimizer_of_the_trainer(tmp_path):
+    class Steps(Regression):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.optimizers().step()
+
+    with pytest.raises(MisconfigurationException, match=r"Steps calls step of self.optimizers\(\)"):
+        quiet_trainer(tmp_path).fit(Steps(), Clients())
 
 
 def test_any_optimizer_of_torch_trains_as_by_hand(tmp_path):

@@ -21,7 +21,7 @@ from fedlight.engines.segments import Segment, segments
 from fedlight.engines.slot import Slot
 from fedlight.engines.step import Batch
 from fedlight.local import ClientResult, LocalObjective
-from fedlight.optimizers import Optimization, configure_optimizers
+from fedlight.optimizers import Optimization, about, configure_optimizers
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator
 
@@ -234,7 +234,8 @@ class Job:
         assert isinstance(dataset, ArrayDataset)
         self.task = task
         self.plan = local_plan(round, task.client, dataset, training)
-        self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
+        with about(slot.module, task.client):
+            self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)
         self.recordings: list[_Recording] = []
         self._slot = slot

@@ -16,7 +16,12 @@ from fedlight.engines.base import LocalTraining
 from fedlight.engines.step import TRANSFER_HOOKS
 
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
-_COUNTERS = {"current_round", "current_epoch", "global_step"}
+_COUNTERS = {
+    *("current_round", "current_epoch", "global_step", "fit_loop", "is_last_batch", "optimizers", "strategy"),
+    *("train_dataloader", "num_training_batches", "estimated_stepping_batches", "max_steps", "lr_scheduler_configs"),
+    *("callback_metrics", "logged_metrics", "progress_bar_metrics", "logger", "loggers", "should_stop"),
+}
+"""What differs between steps, clients or rounds, or is to be done anew in each."""
 
 
 def check_recordable(training: LocalTraining, engine: str) -> None:
@@ -39,7 +44,7 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
     for hook in (*BATCH_HOOKS, *EPOCH_HOOKS, *_CLIENT_HOOKS):
         if owners := overridden(hook):
             yield f"{owners[0]} overrides {hook}, which has no place in a recorded local step"
-    for hook in TRANSFER_HOOKS:
+    for hook in (*TRANSFER_HOOKS, "optimizer_step"):
         if overrides(training.module, hook):
             yield f"{type(training.module).__name__} overrides {hook}, which has no place in a recorded local step"
     dataset = None if training.example is None else training.example.dataset
@@ -128,12 +133,12 @@ class _WatchedTrainer:
     """Passes everything on, and notes whether a counter was read."""
 
     def __init__(self, trainer: Any, read: set[str]) -> None:
-        self._trainer, self._read = trainer, read
+        self.watched, self._read = trainer, read
 
     def __getattr__(self, name: str) -> Any:
         if name in _COUNTERS:
             self._read.add(name)
-        return getattr(self._trainer, name)
+        return getattr(self.watched, name)
 
 
 class WatchedIndex(int):

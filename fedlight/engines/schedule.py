@@ -25,12 +25,16 @@ class LocalSchedule:
         module: whose ``configure_optimizers`` is asked, in every round.
 
     Attributes:
-        varies: whether there are such schedulers; otherwise all steps of a round have the same values.
+        varies: whether there are such schedulers, or the optimizer depends on the client; otherwise all steps of a
+            round have the same values.
     """
 
     def __init__(self, module: LightningModule) -> None:
-        self._module = module
-        self.varies = any(s.interval != "round" for s in configure_optimizers(module).schedulers)
+        self._module, trainer = module, module._trainer
+        if trainer is not None:
+            trainer.asked = False  # type: ignore[attr-defined]
+        schedulers = configure_optimizers(module).schedulers
+        self.varies = any(s.interval != "round" for s in schedulers) or getattr(trainer, "asked", False)
 
     def values(
         self, lrs: tuple[float, ...] | None, steps_per_epoch: Sequence[int], fresh: Optimization | None = None

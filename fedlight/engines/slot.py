@@ -1,7 +1,6 @@
 """One place to train clients in: a module with flat buffers, and the local loop around the local step."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,18 +9,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from fedlight._hooks import overrides
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.fused import begin_momentum, float32, fuse
+from fedlight.engines.own_step import OwnStep
 from fedlight.engines.plan import LocalPlan, local_plan
 from fedlight.engines.schedule import LocalSchedule, Values, lr_sum, set_values
 from fedlight.engines.step import Batch, step_loss
 from fedlight.engines.step import call_step as call_step
 from fedlight.engines.step import transfer_function as transfer_function
 from fedlight.local import ClientResult, LocalObjective, local_gradient
-from fedlight.optimizers import Optimization, configure_optimizers
+from fedlight.optimizers import Optimization, about, configure_optimizers
 from fedlight.parameters import FlatParameters
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator, seed_global_rng
@@ -53,7 +54,11 @@ class Slot:
         self._scaler: torch.amp.GradScaler | None = None
         self._output: dict[str, Tensor] | None = None
         self.schedule = LocalSchedule(module)
-        self._fresh: Optimization
+        self.fresh: Optimization
+        self.plan: LocalPlan
+        self.epoch = self.batch_idx = self.done = 0
+        self._own_step = overrides(module, "optimizer_step")
+        self.own: OwnStep
         self.optimizer: Optimizer
         self._fused = False
 
@@ -63,31 +68,36 @@ class Slot:
 
     def train(self, round: int, task: ClientTask) -> ClientResult:
         """Train one client for one round, step by step."""
+        with about(self.module, task.client, self):
+            return self._train(round, task)
+
+    def _train(self, round: int, task: ClientTask) -> ClientResult:
         training = self.training
-        plan = local_plan(round, task.client, task.dataset, training)
+        self.plan = plan = local_plan(round, task.client, task.dataset, training)
         seed_global_rng(derive_seed(training.seed, "local", round, task.client))
+        self.epoch = self.batch_idx = self.done = 0
         self._begin(task)
         state, steps = dict(task.perturbation), list(plan.steps_per_epoch)
-        values = self.schedule.values(task.lrs, steps, self._fresh)
-        objective = task.objective if self._compiled is None else _with_tensors(task.objective)
-        done, now = 0, None
+        values = self.schedule.values(task.lrs, steps, self.fresh)
+        objective = task.objective if self._compiled is None else task.objective.with_tensors()
+        now = None
         with collecting_logs(self.module, self.log):
             training.call("on_client_start", task.client)
             for epoch, batches in enumerate(self._epochs(round, task, plan)):
+                self.epoch = epoch
                 training.call("on_train_epoch_start")
                 for step in batches:
-                    if values[done] is not now:
-                        now = self._set_values(values[done])
+                    if values[self.done] is not now:
+                        now = self._set_values(values[self.done])
                     state, skip = self._step(objective, step, state)
                     if skip:  # the schedules count the steps that were taken
-                        steps[epoch] = done - sum(steps[:epoch])
+                        steps[epoch] = self.done - sum(steps[:epoch])
                         values = self.schedule.values(task.lrs, steps)
                         break
-                    done += 1
                 self.log.batch_size = sum(end - begin for begin, end in plan.epochs[epoch])
                 training.call("on_train_epoch_end")
             training.call("on_client_end", task.client)
-        return self._result(task, state, done, lr_sum(values, done))
+        return self._result(task, state, self.done, sum(self.own.lrs) if self._own_step else lr_sum(values, self.done))
 
     def _set_values(self, values: Values) -> Values:
         set_values(self.optimizer, values)
@@ -102,8 +112,10 @@ class Slot:
             self.flat.params.copy_(task.objective.start)
             for name, value in task.buffers.items():
                 self.buffers[name].copy_(value)
-        self._fresh = configure_optimizers(self.module)
-        self.optimizer = self._fresh.optimizer
+        self.fresh = configure_optimizers(self.module)
+        self.optimizer = self.fresh.optimizer
+        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        self.own = OwnStep(self.module, self.optimizer, self._update)
         # What can be recorded in a CUDA graph is what is run without one, too: that gives the same bits.
         self._fused = self.device.type == "cuda" and fuse(self.optimizer, self.device)
         if getattr(self._precision, "scaler", None) is not None:
@@ -136,10 +148,30 @@ class Slot:
 
     def _step(self, objective: LocalObjective, batches: list[Batch], state: State) -> tuple[State, bool]:
         """One local step on the batches of one optimizer step; true where a hook asks to skip the epoch's rest."""
-        call, optimizer = self.training.call, self.optimizer
-        for batch, index in batches:
-            if call("on_train_batch_start", batch, index):
+        call = self.training.call
+        for batch, self.batch_idx in batches:
+            if call("on_train_batch_start", batch, self.batch_idx):
                 return state, True
+        if self._own_step:
+            states = [state]
+
+            def gradient() -> Tensor | None:
+                states.append(self._set_gradient(objective, batches, state))
+                return None if self._output is None else self._output["loss"]
+
+            self.own(self.batch_idx, gradient)
+            state = states[-1]
+        else:
+            state = self._set_gradient(objective, batches, state)
+            self._update()
+        self.done += 1
+        for batch, index in batches:
+            call("on_train_batch_end", self._output, batch, index)
+        return state, False
+
+    def _set_gradient(self, objective: LocalObjective, batches: list[Batch], state: State) -> State:
+        """Let the parameters have the gradient of a step."""
+        call, optimizer = self.training.call, self.optimizer
         call("on_before_zero_grad", optimizer)
         if self._compiled is not None and self._compiled.takes(batches):
             gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
@@ -155,14 +187,17 @@ class Slot:
         if gradient is not self.flat.grad:
             self.flat.grad.copy_(gradient)
         call("on_before_optimizer_step", optimizer)
+        return state
+
+    def _update(self) -> None:
         if self._scaler is None:
-            optimizer.step()
+            self.optimizer.step()
         else:
-            self._scaler.step(optimizer)
+            self._scaler.step(self.optimizer)
             self._scaler.update()
-        for batch, index in batches:
-            call("on_train_batch_end", self._output, batch, index)
-        return state, False
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        self.flat.grad.zero_()  # gradients stay views of one vector
 
     def _gradient(self, batches: list[Batch], point: Tensor, first: bool) -> Tensor:
         """∇(loss + penalties) at a point ``[P]``, the mean over the step's batches."""
@@ -210,16 +245,6 @@ class Slot:
         call("on_before_backward", loss)
         loss.backward()  # type: ignore[no-untyped-call]
         call("on_after_backward")
-
-
-def _with_tensors(objective: LocalObjective) -> LocalObjective:
-    """The objective with its numbers as tensors, where they matter: made once for many steps."""
-    full = objective.start.new_full
-    return replace(
-        objective,
-        proximal=full((), float(objective.proximal)) if objective.proximal != 0 else 0.0,
-        gradient_scale=full((), float(objective.gradient_scale)) if objective.gradient_scale != 1 else 1.0,
-    )
 
 
 def batch_reader(

@@ -15,6 +15,7 @@ from fedlight.engines.requirements import cannot
 from fedlight.engines.schedule import LocalSchedule, lr_sum
 from fedlight.engines.stacked import Block, StackedOptimizer
 from fedlight.local import ClientResult
+from fedlight.optimizers import about
 from fedlight.seeding import generator
 
 _GATHERED_BYTES = 2**27
@@ -124,7 +125,8 @@ class Wave:
         schedule, begin, blocks = self._parts.schedule, 0, []
         for _, same in groupby(self._keys, key=lambda key: (key[1] if schedule.varies else (), key[2])):
             count = len(list(same))
-            values = schedule.values(self._tasks[begin].lrs, self._plans[begin].steps_per_epoch)
+            with about(self._training.module, self._tasks[begin].client):
+                values = schedule.values(self._tasks[begin].lrs, self._plans[begin].steps_per_epoch)
             blocks.append(Block(begin, begin + count, values))
             begin += count
         self._values = [block.values for block in blocks for _ in range(block.begin, block.end)]
