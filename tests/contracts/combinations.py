@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +75,7 @@ class Clients(FederatedDataModule):
     """Linear classes, other inputs at every client.
 
     Attributes:
-        asked: clients whose data was asked for.
+        asked: clients whose data was asked for in training; before it, a few are looked at.
     """
 
     def __init__(self, sizes: tuple[int, ...] = SIZES) -> None:
@@ -163,5 +164,6 @@ def run(combination: Combination, root: Path, data: Clients | None = None, ckpt_
     data = data or Clients()
     model = model_for(combination)
     trainer = trainer_for(combination, root, **settings)
+    trainer.callbacks.append(LambdaCallback(on_train_start=lambda *_: data.asked.clear()))
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return trainer, model, data
