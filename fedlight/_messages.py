@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from fedlight.data.federated import FEDERATED_YAML
+
 _NOISE = re.compile(
     r"(-? ?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
     r"|- Expected a <class 'NoneType'>.*|- Expected a path but .* either not accessible or invalid"
@@ -42,6 +44,8 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
+    for path in re.findall(r"Import path ([\w.]+) does not correspond to a subclass of FederatedDataModule", message):
+        found.append(f"a LightningDataModule is divided among clients by `{FEDERATED_YAML % path}`")
     return list(dict.fromkeys(sentence for sentence in found if sentence and sentence not in message))
 
 

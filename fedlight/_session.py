@@ -26,6 +26,7 @@ from fedlight._views import Views
 from fedlight.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.federated import how_to_federate
 from fedlight.data.pooled import PooledData
 from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
@@ -79,9 +80,8 @@ class Session:
         self.trainer, self.module, self.command = trainer, model, command
         self.settings = trainer.settings
         if not isinstance(datamodule, FederatedDataModule):
-            raise MisconfigurationException(
-                f"data: expected a FederatedDataModule (ImageData, DatasetPartition or your own), found {datamodule!r}."
-            )
+            raise MisconfigurationException(how_to_federate(datamodule))
+        datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
         self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
         self.profiler = make_profiler(self.settings["profiler"])

@@ -144,7 +144,7 @@ class Evaluator:
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
         seeds = [derive_seed(0, "evaluation", i) for i in mine]
-        read = read_batches(dataset, order, seeds, data.num_workers, data.collate_fn)
+        read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
         for index, batch in zip(mine, read, strict=True):
             yield index, convert(self.transfer(batch))
 

@@ -4,6 +4,7 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import DatasetPartition
+from fedlight.data.federated import Federated
 from fedlight.data.image_data import ImageData
 from fedlight.data.images import ImageArrays
 from fedlight.data.label_skew import DirichletClasses, DirichletClients, Shards
@@ -17,6 +18,7 @@ __all__ = [
     "FederatedDataModule",
     "ImageData",
     "DatasetPartition",
+    "Federated",
     "PartitionedDataModule",
     "ArrayDataset",
     "BatchTransform",

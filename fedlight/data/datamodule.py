@@ -48,7 +48,7 @@ class FederatedDataModule(LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"`data.{key}` must be at least 1, got {value}.")
         self.batch_size, self.num_workers, self.collate_fn, self.seed = batch_size, num_workers, collate_fn, seed
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size, self.eval_collate_fn = eval_batch_size or batch_size, collate_fn
 
     def eval_batch_size_on(self, device: torch.device) -> int:
         """Samples of a batch in evaluation on a device: ``eval_batch_size``, unless a subclass knows better.
@@ -113,7 +113,7 @@ class FederatedDataModule(LightningDataModule):
     def _eval_dataloader(self, dataset: Dataset[Any] | None) -> DataLoader[Any] | list[Any]:
         if dataset is None:
             return []
-        return DataLoader(dataset, self.eval_batch_size, num_workers=self.num_workers, collate_fn=self.collate_fn)
+        return DataLoader(dataset, self.eval_batch_size, num_workers=self.num_workers, collate_fn=self.eval_collate_fn)
 
 
 class _Augmented(Dataset[Any]):

@@ -1,28 +1,34 @@
-"""Any torch dataset, divided among clients."""
+"""Any datasets, divided among clients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.partition import IID, Partitioner
+from fedlight.data.loaders import Loaded, is_hf, loaded
+from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
+from fedlight.seeding import preserved_global_rng
 
-_LABELS = ("labels", "label", "targets", "target", "y")
+_LABELS = ("targets", "labels", "target", "label", "y")
 
 
 class DatasetPartition(PartitionedDataModule):
-    """Any map-style torch datasets; the training data is divided among clients.
+    """Any map-style datasets; the training data is divided among clients.
 
     Example::
 
         data = DatasetPartition(MyText("train"), test=MyText("test"), num_clients=50, partitioner=DirichletClients(0.3))
 
-    What is in memory is read a batch at a time: an ``ArrayDataset``, a ``TensorDataset``, a ``Subset`` of these, and a
-    dict or tuple of tensors, which may stand for a dataset. Others are read sample by sample.
+    Datasets are torch's, Hugging Face's or PyG's, or in a ``DataLoader``, whose way to make batches is kept; for
+    ``train`` also a list of these, one for each client. What is in memory is read a batch at a time: an
+    ``ArrayDataset``, a ``TensorDataset``, a ``Subset`` of these, and a dict or tuple of tensors, which may stand for a
+    dataset. Others are read sample by sample.
 
     Args:
         train: the training data.
@@ -30,72 +36,146 @@ class DatasetPartition(PartitionedDataModule):
         val: the validation data; by default the test data.
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which samples; by default ``IID()``.
-        targets: class of each training sample; by default what ``.targets`` or ``.labels`` of the dataset say, the last
+        targets: class of each training sample, integers or strings (numbered as they sort), or the name of a column or
+            attribute; by default what ``.targets``, ``.labels`` or a column ``label`` of the dataset say, the last
             tensor of a ``TensorDataset`` or tuple, or ``labels`` or ``y`` of a dict, through ``Subset`` and
-            ``ConcatDataset``.
-        groups: natural group of each training sample, for ``NaturalGroups``.
-        batch_size: samples of a batch in local training.
-        eval_batch_size: samples of a batch in evaluation; by default ``batch_size``.
-        num_workers: worker processes of the loaders.
-        collate_fn: makes a batch of a list of samples.
+            ``ConcatDataset``; else the samples, which are read.
+        groups: natural group of each training sample, for ``NaturalGroups``; given as ``targets`` are.
+        batch_size: samples of a batch in local training; by default the loader's, or 32.
+        eval_batch_size: samples of a batch in evaluation; by default the loader's, or ``batch_size``.
+        num_workers: worker processes of the loaders; by default the training loader's, or none.
+        collate_fn: makes a batch of a list of samples; by default the loader's, or PyG's for its data, or torch's.
         seed: seed of the partition.
+
+    Attributes:
+        classes: names of the classes, where they are strings.
     """
 
     def __init__(
         self,
-        train: Dataset,  # type: ignore[type-arg]  # jsonargparse wants the bare class
-        test: Dataset | None = None,  # type: ignore[type-arg]
-        val: Dataset | None = None,  # type: ignore[type-arg]
+        train: Dataset | DataLoader | list,  # type: ignore[type-arg]  # jsonargparse wants the bare class
+        test: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
+        val: Dataset | DataLoader | None = None,  # type: ignore[type-arg]
         num_clients: int | None = 20,
         partitioner: Partitioner | None = None,
-        targets: Sequence[int] | None = None,
-        groups: Sequence[int] | None = None,
-        batch_size: int = 32,
+        targets: Sequence[int | str] | str | None = None,
+        groups: Sequence[int | str] | str | None = None,
+        batch_size: int | None = None,
         eval_batch_size: int | None = None,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(num_clients, partitioner or IID(), batch_size, eval_batch_size, num_workers, collate_fn, seed)
-        self._train, self._test, self._val = train, test, val if val is not None else test
+        size = 32 if batch_size is None else batch_size
+        super().__init__(num_clients, partitioner or IID(), size, eval_batch_size, seed=seed)
+        self._by_hand = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups
         self._val_targets: Tensor | None = None
+        self.classes: list[str] = []
+        held = loaded(train, "`data.train`", clients=True)
+        if held.sizes is not None:
+            if partitioner is not None or groups is not None:
+                raise ValueError("`data.train` is a list with the data of each client; it takes no partitioner.")
+            self.num_clients, self.partitioner = len(held.sizes), NaturalGroups()
+            self._groups = np.repeat(np.arange(len(held.sizes)), held.sizes).tolist()
+        tested = loaded(test, "`data.test`")
+        self._take(held, tested if val is None else loaded(val, "`data.val`"), tested)
+
+    def _take(self, train: Loaded, val: Loaded, test: Loaded) -> None:
+        """Take data and the ways to make batches of it; what was given by hand wins."""
+        by_hand, self._held = self._by_hand[0], {"val": val, "test": test}
+        self._train, self._val, self._test = train.dataset, val.dataset, test.dataset
+        self.batch_size = by_hand.batch_size or train.batch_size or 32
+        self.num_workers = by_hand.num_workers or train.num_workers or 0
+        self.collate_fn = by_hand.collate_fn or train.collate_fn
 
     def setup(self, stage: str | None = None) -> None:
         """Find the labels and divide the training data among the clients."""
-        if self.partition is not None:
-            return
-        self._train, self._test, self._val = (
-            in_memory(d, self.collate_fn) for d in (self._train, self._test, self._val)
+        if self.partition is None:
+            self._divide()
+        held, (by_hand, size) = self._held["test" if stage == "test" else "val"], self._by_hand
+        self.eval_batch_size = size or held.batch_size or self.batch_size
+        self.eval_collate_fn = by_hand.collate_fn or held.collate_fn or self.collate_fn
+
+    def _divide(self) -> None:
+        by_hand = self._by_hand[0].collate_fn
+        self._train = in_memory(self._train, self.collate_fn)
+        self._val, self._test = (
+            in_memory(held.dataset, by_hand or held.collate_fn or self.collate_fn) for held in self._held.values()
         )
-        size = len(self._train)  # type: ignore[arg-type]
+        size = len(self._train)
         if size == 0:
             raise ValueError("`data.train` is empty.")
-        targets = find_targets(self._train) if self._targets is None else _integers(self._targets)
-        groups = None if self._groups is None else _integers(self._groups)
-        for key, values in (("targets", targets), ("groups", groups)):
-            if values is not None and len(values) != size:
-                raise ValueError(f"`data.{key}` has {len(values)} entries, but the training data has {size} samples.")
-        self._val_targets = None if self._val is None else find_targets(self._val)
-        self.divide(size, targets, groups=groups)
+        self._encode()
+        targets, self.classes = self._numbers("targets", self._targets, size, self.classes)
+        groups, _ = self._numbers("groups", self._groups, size)
+        self._val_targets = None if self._val is None else find_targets(self._val, self._keys, self.classes)
+        self.divide(size, targets, len(self.classes) or None, groups)
 
-    def client_dataset(self, client: int) -> Dataset[Any]:
+    @property
+    def _keys(self) -> Sequence[str]:
+        return (self._targets,) if isinstance(self._targets, str) else _LABELS
+
+    def _numbers(self, key: str, given: Any, size: int, names: Sequence[str] = ()) -> tuple[Tensor | None, list[str]]:
+        """Class or group of each training sample, and their names where they are strings."""
+        found = given
+        if isinstance(given, str):
+            found = find_values(self._train, (given,))
+            if found is None:
+                raise ValueError(f"`data.{key}` is {given!r}, which is no column or attribute of the training data.")
+        elif given is None and key == "targets":
+            found = find_values(self._train, _LABELS) if find_targets(self._train) is not None else None
+            if found is None and self.partitioner.needs_labels:
+                rank_zero_info(f"data: all {size} samples are read to find their labels; `data.targets` saves that.")
+                with preserved_global_rng():
+                    found = [_label(self._train[i]) for i in range(size)]
+                found = None if any(label is None for label in found) else found
+        if found is None:
+            return None, []
+        if len(found) != size:
+            raise ValueError(f"`data.{key}` has {len(found)} entries, but the training data has {size} samples.")
+        return numbered(found, names)
+
+    def _encode(self) -> None:
+        """Hugging Face's labels become numbers, other columns but strings tensors; PyG's data become batches of PyG."""
+        train, sets = self._train, {"_train": self._train, "_val": self._val, "_test": self._test}
+        column = next((key for key in self._keys if is_hf(train) and key in train.column_names), None)
+        if column is not None:
+            if "string" in getattr(train.features[column], "dtype", ""):
+                coded = train.class_encode_column(column)
+                sets = {k: d if d is None else coded if d is train else d.cast(coded.features) for k, d in sets.items()}
+            self.classes = list(getattr(sets["_train"].features[column], "names", ()))
+        for name, data in sets.items():
+            if self.collate_fn is None and is_hf(data) and data.format["type"] is None:
+                columns = [
+                    key for key, feature in data.features.items() if "string" not in getattr(feature, "dtype", "")
+                ]
+                data = data.with_format("torch", columns)
+            setattr(self, name, data)
+        with preserved_global_rng():
+            first = self._train[0]
+        if self.collate_fn is None and type(first).__module__.startswith("torch_geometric."):
+            from torch_geometric.data import Batch
+
+            self.collate_fn = Batch.from_data_list
+
+    def client_dataset(self, client: int) -> Any:
         """The training data of a client."""
         return _rows(self._train, self.client_rows(client))
 
-    def pooled_dataset(self) -> Dataset[Any]:
+    def pooled_dataset(self) -> Any:
         """The training data of all clients."""
         return self._train
 
-    def val_dataset(self) -> Dataset[Any] | None:
+    def val_dataset(self) -> Any:
         """The validation data, or the test data if there is none."""
         return self._val
 
-    def test_dataset(self) -> Dataset[Any] | None:
+    def test_dataset(self) -> Any:
         """The test data."""
         return self._test
 
-    def client_val_dataset(self, client: int) -> Dataset[Any] | None:
+    def client_val_dataset(self, client: int) -> Any:
         """The part of the validation data with the client's class proportions, as in ``ImageData``; None if unknown."""
         if self._val is None or self._val_targets is None:
             return None
@@ -103,39 +183,68 @@ class DatasetPartition(PartitionedDataModule):
         return _rows(self._val, rows) if len(rows) else None
 
 
-def find_targets(dataset: Dataset[Any]) -> Tensor | None:
+def find_targets(dataset: Any, keys: Sequence[str] = _LABELS, names: Sequence[str] = ()) -> Tensor | None:
     """The class of each sample as the dataset itself tells it, ``[n]`` int64; None if it does not."""
-    if isinstance(dataset, Subset):
-        inner = find_targets(dataset.dataset)
-        return None if inner is None else inner[torch.as_tensor(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [find_targets(part) for part in dataset.datasets]
-        known = [part for part in parts if part is not None]
-        return torch.cat(known) if len(known) == len(parts) else None
-    if isinstance(dataset, ArrayDataset):
-        tree = dataset.storage.build(dataset.storage.leaves)
-        names = [name for name in _LABELS if isinstance(tree, dict) and name in tree]
-        found: Any = (tree[names[0]] if names else dataset.targets)[dataset.positions(torch.arange(len(dataset)))]
-    elif isinstance(dataset, TensorDataset):
-        found = dataset.tensors[-1]
-    else:
-        found = getattr(dataset, "targets", getattr(dataset, "labels", None))
     try:
-        return None if found is None else _integers(found)
+        found = find_values(dataset, keys)
+        return None if found is None else numbered(found, names)[0]
     except (TypeError, ValueError, RuntimeError):
         return None  # regression, boxes, text: no classes
 
 
-def _integers(values: Sequence[int] | Tensor) -> Tensor:
+def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
+    """What a dataset keeps for each sample in a column or attribute of one of these names; None if there is none."""
+    if isinstance(dataset, Subset):
+        inner = find_values(dataset.dataset, keys)
+        return None if inner is None else [inner[int(row)] for row in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [find_values(part, keys) for part in dataset.datasets]
+        return None if any(part is None for part in parts) else [value for part in parts for value in part or ()]
+    if isinstance(dataset, ArrayDataset):
+        tree = dataset.storage.build(dataset.storage.leaves)
+        key = next((key for key in keys if isinstance(tree, dict) and key in tree), None)
+        found: Any = (dataset.targets if key is None else tree[key])[dataset.positions(torch.arange(len(dataset)))]
+    elif isinstance(dataset, TensorDataset):
+        found = dataset.tensors[-1]
+    elif is_hf(dataset):
+        key = next((key for key in keys if key in dataset.column_names), None)
+        found = None if key is None else list(dataset.with_format(None)[key])
+    else:
+        found = next((value for key in keys if (value := getattr(dataset, key, None)) is not None), None)
+    fits = hasattr(found, "__len__") and getattr(found, "ndim", 1) == 1 and len(found) == len(dataset)
+    return (found.tolist() if hasattr(found, "tolist") else list(found)) if fits else None
+
+
+def numbered(values: Any, names: Sequence[str] = ()) -> tuple[Tensor, list[str]]:
+    """Classes or groups as ``[n]`` int64, and the names of strings, which are numbered by ``names`` or as they sort.
+
+    Raises:
+        ValueError: if they are neither integers nor strings.
+    """
+    if not isinstance(values, Tensor) and len(values) and all(isinstance(value, str) for value in values):
+        names = list(names) or sorted(set(values))
+        number = {name: i for i, name in enumerate(names)}
+        return torch.tensor([number.get(value, len(names)) for value in values]), names
     tensor = torch.as_tensor(values).cpu()
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise ValueError(
-            f"Classes and groups are one integer per sample, got {tensor.dtype} of shape {list(tensor.shape)}."
+            "Classes and groups are one integer per sample, or one string, got "
+            f"{tensor.dtype} of shape {list(tensor.shape)}."
         )
-    return tensor.long()
+    return tensor.long(), list(names)
 
 
-def _rows(dataset: Dataset[Any], rows: Tensor) -> Dataset[Any]:
+def _label(sample: Any) -> Any:
+    """The label of a sample: its last part, or what it calls so; None for what is no single value."""
+    if isinstance(sample, list | tuple):
+        label = sample[-1]
+    else:
+        held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in _LABELS}
+        label = next((held[key] for key in _LABELS if held.get(key) is not None), None)
+    return label.item() if hasattr(label, "item") and np.size(label) == 1 else label
+
+
+def _rows(dataset: Any, rows: Tensor) -> Any:
     if isinstance(dataset, ArrayDataset):
         return dataset.view(dataset.positions(rows), dataset.transform)
     return Subset(dataset, rows.tolist())

@@ -33,8 +33,14 @@ class PooledData(FederatedDataModule):
         self.data.prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the data."""
+        """Load the data; only then it may know how batches are made."""
         self.data.setup(stage)
+        for name in ("batch_size", "eval_batch_size", "num_workers", "collate_fn", "eval_collate_fn"):
+            setattr(self, name, getattr(self.data, name))
+
+    def teardown(self, stage: str) -> None:
+        """The other datamodule's."""
+        self.data.teardown(stage)
 
     def client_dataset(self, client: int) -> Dataset[Any]:
         """The training data of all clients; there is client 0 only."""

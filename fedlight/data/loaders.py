@@ -1,0 +1,86 @@
+"""Loaders and datasets of other projects, taken apart into samples and the way in which batches are made of them."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lightning.fabric.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from fedlight.data.reading import Collate
+
+
+class Loaded(NamedTuple):
+    """A map-style dataset, how its loader reads it (None where there is no loader), and the sizes of clients in it."""
+
+    dataset: Any = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    collate_fn: Collate | None = None
+    sizes: list[int] | None = None
+
+
+def is_hf(data: Any) -> bool:
+    """Whether it is a dataset of Hugging Face's ``datasets``, which need not be installed."""
+    return hasattr(data, "column_names") and hasattr(data, "with_format")
+
+
+def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
+    """Take a dataset or ``DataLoader`` apart. A sampler of some rows is kept; one that weighs them is named.
+
+    Args:
+        data: the dataset or loader, or a list with one loader; None or an empty list for none.
+        what: how messages call it.
+        clients: whether a list with a dataset or loader for each client is taken, too.
+
+    Raises:
+        TypeError: for what cannot be divided among clients, with the way out.
+    """
+    if isinstance(data, list | tuple) and all(isinstance(part, Dataset | DataLoader) or is_hf(part) for part in data):
+        parts = [loaded(part, f"{what}[{i}]") for i, part in enumerate(data)]
+        if not parts or (len(parts) == 1 and not clients):
+            return parts[0] if parts else Loaded()
+        if not clients or len({part[1:3] for part in parts}) != 1:
+            raise TypeError(
+                f"{what} is {len(parts)} loaders or datasets; give one{', or all alike' if clients else ''}."
+            )
+        joined: Any = ConcatDataset([part.dataset for part in parts])
+        return Loaded(joined, *parts[0][1:4], [len(part.dataset) for part in parts])
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"{what} reads {type(dataset).__name__}, an iterable: its samples have no numbers, so they cannot be "
+            "divided among clients. Use a dataset with __len__ and __getitem__ (a list of the samples is one), or a "
+            "FederatedDataModule of your own whose client_dataset(i) gives the data of client i."
+        )
+    held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
+    if not all(isinstance(part, Tensor) for part in held) or not (dataset is None or hasattr(dataset, "__getitem__")):
+        raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset or DataLoader of it.")
+    if not isinstance(data, DataLoader):
+        return Loaded(dataset)
+    batches = data.batch_sampler
+    size = data.batch_size or getattr(batches, "batch_size", None)
+    if not isinstance(size, int):
+        raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
+    sampler = getattr(batches, "sampler", data.sampler)
+    if type(batches) is BatchSampler and isinstance(sampler, SubsetRandomSampler):
+        dataset = Subset(dataset, [int(row) for row in sampler.indices])
+    elif (
+        type(batches) is not BatchSampler
+        or type(sampler) not in (RandomSampler, SequentialSampler)
+        or vars(sampler).get("replacement")
+    ):
+        name = type(sampler if type(batches) is BatchSampler else batches).__name__
+        rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
+    return Loaded(dataset, size, data.num_workers, data.collate_fn)
