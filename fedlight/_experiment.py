@@ -34,7 +34,7 @@ _TRAINER = (
     *("precision", "tf32", "centralized"),
 )
 _DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn")
-_HOW = ("params", "foreach", "fused", "capturable", "differentiable")
+_HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 _SAMPLES = 8
 
 
@@ -102,7 +102,7 @@ def _settings(value: Any) -> dict[str, Any]:
     """Attributes that are called as the arguments of its constructors; if some are not, all simple ones as well."""
     held = vars(value)
     if isinstance(value, LRScheduler):
-        return {k: v for k, v in held.items() if k != "optimizer"}
+        return {k: v for k, v in held.items() if k not in ("optimizer", "base_lrs", "_last_lr")}
     inits = [init for cls in type(value).__mro__ if isinstance(init := vars(cls).get("__init__"), types.FunctionType)]
     arguments = [p for init in inits for p in inspect.signature(init).parameters.values()]
     names = {p.name for p in arguments if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - {"self"}

@@ -135,10 +135,11 @@ def record_changes(run: Path, round: int, changes: dict[str, list[Any]]) -> None
         raise MisconfigurationException(f"{path} is damaged. It says what was changed: repair it.") from error
     with writing(path):
         (run / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
-        path.unlink(missing_ok=True)
         if noted:
             path.parent.mkdir(exist_ok=True)
             atomic_write(path, json.dumps(noted, indent=2).encode())
+        else:
+            path.unlink(missing_ok=True)
 
 
 def keep_config(run: Path, round: int, same: bool) -> None:
