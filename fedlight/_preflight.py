@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from fedlight._logging import LogCollector, collecting_logs
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.dataset_partition import find_targets
 from fedlight.engines.slot import call_step
 from fedlight.evaluation import evaluating
 from fedlight.federation import Federation
@@ -41,11 +42,13 @@ def preflight(
     """
     check_schedules(module, federation.sizes.tolist(), module.trainer)
     _check_lr(federation, schedule)
+    labels = _extreme_labels(datamodule)
+    _check_labels(module, labels)
     _check_sizes(federation)
-    _check_labels(module, datamodule)
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
-    _try_one_batch(module, fabric, datamodule, transfer, client)
+    for where in ((client, 0), *((client, row) for _, client, row in labels)):
+        _try_one_batch(module, fabric, datamodule, transfer, *where)
     if whole_epochs:
         _try_batch_of_one(module, fabric, datamodule, transfer, federation.sizes)
 
@@ -71,16 +74,31 @@ def _check_sizes(federation: Federation) -> None:
         )
 
 
-def _check_labels(module: LightningModule, datamodule: FederatedDataModule) -> None:
-    known, expected = datamodule.partition_counts(), getattr(module, "num_classes", None)
-    if known is None or not isinstance(expected, int):
-        return
-    present = known.sum(0).nonzero().flatten()
-    if len(present) and int(present[-1]) >= expected:
+def _check_labels(module: LightningModule, labels: list[tuple[int, int, int]]) -> None:
+    expected, largest = getattr(module, "num_classes", None), max(labels)[0] if labels else 0
+    if isinstance(expected, int) and largest >= expected:
         raise MisconfigurationException(
-            f"model.num_classes={expected} is too small: the data has label {int(present[-1])}."
-            f" Set model.num_classes to {known.shape[1]}."
+            f"model.num_classes={expected} is too small: the data has label {largest}."
+            f" Set model.num_classes to {largest + 1}."
         )
+
+
+def _extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]]:
+    """The smallest and the largest label, each with a client and its row there; empty where they are unknown."""
+    counts, found = datamodule.partition_counts(), []
+    if counts is not None:
+        labels = counts.sum(0).nonzero().flatten().tolist()
+        for label, client in ((label, int(counts[:, label].argmax())) for label in {*labels[:1], *labels[-1:]}):
+            targets = find_targets(datamodule.client_dataset(client))
+            found.append((label, client, 0 if targets is None else int((targets == label).int().argmax())))
+        return found
+    for client in range(datamodule.num_clients):
+        targets = find_targets(datamodule.client_dataset(client))
+        if targets is None:
+            return []
+        if len(targets):
+            found += [(int(targets[i]), client, int(i)) for i in (targets.argmin(), targets.argmax())]
+    return [min(found), max(found)] if found else []
 
 
 def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> None:
@@ -104,16 +122,19 @@ def _try_one_batch(
     datamodule: FederatedDataModule,
     transfer: Callable[[Any], Any],
     client: int,
+    start: int,
 ) -> None:
-    """One forward pass without a gradient, so that shapes that do not fit are found before training."""
-    batch = first_samples(datamodule, client, 2)
+    """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
+    batch = first_samples(datamodule, client, 2, start)
     try:
         with evaluating(module):
             loss = _trial_step(module, fabric, transfer, batch)
+        if fabric.device.type == "cuda":  # where a label is found to be out of range later
+            torch.cuda.synchronize()
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
-            f" {_shapes(batch)}: {type(error).__name__}: {error}"
+            f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
         ) from error
     loss = loss.get("loss") if isinstance(loss, Mapping) else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -171,14 +192,14 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
             metric.reset()
 
 
-def first_samples(datamodule: FederatedDataModule, client: int, count: int) -> Any:
-    """A batch of a client's first samples.
+def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:
+    """A batch of a client's first samples, from ``start`` on.
 
     Raises:
         MisconfigurationException: if they hold NaN or infinity.
     """
     dataset = in_memory(datamodule.client_dataset(client), datamodule.collate_fn)
-    rows = list(range(min(count, len(dataset))))
+    rows = list(range(start, min(start + count, len(dataset))))
     if isinstance(dataset, ArrayDataset):
         batch: Any = dataset.batch(torch.tensor(rows, device=dataset.device))
     else:

@@ -17,6 +17,7 @@ from fedlight._clock import RoundClock, make_profiler, start_profiler
 from fedlight._float32 import float32_products
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight._preflight import preflight
+from fedlight._processes import lost_process, watch_children
 from fedlight._processors import choose_threads, resolve_devices
 from fedlight._resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight._setup import be_deterministic, local_training, make_fabric
@@ -121,6 +122,7 @@ class Session:
         settings, cleanup = self.settings, self._cleanup
         self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
+        cleanup.callback(watch_children(self))
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["tf32"] is not None:
             cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
@@ -242,6 +244,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        lost = None if error is None else lost_process(self, error)
         if error is not None:
             for callback in self.trainer.callbacks:
                 callback.on_exception(self.trainer, self.module, error)  # type: ignore[arg-type]
@@ -253,15 +256,12 @@ class Session:
             callback.teardown(self.trainer, self.module, self.command)  # type: ignore[arg-type]
         self.module.teardown(self.command)
         close_loggers(self.loggers, "failed" if isinstance(error, Exception) else "success")
-        if (
-            error is not None
-            and self._created
-            and self.folder is not None
-            and self.folder.discard_if_unused(self.first_round)
-        ):
+        if error is not None and self._created and self.folder and self.folder.discard_if_unused(self.first_round):
             self.trainer.run_dir = None
         state = self.trainer.state
         state.stage, state.status = None, TrainerStatus.INTERRUPTED if error else TrainerStatus.FINISHED
+        if lost is not None:
+            raise ConnectionError(lost) from None
 
     def publish(self, metrics: dict[str, Tensor]) -> None:
         """Let callbacks find metrics."""

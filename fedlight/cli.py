@@ -21,6 +21,7 @@ import fedlight.models
 import fedlight.perturbations  # all of these, so that their classes are known by their short names
 from fedlight._arguments import dotted, yaml_argument
 from fedlight._messages import readable, suggestions
+from fedlight._processes import raised_in
 from fedlight._resume import keep_config
 from fedlight._signals import exit_by_signal
 from fedlight.algorithms.base import Algorithm
@@ -178,7 +179,7 @@ def main(args: ArgsType = None) -> None:
         if stop.code == 128 + signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
             exit_by_signal(signal.SIGTERM)
         raise
-    except (MisconfigurationException, ValueError, TypeError, FloatingPointError) as error:
+    except (MisconfigurationException, ValueError, TypeError, FloatingPointError, ConnectionError) as error:
         found = _ours(error)
         if found is None:
             raise
@@ -197,16 +198,12 @@ def _about_runs(command: str) -> Callable[[list[str]], int]:
 def _ours(error: BaseException | None) -> BaseException | None:
     """What fedlight raised on purpose, so that its message says all: the error, or one that another was made of."""
     while error is not None:
-        frame, trace = None, error.__traceback__
-        while trace is not None:
-            frame, trace = trace.tb_frame, trace.tb_next
-        module = "" if frame is None else str(frame.f_globals.get("__name__", ""))
-        if isinstance(error, MisconfigurationException) or module.split(".")[0] == fedlight.__name__:
+        if isinstance(error, MisconfigurationException) or raised_in(error).split(".")[0] == fedlight.__name__:
             return error
         error = error.__cause__ or error.__context__
     return None
 
 
 def _fail(error: BaseException) -> int:
-    print(f"fedlight: error: {error}", file=sys.stderr)
-    return 1 if isinstance(error, FloatingPointError) else 2
+    print("\n".join([f"fedlight: error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError | ConnectionError) else 2

@@ -14,6 +14,7 @@ from fedlight._logging import LogCollector, batch_size, collecting_logs
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
+from fedlight.engines.base import named
 from fedlight.engines.plan import num_batches
 from fedlight.engines.slot import call_step, transfer_function
 from fedlight.seeding import derive_seed
@@ -108,7 +109,8 @@ class Evaluator:
         for client in clients[self._fabric.global_rank :: world]:
             dataset = self._datamodule.client_val_dataset(client)
             if dataset is not None and len(dataset):  # type: ignore[arg-type]
-                metrics = self.run(dataset, "validation", limit, quiet=True, share=False)
+                with named(self._module.trainer.current_epoch, client):
+                    metrics = self.run(dataset, "validation", limit, quiet=True, share=False)
                 if "val/accuracy" in metrics:
                     values[client] = metrics["val/accuracy"]
         everyone: list[Any] = [{k: float(v) for k, v in values.items()}]

@@ -15,7 +15,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.clients import ClientStore, reweighed, running_mean
 from fedlight.data.arrays import in_memory
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.engines.base import ClientTask
+from fedlight.engines.base import ClientTask, named
 from fedlight.local import ClientResult
 from fedlight.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State
@@ -138,10 +138,12 @@ class Federation:
         if self.perturbation is not None:
             own = self._client_perturbation(client)
             perturbation = self.perturbation.begin(self.state.perturbation, own, objective.start)
+        with named(self.state.round, client):
+            dataset = in_memory(self.datamodule.client_dataset(client), self.datamodule.collate_fn, self.read)
         return ClientTask(
             client=client,
             objective=objective,
-            dataset=in_memory(self.datamodule.client_dataset(client), self.datamodule.collate_fn, self.read),
+            dataset=dataset,
             weight=self._weight(client),
             buffers=self._buffers(client),
             perturbation=perturbation,

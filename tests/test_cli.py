@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,25 @@ def test_a_run_that_diverges_exits_with_1(capsys):
 def test_a_mistake_in_the_users_own_code_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         main(["fit", *TINY[1:], "--model=tests.test_cli.Broken", *QUIET])
+
+
+class FailsLater(Regression):
+    """Fails in the second round."""
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.current_round == 1:
+            raise ValueError("a mistake of one's own")
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_exception_in_a_client_names_round_and_client(capsys):
+    with pytest.raises(ValueError, match="of one's own") as caught:
+        main(["fit", *TINY[1:], "--model=tests.test_cli.FailsLater", *QUIET])
+    assert re.fullmatch(r"This happened in round 1, client \d.", caught.value.__notes__[0])
+    error = ValueError("ours")
+    error.add_note("This happened in round 1, client 2.")
+    assert fedlight.cli._fail(error) == 2
+    assert capsys.readouterr().err.endswith("fedlight: error: ours\nThis happened in round 1, client 2.\n")
 
 
 class Broken(Regression):

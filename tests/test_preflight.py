@@ -11,6 +11,7 @@ from fedlight import algorithms
 from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.data import DatasetPartition
+from fedlight.data.arrays import ArrayDataset
 from fedlight.models import MLP, Classifier
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
@@ -72,6 +73,68 @@ def test_more_classes_in_the_data_than_in_the_model(tmp_path):
     refused(
         tmp_path, r"model.num_classes=2 is too small: the data has label 2. Set model.num_classes to 3", model, data
     )
+
+
+class Classes(Clients):
+    """Every client has a dataset of its own, and the last one a label of its own."""
+
+    def __init__(self, last=2, dataset=torch.utils.data.TensorDataset):
+        self.last, self.kind, self.made = last, dataset, 0
+        super().__init__()
+
+    def dataset(self, x, y):
+        self.made += 1
+        labels = torch.arange(len(x)) % 3
+        labels[-1] = self.last if self.made == 4 else labels[-1]
+        return self.kind(x, labels)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class OfNoNumber(Regression):
+    """Says nowhere how many classes it has."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1].long())
+
+    def validation_step(self, batch, batch_idx): ...
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("label", [3, 250, -1])
+@pytest.mark.parametrize("dataset", [torch.utils.data.TensorDataset, ArrayDataset])
+def test_a_label_of_any_client_is_tried_before_training(tmp_path, label, dataset):
+    message = f"failed on a batch of .* client 3's samples from 2 on: IndexError: Target {label} is out of bounds"
+    refused(tmp_path, message, OfNoNumber(net=Plain()), Classes(label, dataset))
+
+
+def test_labels_of_a_partition_are_tried_too(tmp_path):
+    labels = torch.arange(40) % 3
+    labels[17] = 5
+    data = torch.utils.data.TensorDataset(seeded(40, 3), labels)
+    refused(tmp_path, "IndexError: Target 5 is", OfNoNumber(net=Plain()), DatasetPartition(data, num_clients=4))
+    labels[17] = -1
+    with pytest.raises(ValueError, match="`data.targets`: sample 17 has label -1, below 0"):
+        quiet_trainer(tmp_path).fit(OfNoNumber(net=Plain()), DatasetPartition(data, num_clients=4))
+
+
+def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):
+    x, labels = seeded(40, 3), torch.arange(40) % 3
+    labels[-1] = 7
+    data = DatasetPartition(Samples(x, labels), num_clients=4)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds") as caught:
+        quiet_trainer(tmp_path, clients_per_round=4).fit(OfNoNumber(net=Plain()), data)
+    notes = " ".join(caught.value.__notes__)
+    assert "This happened in round 0, client " in notes
+    assert "checked before training where the dataset has `.targets`, or data.targets does" in notes
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,13 +1,17 @@
 """Two processes share clients and evaluation, and end with the bits of one."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
+from fedlight._processes import lost_process, raised_in
 from fedlight.checkpoint import load_checkpoint
 from fedlight.clients import DiskClientStore
 from tests.helpers import processes
@@ -114,3 +118,52 @@ def test_fabric_starts_the_second_process(one, tmp_path):
         assert found["tested"] == expected["tested"]
     assert len(saved) == 2
     assert load_checkpoint(tmp_path / "stopped" / "version_0" / "checkpoints" / "last.ckpt")["epoch"] == 2
+
+
+class Lost(Callback):
+    """The second process is killed, or fails, in the third round; or the first one is killed."""
+
+    def __init__(self, how: str = "kill", rank: int = 1) -> None:
+        self.how, self.rank = how, rank
+
+    def on_client_end(self, trainer, pl_module, client):
+        if trainer.current_round == 2 and trainer.global_rank == self.rank:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ZeroDivisionError("mine")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "rank", "said"),
+    [
+        ("kill", 1, r"process 1 of 2 \(pid \d+\) was killed by SIGKILL, perhaps for its memory. This one, process 0,"),
+        ("raise", 1, r"process 1 of 2 \(pid \d+\) has ended with exit code 1; what it said is above"),
+        ("kill", 0, r"another of the 2 processes has ended; if it said why, that is above. This one, process 1,"),
+    ],
+)
+def test_the_last_line_says_which_process_died_and_how_to_go_on(tmp_path, how, rank, said):
+    words = ["--model=tests.helpers.tiny.Regression", "--data=tests.helpers.tiny.Clients"]
+    words += ["--trainer.callbacks+=tests.test_processes.Lost", f"--trainer.callbacks.how={how}"]
+    words += [f"--trainer.callbacks.rank={rank}", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    words += ["--trainer.clients_per_round=4", f"--trainer.default_root_dir={tmp_path}"]
+    code, errors, _ = start(tmp_path, "fedlight", "fit", *words)
+    assert code == (1 if rank else -signal.SIGKILL)
+    last = errors.splitlines()[-1]
+    assert re.match(f"fedlight: error: {said}", last)
+    assert last.endswith(f"continue with ckpt_path={tmp_path}/default/version_0/checkpoints/last.ckpt.")
+    assert "gloo" not in errors.rpartition("All distributed processes registered")[2].partition("\n")[2]
+    assert how == "kill" or "ZeroDivisionError: mine" in errors
+
+
+def test_an_error_of_torch_distributed_is_replaced_and_no_other():
+    session = SimpleNamespace(fabric=SimpleNamespace(world_size=2, global_rank=1), folder=None)
+    with pytest.raises(ValueError, match="Default process group") as theirs:
+        torch.distributed.barrier()
+    with pytest.raises(RuntimeError) as ours:
+        raise RuntimeError("Connection closed by peer")
+    assert raised_in(theirs.value).startswith("torch.distributed")
+    assert lost_process(session, ours.value) is None
+    lost = RuntimeError("Connection closed by peer").with_traceback(theirs.value.__traceback__)
+    assert lost_process(session, lost).startswith("another of the 2 processes has ended;")
+    assert lost_process(session, lost).endswith("there is no checkpoint yet.")

@@ -126,6 +126,8 @@ class PartitionedDataModule(FederatedDataModule):
                 f"`data.partitioner: {type(self.partitioner).__name__}` needs the class of each sample; "
                 "give `data.targets`, or a dataset with `.targets` or `.labels`, or choose one that needs none, as IID."
             )
+        if targets is not None and num_samples and int(targets.min()) < 0:
+            raise ValueError(f"`data.targets`: sample {int(targets.argmin())} has label {int(targets.min())}, below 0.")
         if not hasattr(self, "num_clients"):
             self.num_clients = 1 if groups is None else len(torch.unique(groups))
         labels = torch.zeros(num_samples, dtype=torch.int64) if targets is None else targets

@@ -1,7 +1,8 @@
 """The interface of the engines: how the local trainings of a round are executed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,18 @@ class ClientTask:
     perturbation: State = field(default_factory=dict)
     lrs: tuple[float, ...] | None = None
     loss_scale: float = 65536.0
+
+
+@contextmanager
+def named(round: int, *clients: int) -> Iterator[None]:
+    """Let an exception say which round and clients it comes from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This happened in round {round}, client {', '.join(map(str, clients))}.")
+        if "out of bounds" in str(error):
+            error.add_note("Labels are checked before training where the dataset has `.targets`, or data.targets does.")
+        raise
 
 
 class Engine(ABC):

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
 from fedlight.data.arrays import ArrayDataset
-from fedlight.engines.base import ClientTask, Engine, LocalTraining
+from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.fused import FUSED, fuse
 from fedlight.engines.graph_slot import GraphSlot, Job
@@ -91,14 +91,15 @@ class CudaGraph(Engine):
             results: dict[int, ClientResult] = {}
             for slot in self._slots:
                 slot.recorder.begin()
-            running = [self._run(queue, results) for queue in jobs]
+            running = [self._run(round, queue, results) for queue in jobs]
             while running:
                 running = [r for r in running if next(r, "done") is None]
             for slot in self._slots:
                 slot.recorder.end()
             for task in tasks:
                 if task.client not in results:
-                    results[task.client] = self._train_plainly(round, task)
+                    with named(round, task.client):
+                        results[task.client] = self._train_plainly(round, task)
         return [results[task.client] for task in tasks]
 
     def teardown(self) -> None:
@@ -170,9 +171,10 @@ class CudaGraph(Engine):
                     self._warn_plain(fitting[i], error)
         return jobs
 
-    def _run(self, jobs: list[Job], results: dict[int, ClientResult]) -> Generator[None, None, None]:
+    def _run(self, round: int, jobs: list[Job], results: dict[int, ClientResult]) -> Generator[None, None, None]:
         for job in jobs:
-            results[job.task.client] = yield from job.run()
+            with named(round, job.task.client):
+                results[job.task.client] = yield from job.run()
 
     def _train_plainly(self, round: int, task: ClientTask) -> ClientResult:
         if self._plain is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedlight.engines.base import ClientTask, Engine, LocalTraining
+from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.slot import Slot
 from fedlight.local import ClientResult
 from fedlight.seeding import preserved_global_rng
@@ -30,7 +30,11 @@ class Eager(Engine):
         """Train the clients in the order of the tasks."""
         assert self._slot is not None
         with preserved_global_rng():
-            return [self._slot.train(round, task) for task in tasks]
+            results = []
+            for task in tasks:
+                with named(round, task.client):
+                    results.append(self._slot.train(round, task))
+            return results
 
     def teardown(self) -> None:
         """Give the module's parameters storage of their own."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.engines.base import ClientTask, Engine, LocalTraining
+from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.programs import ClientStep, Program
 from fedlight.engines.requirements import cannot, check_recordable, explain, python_values, untouched_metrics, watched
 from fedlight.engines.schedule import LocalSchedule
@@ -62,7 +62,8 @@ class Vmap(Engine):
             for i in range(0, len(tasks), self._at_once):
                 together = tasks[i : i + self._at_once]
                 seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
-                results += Wave(round, together, self._parts).run()
+                with named(round, *(task.client for task in together)):
+                    results += Wave(round, together, self._parts).run()
         return results
 
     def _program(self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str]) -> Program:

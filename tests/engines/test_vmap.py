@@ -1,5 +1,6 @@
 """The vmap engine agrees with the eager one, and says what it cannot do."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from torchmetrics import MeanMetric
 
 import fedlight.algorithms as algorithms
 from fedlight.callbacks.man import MAN
-from fedlight.engines import programs
+from fedlight.engines import programs, vmap
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.requirements import check_recordable
 from fedlight.engines.vmap import Vmap
@@ -226,3 +227,16 @@ def test_a_frozen_layer_stays(tmp_path, monkeypatch):
     torch.manual_seed(0)
     found, _ = cases.train(tmp_path, "vmap")
     torch.testing.assert_close(found, expected)
+
+
+def test_an_exception_names_round_and_clients(tmp_path, monkeypatch):
+    class Fails(vmap.Wave):
+        def __init__(self, round, tasks, parts):
+            super().__init__(round, tasks, parts)
+            if round == 1:
+                raise ZeroDivisionError("mine")
+
+    monkeypatch.setattr(vmap, "Wave", Fails)
+    with pytest.raises(ZeroDivisionError, match="mine") as caught:
+        cases.train(tmp_path, "vmap", max_rounds=2, clients_per_round=2)
+    assert re.fullmatch(r"This happened in round 1, client \d, \d.", caught.value.__notes__[0])
