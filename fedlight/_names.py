@@ -1,5 +1,6 @@
-"""What a method is called in tables, pictures and loggers."""
+"""What a method is called in tables, pictures and loggers, and what the names of metrics say."""
 
+import re
 from collections.abc import Iterable
 
 CENTRAL = "Central"
@@ -18,3 +19,27 @@ def method_name(
         centralized: whether the data are pooled, so that the algorithm plays no part.
     """
     return "+".join([CENTRAL if centralized else algorithm, *([perturbation] if perturbation else []), *penalties])
+
+
+_PREFERRED = (
+    "^val/accuracy$",
+    "^(val(id(ation)?)?[/_.])?acc(uracy)?$",
+    "^(val(id(ation)?)?[/_.])?loss$",
+    "accuracy|(^|[^a-z])acc([^a-z]|$)",
+    "loss",
+)
+_SMALLER = (
+    "loss|error|perplexity|distance|divergence|"
+    "(^|[^a-z])(err|r?mse|mae|mape|nll|bce|ce|ece|ppl|wer|cer|fid|kl)([^a-z]|$)"
+)
+
+
+def preferred_metric(logged: Iterable[str]) -> str | None:
+    """What to judge a model by: an accuracy, else a loss, else the first of what validation logs; None of nothing."""
+    ranks = {name: [bool(re.search(p, name.lower())) for p in _PREFERRED] for name in logged}
+    return min(ranks, key=lambda name: [*ranks[name], True].index(True), default=None)
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether the name of a metric means a loss or an error."""
+    return re.search(_SMALLER, metric.lower()) is not None

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from fedlight._names import smaller_is_better
 from fedlight.checkpoint import FORMAT
 from fedlight.clients import DiskClientStore
 from fedlight.loggers import logger_ids, read_metrics
@@ -149,11 +150,12 @@ def write_summary(session: "Session", seconds: float) -> None:
     trainer, final = session.trainer, {}
     for row in rows:
         final.update(row)
+    judged = session.views.logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all"))]
     best = {
         name: {"value": row[name], "round": int(row["round"])}
-        for name, better in (("val/accuracy", max), ("val/accuracy_all", max), ("val/loss", min))
+        for name in (of for name in judged for of in (name, f"{name}_all"))
         if (having := [r for r in rows if r.get(name) == r.get(name, float("nan"))])
-        for row in [better(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
+        for row in [(min if smaller_is_better(name) else max)(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
     }
     federation = session.federation
     perturbation = trainer.perturbation

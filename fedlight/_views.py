@@ -23,10 +23,14 @@ class Views:
 
     Args:
         session: whose module the views are loaded into.
+
+    Attributes:
+        logged: what the module logs in validation, in its order; empty before the first one.
     """
 
     def __init__(self, session: "Session") -> None:
         self._session, self._settings = session, session.settings
+        self.logged: list[str] = []
 
     def load(self, view: str) -> None:
         """Put a view's weights and the server's buffers into the module."""
@@ -90,6 +94,7 @@ class Views:
                 done[id(params)] = session.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
             suffix = "" if view == "server" else f"_{view}"
             out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}
+        self.logged = list(done[id(views["server"])])
         return out
 
     def _evaluate_clients(self) -> Row:
@@ -102,4 +107,4 @@ class Views:
         if rounds % every and not self._is_last:
             return {}
         self.load("server")
-        return {**session.evaluator.client_accuracy(range(count), self._settings["limit_val_batches"])}
+        return {**session.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])}

@@ -1,16 +1,19 @@
 """Evaluation of one set of weights on one dataset."""
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight._logging import LogCollector, batch_size, collecting_logs
+from fedlight._snapshot import as_floats
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
@@ -45,6 +48,7 @@ class Evaluator:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
         self._call, self._module_call = call, module_call
         self._overridden: Callable[[str], list[str]] = getattr(call, "overridden", lambda name: [])
+        self._clients_log: bool | None = None
         self.transfer = transfer_function(module, fabric.device)
 
     def run(
@@ -100,32 +104,41 @@ class Evaluator:
         with self._fabric.strategy.precision.forward_context():
             return call_step(self._module, f"{stage}_step", batch, index)
 
-    def client_accuracy(self, clients: Sequence[int], limit: int | float | None = None) -> dict[str, float]:
-        """Accuracy of the module on each client's own validation data: mean, standard deviation, 10th percentile.
+    def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[str, float]:
+        """What the module logs on each client's own validation data: mean, standard deviation and 10th percentile.
 
-        Empty where the datamodule has no such data, or ``validation_step`` logs no ``val/accuracy``.
+        Empty where the datamodule has no such data. Where the module logs nothing on that of the first client, one
+        line says so, and no client is evaluated any more.
         """
-        world, values = self._fabric.world_size, {}
-        for client in clients[self._fabric.global_rank :: world]:
-            dataset = self._datamodule.client_val_dataset(client)
-            if dataset is not None and len(dataset):  # type: ignore[arg-type]
-                with named(self._module.trainer.current_epoch, client):
-                    metrics = self.run(dataset, "validation", limit, quiet=True, share=False)
-                if "val/accuracy" in metrics:
-                    values[client] = metrics["val/accuracy"]
-        everyone: list[Any] = [{k: float(v) for k, v in values.items()}]
-        if world > 1:
-            own, everyone = everyone[0], [None] * world
-            torch.distributed.all_gather_object(everyone, own)
-        found = {k: v for part in everyone for k, v in part.items()}
-        if not found:
+        if self._clients_log is None:  # every process asks the same client, and so comes to the same end
+            first = next((m for c in clients if (m := self._on_client(c, limit)) is not None), None)
+            self._clients_log = bool(first)
+            if first == {}:
+                rank_zero_info("clients/*: validation_step logs nothing, so no client is evaluated on its own data.")
+        if not self._clients_log:
             return {}
-        accuracy = torch.tensor([found[k] for k in sorted(found)], dtype=torch.float64)
-        return {
-            "clients/accuracy_mean": float(accuracy.mean()),
-            "clients/accuracy_std": float(accuracy.std(unbiased=False)),
-            "clients/accuracy_p10": float(accuracy.quantile(0.1)),
-        }
+        world = self._fabric.world_size
+        own = {client: self._on_client(client, limit) for client in clients[self._fabric.global_rank :: world]}
+        everyone: list[Any] = [own]
+        if world > 1:
+            everyone = [None] * world
+            torch.distributed.all_gather_object(everyone, own)
+        found = {client: metrics for part in everyone for client, metrics in part.items() if metrics}
+        logged = dict.fromkeys(name for client in sorted(found) for name in found[client])
+        out: dict[str, float] = {}
+        for name, short in _client_names(logged).items():
+            each = torch.tensor([found[c][name] for c in sorted(found) if name in found[c]], dtype=torch.float64)
+            out[f"clients/{short}_mean"] = float(each.mean())
+            out[f"clients/{short}_std"] = float(each.std(unbiased=False))
+            out[f"clients/{short}_p10"] = float(each.quantile(0.1))
+        return out
+
+    def _on_client(self, client: int, limit: int | float | None) -> dict[str, float] | None:
+        dataset = self._datamodule.client_val_dataset(client)
+        if dataset is None or not len(dataset):  # type: ignore[arg-type]
+            return None
+        with named(self._module.trainer.current_epoch, client):
+            return as_floats(self.run(dataset, "validation", limit, quiet=True, share=False))
 
     @property
     def _batch_size(self) -> int:
@@ -165,6 +178,16 @@ class Evaluator:
             for name, (value, weight, reduction) in logged.items():
                 total.merge(name, value, weight, reduction)
         return total.compute()
+
+
+def _client_names(logged: Iterable[str]) -> dict[str, str]:
+    """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
+    names: dict[str, str] = {}
+    for name in sorted(logged, key=lambda name: not name.startswith("val/")):
+        names[name] = re.sub("^val[/_](?=.)", "", name)
+        while list(names.values()).count(names[name]) > 1:
+            names[name] = f"logged_{names[name]}"
+    return names
 
 
 @contextmanager

@@ -77,7 +77,8 @@ class RunFolder:
         raise MisconfigurationException(
             f"ckpt_path={checkpoint!r}: {'the newest run' if own is None else 'the run of this trainer'}, {run.path},"
             f" has no checkpoint of that name{' yet; it is still training' if is_locked(run.path) else ''}."
-            f" {f'It has ckpt_path={held[-1]}' if held else 'To begin it anew, fit without ckpt_path'}.{older}"
+            f" {f'It has ckpt_path={held[-1]}' if held else 'To begin it anew, fit without ckpt_path'}."
+            f"{run.why_no_best() if checkpoint == 'best' else ''}{older}"
         )
 
     def lock(self) -> None:
@@ -133,6 +134,16 @@ class RunFolder:
             return 0
         except OSError:
             return 1
+
+    def why_no_best(self) -> str:
+        """What best.ckpt waits for, and what the module logged by the columns of ``metrics.csv``."""
+        try:
+            header = (self.path / "metrics.csv").read_text(errors="replace").partition("\n")[0].strip()
+        except OSError:
+            return ""
+        own = ("", "round", "lr", "time", "comm", "clients", "hessian")
+        logged = ", ".join(name for name in header.split(",") if name.split("/")[0] not in own) or "nothing"
+        return f" best.ckpt is written when what Checkpoint monitors is logged in validation; logged was: {logged}."
 
     def remove_unfinished(self, held: bool = False) -> None:
         """Remove files that a killed run was writing, unless another run has the folder."""

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import pathlib
 import random
@@ -615,3 +616,89 @@ def test_a_checkpoint_with_the_same_weights_is_continued_without_a_word(tmp_path
     caplog.clear()
     fit(tmp_path, 2, "last")
     assert "weighs" not in caplog.text
+
+
+class Several(Regression):
+    """Logs given metrics in validation, one value a round."""
+
+    def __init__(self, **metrics):
+        super().__init__()
+        self.metrics = metrics
+
+    def validation_step(self, batch, batch_idx):
+        for name, values in self.metrics.items():
+            self.log(name.replace("__", "/"), values[self.current_epoch - 1])
+
+
+RISING, FALLING = [0.1, 0.5, 0.3], [0.9, 0.5, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said", "best"),
+    [
+        ({"val__acc": RISING}, "largest val/acc", 2),
+        ({"val_acc": FALLING}, "largest val_acc", 1),
+        ({"val_loss": FALLING}, "smallest val_loss", 2),
+        ({"valid_loss": FALLING}, "smallest valid_loss", 2),
+        ({"val__loss": RISING, "val__accuracy": RISING}, "largest val/accuracy", 2),
+        ({"val_loss": RISING, "acc": RISING}, "largest acc", 2),
+        ({"MulticlassAccuracy": RISING, "val__f1": FALLING}, "largest MulticlassAccuracy", 2),
+        ({"val__top1_acc": RISING, "val__loss": RISING}, "smallest val/loss", 1),
+        ({"val__f1": RISING, "val__reconstruction_loss": FALLING}, "smallest val/reconstruction_loss", 2),
+        ({"val__rmse": FALLING}, "smallest val/rmse", 2),
+        ({"MeanSquaredError": FALLING}, "smallest MeanSquaredError", 2),
+        ({"perplexity": FALLING}, "smallest perplexity", 2),
+        ({"auroc": RISING, "val__f1": FALLING}, "largest auroc", 2),
+        ({"val__vaccinated": RISING}, "largest val/vaccinated", 2),
+    ],
+)
+def test_what_is_best_is_chosen_from_what_validation_logs_and_said_once(tmp_path, caplog, metrics, said, best):
+    _, trainer = fit(tmp_path, 3, model=Several(**metrics))
+    assert [m for m in caplog.messages if "best.ckpt" in m] == [f"best.ckpt: the round with the {said}."]
+    assert best_round(trainer) == best
+    name = said.split()[1]
+    summary = json.loads((trainer.run_dir / "summary.json").read_text())["best"]
+    assert set(summary) >= {k.replace("__", "/") for k in metrics} | {f"{name}_all"}
+    assert summary[name]["round"] == best - 1
+    assert trainer.test(Several(**metrics), Clients(SIZES), "best", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said", "why"),
+    [
+        (lambda: Several(), {}, "Checkpoint.monitor=None, and what validation logs is: nothing", "nothing"),
+        (
+            lambda: Several(val__f1=RISING),
+            {"callbacks": lambda: [Checkpoint(monitor="val/acc")]},
+            "Checkpoint.monitor='val/acc', and what validation logs is: val/f1",
+            "val/f1, val/f1_selected, val/f1_all",
+        ),
+    ],
+)
+def test_where_there_is_no_best_a_line_and_a_later_test_say_why(tmp_path, caplog, model, settings, said, why):
+    settings = {key: make() for key, make in settings.items()}
+    _, trainer = fit(tmp_path, 2, model=model(), check_val_every_n_rounds=2, **settings)
+    assert [m for m in caplog.messages if "best.ckpt" in m] == [f"best.ckpt is not written: {said}."]
+    assert [p.name for p in (trainer.run_dir / "checkpoints").iterdir()] == ["last.ckpt"]
+    with pytest.raises(MisconfigurationException) as error:
+        quiet_trainer(tmp_path).test(model(), Clients(SIZES), "best")
+    assert (
+        f"best.ckpt is written when what Checkpoint monitors is logged in validation; logged was: train/loss, {why}"
+        in (str(error.value).replace("train/loss.", "train/loss, nothing."))
+    )
+
+
+def test_a_resume_compares_with_the_same_metric(tmp_path):
+    """And where a checkpoint of version 0.1 does not say which, with none but those that it took."""
+    fit(tmp_path, 2, model=Several(val_loss=[0.5, 0.4, 0.6, 0.7]))
+    both = {"val_loss": [0.5, 0.4, 0.6, 0.7], "val_acc": [0.1, 0.2, 0.3, 0.25]}
+    _, trainer = fit(tmp_path, 4, "last", model=Several(**both))
+    assert best_round(trainer) == 2
+    fit(tmp_path / "old", 2, model=Several(val_acc=[0.5, 0.6, 0.1, 0.2]))
+    path = tmp_path / "old" / "default" / "version_0" / "checkpoints" / "last.ckpt"
+    content = load_checkpoint(path)
+    (state,) = (s for s in content["callbacks"].values() if "best" in s)
+    assert state.pop("monitor") == "val_acc"
+    save_checkpoint(path, content)
+    _, trainer = fit(tmp_path / "old", 4, "last", model=Several(val_acc=[0.5, 0.6, 0.1, 0.2]))
+    assert best_round(trainer) == 4

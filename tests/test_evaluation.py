@@ -135,3 +135,55 @@ def test_evaluation_changes_no_buffers(tmp_path):
     model = Accurate(net=nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)))
     quiet_trainer(tmp_path).validate(model, PerClient(), verbose=False)
     assert torch.equal(model.net[0].running_mean, torch.zeros(3))
+
+
+class Named(Regression):
+    """Logs its squared error under the given names."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.calls = names, 0
+
+    def validation_step(self, batch, batch_idx):
+        self.calls += 1
+        x, y = batch
+        self.log_dict({name: F.mse_loss(self(x), y) + i for i, name in enumerate(self.names)})
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["val_acc"], ["acc"]),
+        (["val/loss", "val/top5/accuracy", "auroc"], ["loss", "top5/accuracy", "auroc"]),
+        (["val_loss", "val/loss", "loss"], ["logged_loss", "loss", "logged_logged_loss"]),
+        (["val/", "validity", "val_"], ["val/", "validity", "val_"]),
+    ],
+)
+def test_every_metric_that_a_client_logs_is_kept_under_a_name_of_its_own(tmp_path, names, short):
+    model, data = Named(*names), PerClient()
+    found = fit(tmp_path, model, data)
+    with torch.no_grad():
+        batches = (data.client_dataset(c).batch(torch.arange(len(data.client_dataset(c)))) for c in range(3))
+        values = torch.stack([F.mse_loss(model(x), y) for x, y in batches]).double()
+    for offset, name in enumerate(short):
+        assert found[f"clients/{name}_mean"] == pytest.approx(values.mean().item() + offset, abs=1e-6)
+        assert found[f"clients/{name}_std"] == pytest.approx(values.std(unbiased=False).item(), abs=1e-6)
+        assert found[f"clients/{name}_p10"] == pytest.approx(values.quantile(0.1).item() + offset, abs=1e-6)
+    clients = [name for name in found if name.startswith("clients/") and name[-4:] in ("mean", "_std", "_p10")]
+    assert len(clients) == 3 * len(names)
+
+
+def test_clients_are_not_evaluated_for_nothing(tmp_path, caplog):
+    """A module that logs nothing: one evaluation of the server's data and of one client, and a line."""
+
+    class Shifted(PerClient):
+        def client_val_dataset(self, client):
+            return self.client_dataset(client) if client > 0 else None
+
+    model = Named()
+    fit(tmp_path, model, Shifted(), max_rounds=3, views=["server"])
+    evaluations = 3 * 3 + 3  # ten samples of all rounds, and twelve of client 1, in batches of four
+    assert model.calls == evaluations
+    assert [r.message for r in caplog.records if "clients/*" in r.message] == [
+        "clients/*: validation_step logs nothing, so no client is evaluated on its own data."
+    ]

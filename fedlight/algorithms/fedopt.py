@@ -203,18 +203,8 @@ def _adaptive(server_lr: float, beta1: float, beta2: float, eps: float, initial_
 class _Adaptive(torch.optim.Optimizer):
     """Adam and Yogi as in Reddi et al. 2021: torch has no Yogi, and its Adam starts v from 0 and corrects the bias."""
 
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        initial_accumulator: float,
-        yogi: bool = False,
-        bias_correction: bool = False,
-    ) -> None:
-        self._start, self._yogi, self._bias_correction = initial_accumulator, yogi, bias_correction
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, {"yogi": False, "bias_correction": False, **settings})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -222,11 +212,15 @@ class _Adaptive(torch.optim.Optimizer):
         (beta1, beta2), p = group["betas"], group["params"][0]
         state, square = self.state[p], p.grad.square()
         if not state:
-            state |= {"m": torch.zeros_like(p), "v": torch.full_like(p, self._start), "step": torch.zeros(())}
+            state |= {
+                "m": torch.zeros_like(p),
+                "v": torch.full_like(p, group["initial_accumulator"]),
+                "step": torch.zeros(()),
+            }
         m = state["m"] = state["m"] * beta1 + p.grad * (1 - beta1)
-        towards = torch.sign(state["v"] - square) * square if self._yogi else state["v"] - square
+        towards = torch.sign(state["v"] - square) * square if group["yogi"] else state["v"] - square
         v = state["v"] = state["v"] - (1 - beta2) * towards
         t = state["step"] = state["step"] + 1
-        if self._bias_correction:
+        if group["bias_correction"]:
             m, v = m / (1 - beta1 ** int(t)), v / (1 - beta2 ** int(t))
         p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))

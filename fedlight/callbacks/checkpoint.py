@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
+from fedlight._names import preferred_metric, smaller_is_better
 from fedlight.checkpoint import CheckpointWriter, save_checkpoint
 
 
@@ -20,8 +22,10 @@ class Checkpoint(Callback):
     killed run lost is computed again; the best round so far is kept in memory until it is written.
 
     Args:
-        monitor: the metric that ``best.ckpt`` has the best value of; by default ``val/accuracy``, or else ``val/loss``.
-        mode: whether larger (``max``) or smaller (``min``) is better; by default larger for accuracies.
+        monitor: the metric that ``best.ckpt`` has the best value of; by default, of what ``validation_step`` logs, an
+            accuracy, or else a loss, or else the first. A line says which, or why there is none.
+        mode: whether larger (``max``) or smaller (``min``) is better; by default smaller where the name of the metric
+            means a loss or an error.
         every_n_rounds: write ``last.ckpt`` after every so many rounds.
         max_overhead: the part of the run's time that writing may take; 1 writes whenever it is due, and waits until
             that is done.
@@ -41,6 +45,8 @@ class Checkpoint(Callback):
         self.monitor, self.mode = monitor, mode
         self.every_n_rounds, self.max_overhead = every_n_rounds, max_overhead
         self.best: float | None = None
+        self._chosen: str | None = None
+        self._said = False
         self._pending: dict[str, Any] | None = None
         self._written_at = -math.inf
         self._cost = 0.0
@@ -48,7 +54,7 @@ class Checkpoint(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin a run anew; a resumed one gets its state back afterwards."""
         if stage == "fit":
-            self.best, self._pending = None, None
+            self.best, self._pending, self._chosen, self._said = None, None, None, False
             self._written_at, self._cost = -math.inf, 0.0
 
     def on_round_end(self, trainer: Any, pl_module: Any) -> None:
@@ -61,7 +67,7 @@ class Checkpoint(Callback):
         cheap, failure = trainer.strategy.broadcast((self._is_cheap(writer), writer.failure()))
         if failure is not None:
             raise MisconfigurationException(failure)
-        if self._is_best(trainer.callback_metrics):
+        if self._is_best(self._monitored(trainer), trainer.callback_metrics):
             self._pending = trainer.snapshot()
         last = final or (trainer.current_round % self.every_n_rounds == 0 and cheap)
         if not last and not (cheap and self._pending):
@@ -90,21 +96,43 @@ class Checkpoint(Callback):
         cost = max(self._cost, writer.seconds)
         return self.max_overhead == 1 or (not writer.busy and cost <= self.max_overhead * since)
 
-    def _is_best(self, metrics: dict[str, Any]) -> bool:
-        monitor = self.monitor or next((m for m in ("val/accuracy", "val/loss") if m in metrics), None)
-        if monitor is None or monitor not in metrics:
+    def _monitored(self, trainer: Any) -> str | None:
+        """The metric to compare by, if there is one yet; said once."""
+        views = trainer._session.views
+        name = self.monitor or self._chosen or preferred_metric(views.logged)
+        found = name is not None and name in trainer.callback_metrics
+        if not self._said and (found or views.due):
+            self._said, logged = True, ", ".join(views.logged) or "nothing"
+            rank_zero_info(
+                f"best.ckpt: the round with the {'largest' if self._larger(str(name)) else 'smallest'} {name}."
+                if found
+                else f"best.ckpt is not written: Checkpoint.monitor={name!r}, and what validation logs is: {logged}."
+            )
+        if not found:
+            return None
+        # A checkpoint of version 0.1 does not say what its best value is one of: val/accuracy, or else val/loss.
+        if name not in ([self.monitor, "val/accuracy", "val/loss"] if self._chosen is None else [self._chosen]):
+            self.best = None
+        self._chosen = name
+        return name
+
+    def _larger(self, monitor: str) -> bool:
+        return self.mode == "max" if self.mode else not smaller_is_better(monitor)
+
+    def _is_best(self, monitor: str | None, metrics: dict[str, Any]) -> bool:
+        if monitor is None:
             return False
-        value = float(metrics[monitor])
-        larger = (self.mode or ("min" if "loss" in monitor else "max")) == "max"
+        value, larger = float(metrics[monitor]), self._larger(monitor)
         if math.isnan(value) or (self.best is not None and (value <= self.best if larger else value >= self.best)):
             return False
         self.best = value
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best": self.best}
+        """The best value so far, and of what."""
+        return {"best": self.best, "monitor": self._chosen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
-        self.best = state_dict["best"]
+        self.best, self._chosen = state_dict["best"], state_dict.get("monitor")
+        self._said = self._chosen is not None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from fedlight._names import smaller_is_better
 from fedlight.report.document import Cell, Table, cells
 from fedlight.report.groups import Group, Stat, Study, gain
 from fedlight.report.naming import differing, show
@@ -52,7 +53,7 @@ def best_of(groups: Sequence[Group], metric: str) -> set[str]:
             means[group.label] = round(stat.mean * (100 if is_share(metric) else 1), 2)
     if len(means) < 2:
         return set()
-    best = (min if "loss" in metric else max)(means.values())
+    best = (min if smaller_is_better(metric) else max)(means.values())
     return {label for label, mean in means.items() if mean == best}
 
 
