@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
-from torchmetrics import Metric
 
 from fedlight._logging import LogCollector, collecting_logs
+from fedlight._module_state import untouched
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import find_targets
 from fedlight.engines.slot import call_step
+from fedlight.engines.trial import watched
 from fedlight.evaluation import evaluating
 from fedlight.federation import Federation
 from fedlight.optimizers import RoundSchedule, check_schedules
-from fedlight.seeding import preserved_global_rng
 
 
 def preflight(
@@ -125,7 +125,8 @@ def _try_one_batch(
     start: int,
 ) -> None:
     """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
-    batch = first_samples(datamodule, client, 2, start)
+    first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
+    batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
         with evaluating(module):
             loss = _trial_step(module, fabric, transfer, batch)
@@ -173,23 +174,17 @@ def _trial_step(module: LightningModule, fabric: Fabric, transfer: Callable[[Any
 
 
 def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:
-    """What ``training_step`` returns, without a gradient; buffers, metrics and random numbers are as before.
+    """What ``training_step`` returns, without a gradient; all of the module and all random numbers are as before.
 
     Args:
         module: the module, in the mode that it is to be tried in.
         batch: a batch on its device.
         context: what the forward pass runs in.
     """
-    kept = {name: value.clone() for name, value in module.named_buffers()}
     log = LogCollector(module.device)
-    try:
-        with preserved_global_rng(), collecting_logs(module, log), torch.no_grad(), context or nullcontext():
-            return call_step(module, "training_step", batch, 0)
-    finally:
-        for name, value in module.named_buffers():
-            value.copy_(kept[name])
-        for metric in (m for m in module.modules() if isinstance(m, Metric)):
-            metric.reset()
+    undone = untouched(module)
+    with undone, watched(module, set()), collecting_logs(module, log), torch.no_grad(), context or nullcontext():
+        return call_step(module, "training_step", batch, 0)
 
 
 def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:

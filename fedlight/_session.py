@@ -16,15 +16,16 @@ from torch import Tensor
 from fedlight._clock import RoundClock, make_profiler, start_profiler
 from fedlight._float32 import float32_products
 from fedlight._hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
+from fedlight._movers import Movers, begin_federation, follow_freezing
 from fedlight._preflight import preflight
 from fedlight._processes import lost_process, watch_children
 from fedlight._processors import choose_threads, resolve_devices
 from fedlight._resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight._setup import be_deterministic, local_training, make_fabric
 from fedlight._signals import deferred_signals
-from fedlight._snapshot import as_floats, make_checkpoint, restore_callbacks, write_checkpoint, write_summary
+from fedlight._snapshot import as_floats, make_checkpoint, write_checkpoint, write_summary
 from fedlight._views import Views
-from fedlight.checkpoint import CheckpointWriter, check_state_dict
+from fedlight.checkpoint import CheckpointWriter
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.federated import how_to_federate
@@ -99,6 +100,7 @@ class Session:
         self.changes: dict[str, list[Any]] = {}
         self._started = time.perf_counter()
         self._cleanup = ExitStack()
+        self.movers = Movers(self)
         self.writer = CheckpointWriter()
         self._cleanup.callback(self.writer.close)
 
@@ -136,7 +138,7 @@ class Session:
         self.datamodule.setup(self.command)
         share_among_processes(self.fabric, self.datamodule)
         self._set_up_module()
-        self._make_federation(self._checkpoint)
+        begin_federation(self, self._checkpoint)
 
     def _set_up_module(self) -> None:
         module, stage = self.module, self.command
@@ -148,7 +150,8 @@ class Session:
         # After the module's own: modules are handed over with the devices and data types that they train with.
         self.fabric.strategy.precision.convert_module(module)
         self.fabric.to_device(module)
-        self.evaluator = Evaluator(module, self.fabric, self.datamodule, self.hooks, self.hooks.module_only)
+        hooks = self.hooks, self.hooks.module_only
+        self.evaluator = Evaluator(module, self.fabric, self.datamodule, *hooks, self.movers.untouched)
 
     def _make_federation(self, checkpoint: dict[str, Any] | None) -> None:
         settings, trainer = self.settings, self.trainer
@@ -162,16 +165,12 @@ class Session:
         self.views = Views(self)
         per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
-        if checkpoint is not None:
-            check_state_dict(self._path, checkpoint["state_dict"], self.module.state_dict())
         anew = self.command == "fit" and begin_experiment(self, checkpoint)
         buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
         self.federation.initialise(flat_parameters(self.module), buffers)
         if checkpoint is not None:
             self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
             self.views.load("server")
-            if self.command == "fit":
-                restore_callbacks(self, checkpoint)
         if self.folder is not None and self.command == "fit" and self._is_zero:
             self.folder.check_room(self.federation.num_bytes())
 
@@ -215,12 +214,13 @@ class Session:
             torch.set_num_threads(threads)
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
-        if self._checkpoint is not None and self.metrics_csv is not None:
-            with writing(self.metrics_csv.path):
-                self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
         self.first_round = trainer.current_round
         define_round_axis(self.loggers)
         self.hooks("on_fit_start")
+        follow_freezing(self, self._checkpoint)
+        if self._checkpoint is not None and self.metrics_csv is not None:
+            with writing(self.metrics_csv.path):
+                self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         self.engine = start_engine(settings["engine"], local_training(self))
         self._cleanup.callback(self.engine.teardown)

@@ -4,15 +4,19 @@ import math
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 
-from fedlight.engines.base import LocalTraining
+from fedlight.engines import runs_python
+from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
+from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
 from fedlight.sampling import expected_clients
 
@@ -56,7 +60,7 @@ def local_training(session: "Session") -> LocalTraining:
     clip = settings["gradient_clip_val"]
     engine = settings["engine"]
     federation.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
-    return LocalTraining(
+    training = LocalTraining(
         module=session.module,
         fabric=session.fabric,
         seed=trainer.seed,
@@ -72,5 +76,26 @@ def local_training(session: "Session") -> LocalTraining:
         call=session.hooks,
         compile=settings["compile"],
         clients=math.ceil(expected_clients(trainer.sampler) / session.fabric.world_size),
-        example=federation.tasks([int(federation.sizes.argmax())], session.schedule.lrs)[0],
+        example=_example(session),
     )
+    frozen = any(not p.requires_grad for p in session.module.parameters())
+    if not frozen and runs_python(settings["engine"], training):
+        return replace(training, state=session.movers.state)  # whatever steps change shows when it is put back
+    findings = try_steps(training, session.hooks.module_only)
+    session.movers.adopt(findings.moving)
+    _say(findings, federation.buffer_policy)
+    return replace(training, findings=findings, state=session.movers.state, example=_example(session))
+
+
+def _example(session: "Session") -> ClientTask:
+    return session.federation.tasks([int(session.federation.sizes.argmax())], session.schedule.lrs)[0]
+
+
+def _say(findings: Findings, policy: str) -> None:
+    some = [", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for n in vars(findings).values()]
+    if findings.moving:
+        rank_zero_info(
+            f"model: {some[0]} change without a gradient: they follow trainer.buffers={policy}, as buffers do."
+        )
+    if findings.changed:
+        rank_zero_info(f"model: steps change {some[2]}: every client finds them as they were when the round began.")

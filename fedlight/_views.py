@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from fedlight._hooks import overrides
 from fedlight._snapshot import as_floats
 from fedlight.evaluation import Stage
-from fedlight.parameters import load_flat_parameters
+from fedlight.parameters import load_flat_parameters, load_tensors
 
 if TYPE_CHECKING:
     from fedlight._session import Session
@@ -36,9 +35,7 @@ class Views:
         """Put a view's weights and the server's buffers into the module."""
         session = self._session
         load_flat_parameters(session.module, session.federation.state.views[view], session.layout)
-        with torch.no_grad():
-            for name, value in session.module.named_buffers():
-                value.copy_(session.federation.state.buffers[name])
+        load_tensors(session.module, session.federation.state.buffers)
 
     @property
     def due(self) -> bool:

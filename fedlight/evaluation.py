@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,7 @@ class Evaluator:
         datamodule: gives batch size, workers and collate function.
         call: calls a hook of callbacks and module.
         module_call: calls a hook of the module alone.
+        untouched: makes a context that leaves no trace in the module.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class Evaluator:
         datamodule: FederatedDataModule,
         call: Callable[..., Any],
         module_call: Callable[..., Any],
+        untouched: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
-        self._call, self._module_call = call, module_call
+        self._call, self._module_call, self._untouched = call, module_call, untouched
         self._overridden: Callable[[str], list[str]] = getattr(call, "overridden", lambda name: [])
         self._clients_log: bool | None = None
         self.transfer = transfer_function(module, fabric.device)
@@ -66,7 +68,8 @@ class Evaluator:
             dataset: the data.
             stage: which step and hooks are used.
             limit: at most so many batches (int) or that fraction of them (float).
-            quiet: call the module's hooks only, not the callbacks'.
+            quiet: call the module's hooks only, not the callbacks', and leave no trace in the module: any evaluation
+                but that of the server's model.
             share: whether the processes share the batches; otherwise this process evaluates all of them.
             publish: receives the result before the end hook is called, so that callbacks find it; before the epoch's
                 end hook what is known by then, if anyone has that hook.
@@ -79,7 +82,8 @@ class Evaluator:
         # A process without a batch would not know what others log: where there are too few, everyone evaluates all.
         share, seen, records = share and 1 < world <= count, 0, []
         log.alone = not share
-        with evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
+        context = self._untouched() if quiet else nullcontext()
+        with context, evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
             for index, batch in self._batches(dataset, count, share):

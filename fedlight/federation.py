@@ -86,7 +86,7 @@ class Federation:
         self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
         self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
         self._mean_size = float(self.sizes.double().mean())
-        self._initial_buffers: State = {}
+        self.initial_buffers: State = {}
         weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
         self._shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         algorithm.setup(self.num_clients, layout)
@@ -96,7 +96,7 @@ class Federation:
 
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
-        self._initial_buffers = {k: v.clone() for k, v in buffers.items()}
+        self.initial_buffers = {k: v.clone() for k, v in buffers.items()}
         latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
             algorithm=self.algorithm.init_server(params),
@@ -145,18 +145,19 @@ class Federation:
             objective=objective,
             dataset=dataset,
             weight=self._weight(client),
-            buffers=self._buffers(client),
+            buffers=self.buffers_of(client),
             perturbation=perturbation,
             lrs=lrs,
             loss_scale=self.state.loss_scale,
         )
 
-    def _buffers(self, client: int) -> State:
+    def buffers_of(self, client: int) -> State:
+        """What a client's training starts from."""
         if self.buffer_policy == "reset":
-            return self._initial_buffers
+            return self.initial_buffers
         if self.buffer_policy == "local":
             own = self.store.get(client, "buffers")
-            return self._initial_buffers if own is None else own
+            return self.initial_buffers if own is None else {**self.initial_buffers, **own}
         return self.state.buffers
 
     def finite(self, results: Sequence[ClientResult]) -> list[ClientResult]:
@@ -252,7 +253,7 @@ class Federation:
         """Server state and client rows, in plain tensors and Python values."""
         return {
             "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
-            "initial_buffers": dict(self._initial_buffers),
+            "initial_buffers": dict(self.initial_buffers),
             "clients": self.store.state_dict(),
         }
 
@@ -275,7 +276,7 @@ class Federation:
         found = {k: v.shape for k, v in saved["server"]["algorithm"].items()}
         if clients and expected != found:
             raise MisconfigurationException(f"ckpt_path: the algorithm keeps {expected}, the checkpoint has {found}.")
-        self._initial_buffers = _to(saved["initial_buffers"], device)
+        self.initial_buffers = _to(saved["initial_buffers"], device)
         server: dict[str, Any] = {k: _to(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
         self.state = ServerState(**server)
         if clients:

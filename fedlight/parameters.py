@@ -1,6 +1,6 @@
 """Flat parameters: a module's trainable parameters and their gradients as views into one vector each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -92,6 +92,21 @@ class ParameterLayout:
             for info in self.parameters
         }
 
+    def check(self, module: nn.Module) -> None:
+        """Refuse by name parameters that have been frozen or unfrozen since.
+
+        Raises:
+            MisconfigurationException: naming them.
+        """
+        before, now = {i.name for i in self.parameters}, {n for n, p in module.named_parameters() if p.requires_grad}
+        if before != now:
+            changed = [f"{n!r} was {'frozen' if n in before else 'unfrozen or added'}" for n in sorted(before ^ now)]
+            raise MisconfigurationException(
+                f"model: which parameters are trained has changed since training began: {', '.join(changed[:5])}"
+                f"{' ...' if len(changed) > 5 else ''}. They are one vector for the server and all clients: freeze them"
+                " in __init__, configure_model, setup or on_fit_start, and train in stages with one fit for each."
+            )
+
     def mask(self, select: Callable[[ParameterInfo], bool]) -> Tensor:
         """A boolean vector ``[P]`` that is true where ``select`` holds for the parameter."""
         out = torch.zeros(self.numel, dtype=torch.bool)
@@ -113,6 +128,7 @@ class FlatParameters:
         self.module = module
         self.layout = ParameterLayout.of(module)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._flags = [p.requires_grad for p in module.parameters()]
         with torch.no_grad():
             self.params = torch.cat([p.detach().reshape(-1) for p in self._parameters])
         self.grad = torch.zeros_like(self.params)
@@ -125,6 +141,23 @@ class FlatParameters:
         for parameter, value, gradient in views:
             parameter.data = value
             parameter.grad = gradient
+        self._addresses = [p.data_ptr() for p in self._parameters]
+
+    def check(self) -> None:
+        """Refuse by name parameters that have been frozen, unfrozen or replaced: the vector would miss them.
+
+        Raises:
+            MisconfigurationException: naming them.
+        """
+        if [p.requires_grad for p in self.module.parameters()] != self._flags:
+            self.layout.check(self.module)
+        if [p.data_ptr() for p in self._parameters] != self._addresses:
+            both = zip(self.layout.parameters, self._parameters, self._addresses, strict=True)
+            names = [info.name for info, p, address in both if p.data_ptr() != address]
+            raise MisconfigurationException(
+                f"model: the data of parameter {names[0]!r} is replaced while a client trains (`parameter.data = ...`),"
+                " which the optimizer's step would not see. Write into it instead: `parameter.data.copy_(...)`."
+            )
 
     def release(self) -> None:
         """Give every parameter its own storage and drop the gradients."""
@@ -133,14 +166,29 @@ class FlatParameters:
             parameter.grad = None
 
 
-def flat_parameters(module: nn.Module) -> Tensor:
+def flat_parameters(module: nn.Module, layout: ParameterLayout | None = None) -> Tensor:
     """A copy of the module's trainable parameters as one vector ``[P]``."""
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad])
+    parameters = dict(module.named_parameters())
+    infos = (layout or ParameterLayout.of(module)).parameters
+    return torch.cat([parameters[info.name].detach().reshape(-1) for info in infos])
 
 
 @torch.no_grad()
 def load_flat_parameters(module: nn.Module, vector: Tensor, layout: ParameterLayout | None = None) -> None:
-    """Write a flat vector ``[P]`` into the module's trainable parameters; ``layout`` saves looking for it."""
-    views = (layout or ParameterLayout.of(module)).views(vector).values()
-    for value, parameter in zip(views, (p for p in module.parameters() if p.requires_grad), strict=True):
-        parameter.copy_(value)
+    """Write a flat vector ``[P]`` into the module's trainable parameters; ``layout`` saves looking for it.
+
+    Raises:
+        ValueError: if it has another length.
+    """
+    layout = layout or ParameterLayout.of(module)
+    if vector.numel() != layout.numel:
+        raise ValueError(f"The vector has {vector.numel()} entries, the module trains {layout.numel} parameters.")
+    load_tensors(module, layout.views(vector))
+
+
+@torch.no_grad()
+def load_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into a module's parameters and buffers, by name."""
+    tensors = {**dict(module.named_buffers()), **dict(module.named_parameters())} if values else {}
+    for name, value in values.items():
+        tensors[name].copy_(value)

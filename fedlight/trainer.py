@@ -224,12 +224,14 @@ class FederatedTrainer(TrainerInterface):
         clock = session.clock
         clock.begin()
         session.hooks("on_round_start")
+        session.layout.check(session.module)
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
         mine = balance(clients, federation.sizes, self.world_size)[self.global_rank]
         with clock("train"):
             results = session.engine.train(round, federation.tasks(mine, session.schedule.lrs))
         with clock("wait"):
             gathered, stop = gather_results(session.fabric, results, federation.start, session.interrupted)
+            gathered = session.movers.joined(gathered)
         with clock("aggregate"):
             finite = federation.finite(gathered)
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}

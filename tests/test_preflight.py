@@ -37,7 +37,7 @@ def refused(tmp_path, message, model=None, data=None, **settings):
 
 def test_shapes_that_do_not_fit(tmp_path):
     message = (
-        r"model and data do not fit: Regression.training_step failed on a batch of \(float32 \(2, 3\), float32 \(2,"
+        r"model and data do not fit: Regression.training_step failed on a batch of \(float32 \(4, 3\), float32 \(4,"
     )
     refused(tmp_path, message, Regression(net=nn.Linear(5, 1)))
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fedlight.analysis.memory import free_memory
 from fedlight.analysis.task import TaskLoss
-from fedlight.parameters import load_flat_parameters
+from fedlight.parameters import load_flat_parameters, load_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -88,9 +88,7 @@ def load_weights(module: LightningModule, weights: Weights) -> None:
     """Write parameters and buffers into a module."""
     params, buffers = weights
     load_flat_parameters(module, params)
-    with torch.no_grad():
-        for name, value in module.named_buffers():
-            value.copy_(buffers[name])
+    load_tensors(module, buffers)
 
 
 def is_federated(trainer: Any) -> bool:

@@ -133,7 +133,8 @@ class _BufferMixer:
     """Sets a module's buffers to (1 − t)·its own + t·others; what is not a floating-point number changes at t = ½."""
 
     def __init__(self, loss: TaskLoss, others: dict[str, Tensor]) -> None:
-        self._buffers = dict(loss.module.named_buffers())
+        tensors = {**dict(loss.module.named_buffers()), **dict(loss.module.named_parameters())}
+        self._buffers = {name: tensors[name].detach() for name in others}
         self._own = {name: value.clone() for name, value in self._buffers.items()}
         self._others = {name: others[name].to(value) for name, value in self._own.items()}
 

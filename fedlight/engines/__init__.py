@@ -55,5 +55,11 @@ def start_engine(wanted: str | Engine, training: LocalTraining) -> Engine:
     return engine
 
 
+def runs_python(wanted: str | Engine, training: LocalTraining) -> bool:
+    """Whether every local step will be run as it is written, and not be recorded once."""
+    auto = wanted == "auto" and not _accelerated(training.fabric.device)
+    return (auto or wanted == "eager" or isinstance(wanted, Eager)) and not training.compile
+
+
 def _accelerated(device: torch.device) -> bool:
     return device.type == "cuda"

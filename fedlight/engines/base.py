@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fedlight._module_state import ModuleState
 from fedlight.local import ClientResult, GradientClip, LocalObjective
 from fedlight.perturbations.base import Perturbation, State
 
@@ -36,6 +37,8 @@ class LocalTraining:
         compile: whether the engine may compile what it runs.
         clients: clients that this process trains in a round, usually at most.
         example: a client's work, as in the first round, to try things out with.
+        state: what clients may change of the module, to be put back after each; None where nothing is.
+        findings: what steps were seen to do, on the module itself.
     """
 
     module: LightningModule
@@ -54,6 +57,27 @@ class LocalTraining:
     compile: bool = False
     clients: int = 1
     example: "ClientTask | None" = None
+    state: ModuleState | None = None
+    findings: "Findings" = field(default_factory=lambda: Findings())
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What local steps do besides changing parameters.
+
+    Attributes:
+        moving: parameters without a gradient that change, by name; they are treated as buffers.
+        replaced: buffers in whose place another tensor is put, by name.
+        changed: attributes that change, by name.
+        drawn: global random generators that are drawn from, apart from the device's.
+        read: what is read that differs from step to step or round to round.
+    """
+
+    moving: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    read: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ from torch.utils._pytree import tree_leaves, tree_structure
 from fedlight._logging import LogCollector
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.programs import ClientStep, Program, numbered
-from fedlight.engines.requirements import check_recordable
+from fedlight.engines.requirements import cannot, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.step import Batch
 from fedlight.local import LocalObjective
 from fedlight.parameters import ParameterLayout
 from fedlight.perturbations.base import State
+
+_ENGINE = "eager with trainer.compile=true"
 
 
 class CompiledStep:
@@ -29,10 +31,16 @@ class CompiledStep:
     """
 
     def __init__(self, training: LocalTraining) -> None:
-        check_recordable(training, "eager with trainer.compile=true")
+        check_recordable(training, _ENGINE)
+        self._training, self._values = training, values_of_step(training)
         self._step = ClientStep(training, ParameterLayout.of(training.module))
         self._sizes = (training.batch_size,) * training.accumulate_grad_batches
         self._programs: dict[tuple[str, ...], Program] = {}
+
+    def refresh(self) -> None:
+        """Compile anew where what a step reads from Python has changed."""
+        if is_outdated(self._training, self._values):
+            self._programs.clear()
 
     def takes(self, batches: Sequence[Batch]) -> bool:
         """Whether it is made for batches of these sizes."""
@@ -66,7 +74,10 @@ class CompiledStep:
         if key not in self._programs:
             self._programs[key] = Program(self._step, self._sizes, key, shared=None, compile=True)
         program = self._programs[key]
-        out = program(named)
+        try:
+            out = program(named)
+        except Exception as error:
+            raise cannot(_ENGINE, explain(error, self._training.module, "cannot be compiled")) from error
         for name, value in out.items():
             kind, _, key_ = name.partition("/")
             if kind == "buffers":

@@ -14,7 +14,7 @@ from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.fused import FUSED, fuse
 from fedlight.engines.graph_slot import GraphSlot, Job
 from fedlight.engines.recorder import CudaRecorder, Recorder
-from fedlight.engines.requirements import cannot, check_recordable, explain, python_values, untouched_metrics, watched
+from fedlight.engines.requirements import cannot, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.slot import Slot
 from fedlight.local import ClientResult
 from fedlight.optimizers import configure_optimizers
@@ -79,7 +79,7 @@ class CudaGraph(Engine):
         _check_optimizer(training.module, self._device)
         if training.example is None:
             raise cannot("cuda_graph", "there is no example of a client's work")
-        self._python = python_values(training)
+        self._values = values_of_step(training)
         with preserved_global_rng():
             self._make_slots(training.example)
 
@@ -132,9 +132,7 @@ class CudaGraph(Engine):
         module = self._training.module
         try:
             slot = self._new_slot(example)
-            with untouched_metrics(slot.module, "cuda_graph"), watched(slot.module, "cuda_graph") as slot.index:
-                slot.rehearse(example)
-            slot.index = 0
+            slot.rehearse(example)
             slot.prepare(0, example)
             return slot
         except MisconfigurationException:
@@ -202,9 +200,7 @@ class CudaGraph(Engine):
         rank_zero_warn(f"trainer.engine=cuda_graph: client {task.client} is trained without a graph: {what}")
 
     def _record_anew_if_needed(self) -> None:
-        python = python_values(self._training)
-        if python != self._python and self._slots:
-            self._python = python
+        if is_outdated(self._training, self._values) and self._slots:
             self._slots.clear()
             assert self._training.example is not None
             self._make_slots(self._training.example)

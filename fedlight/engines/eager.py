@@ -19,16 +19,20 @@ class Eager(Engine):
 
     def setup(self, training: LocalTraining) -> None:
         """Rebind the module's parameters to one flat vector."""
-        compiled = None
+        self._training, self._compiled = training, None
         if training.compile:
             from fedlight.engines.compiled import CompiledStep  # torch.fx takes long to import
 
-            compiled = CompiledStep(training)
-        self._slot = Slot(training, training.module, compiled)
+            self._compiled = CompiledStep(training)
+        self._slot = Slot(training, training.module, self._compiled)
 
     def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
         """Train the clients in the order of the tasks."""
         assert self._slot is not None
+        if self._compiled is not None:
+            self._compiled.refresh()
+        elif self._training.state is not None:
+            self._training.state.refresh()
         with preserved_global_rng():
             results = []
             for task in tasks:

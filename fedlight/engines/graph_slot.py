@@ -66,7 +66,6 @@ class GraphSlot(Slot):
     ) -> None:
         super().__init__(training, module, compiled)
         self.pool, self.recorder = pool, recorder
-        self.index: int = 0
         self.optimizer = configure_optimizers(module).optimizer
         fuse(self.optimizer, self.device)
         for group in self.optimizer.param_groups:
@@ -163,7 +162,7 @@ class GraphSlot(Slot):
         for size in sizes:
             part = slice(begin, begin + size)
             batch = self.pool.batch(rows[part], {name: value[part] for name, value in draws.items()})
-            batches.append((self._precision.convert_input(self._transfer(batch)), self.index))
+            batches.append((self._precision.convert_input(self._transfer(batch)), 0))
             begin += size
         return batches
 

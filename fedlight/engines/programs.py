@@ -59,7 +59,6 @@ class ClientStep:
 
     Attributes:
         spec: what a batch is made of.
-        index: the batch index that ``training_step`` is handed.
         reductions: how what was logged is combined, by name; known after a call.
         changing: those of ``state/`` that steps change; known after a call, None before.
     """
@@ -70,7 +69,6 @@ class ClientStep:
         self._caller = _Caller(training.module)
         self._precision = training.fabric.strategy.precision
         self.spec: TreeSpec  # set before the first call
-        self.index: int = 0
         self.reductions: dict[str, str] = {}
         self.changing: set[str] | None = None
 
@@ -87,7 +85,7 @@ class ClientStep:
             terms = []
             for batch in batches:
                 with self._precision.forward_context():
-                    term = functional_call(self._caller, inner, (log, batch, self.index, first))
+                    term = functional_call(self._caller, inner, (log, batch, 0, first))
                 terms.append(term if len(batches) == 1 else term * (1 / len(batches)))
             after = {name: inner[f"module.{name}"] for name in held}
             # What was logged belongs to this transform: it can leave it only as its result, and must not stay behind.

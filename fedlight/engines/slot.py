@@ -15,6 +15,7 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.fused import begin_momentum, float32, fuse
+from fedlight.engines.moving import Moving
 from fedlight.engines.own_step import OwnStep
 from fedlight.engines.plan import LocalPlan, local_plan
 from fedlight.engines.schedule import LocalSchedule, Values, lr_sum, set_values
@@ -47,7 +48,8 @@ class Slot:
         self.training, self.module = training, module
         self.device = training.fabric.device
         self.flat = FlatParameters(module)
-        self.buffers = dict(module.named_buffers())
+        self.held = Moving(module, training.findings.moving, training.state)
+        self.buffers = self.held.tensors
         self.log = LogCollector(self.device)
         self._precision = training.fabric.strategy.precision
         self._transfer = transfer_function(module, self.device)
@@ -86,6 +88,7 @@ class Slot:
             for epoch, batches in enumerate(self._epochs(round, task, plan)):
                 self.epoch = epoch
                 training.call("on_train_epoch_start")
+                self.flat.check()
                 for step in batches:
                     if values[self.done] is not now:
                         now = self._set_values(values[self.done])
@@ -97,7 +100,12 @@ class Slot:
                 self.log.batch_size = sum(end - begin for begin, end in plan.epochs[epoch])
                 training.call("on_train_epoch_end")
             training.call("on_client_end", task.client)
-        return self._result(task, state, self.done, sum(self.own.lrs) if self._own_step else lr_sum(values, self.done))
+        self.flat.check()
+        self.held.finish()
+        lrs = sum(self.own.lrs) if self._own_step else lr_sum(values, self.done)
+        result = self._result(task, state, self.done, lrs)
+        self.held.forget()
+        return result
 
     def _set_values(self, values: Values) -> Values:
         set_values(self.optimizer, values)
@@ -110,8 +118,7 @@ class Slot:
         self.log.reset()
         with torch.no_grad():
             self.flat.params.copy_(task.objective.start)
-            for name, value in task.buffers.items():
-                self.buffers[name].copy_(value)
+        self.held.write(task.buffers)
         self.fresh = configure_optimizers(self.module)
         self.optimizer = self.fresh.optimizer
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
@@ -132,7 +139,7 @@ class Slot:
             weight=task.weight,
             num_steps=num_steps,
             lr_sum=lr_sum,
-            buffers={name: value.clone() for name, value in self.buffers.items()},
+            buffers={name: value.detach().clone() for name, value in self.held.read().items()},
             perturbation={} if perturbation is None else perturbation.end(state),
             metrics=(sums := self.log.sums()),
             reductions={name: self.log.reduction(name) for name in sums},
@@ -206,12 +213,14 @@ class Slot:
         if backup is not None:
             here.copy_(point)
         self.flat.grad.zero_()
-        kept = None if first else {name: value.clone() for name, value in self.buffers.items()}
+        kept = None if first else {name: value.detach().clone() for name, value in self.held.read().items()}
+        attributes = None if kept is None else self.held.attributes()
         for batch, index in batches:
             self._backward(batch, index, 1 / len(batches), first)
+        if attributes is not None:
+            attributes.restore()
         if kept is not None:  # running statistics move in the first pass only
-            for name, value in kept.items():
-                self.buffers[name].copy_(value)
+            self.held.write(kept)
         if backup is not None:
             here.copy_(backup)
         self._unscale(last=backup is not None or not self._two_passes)

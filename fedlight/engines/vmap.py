@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.programs import ClientStep, Program
-from fedlight.engines.requirements import cannot, check_recordable, explain, python_values, untouched_metrics, watched
+from fedlight.engines.requirements import cannot, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.schedule import LocalSchedule
 from fedlight.engines.stacked import StackedOptimizer
 from fedlight.engines.wave import Wave, WaveParts
@@ -50,13 +50,14 @@ class Vmap(Engine):
         self._programs: dict[tuple[object, ...], Program] = {}
         if training.compile:  # a compiled program has one size: further clients wait for the next wave
             self._at_once = min(self._at_once, training.clients)
-        self._python = python_values(training)
+        self._values = values_of_step(training)
         if training.example is not None:
-            self._try_out(training.example, step)
+            self._try_out(training.example)
 
     def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
         """Train the clients, as many at once as memory allows."""
-        self._record_anew_if_needed()
+        if is_outdated(self._training, self._values):
+            self._programs.clear()
         results: list[ClientResult] = []
         with preserved_global_rng():
             for i in range(0, len(tasks), self._at_once):
@@ -85,21 +86,14 @@ class Vmap(Engine):
             width = (width + 1) // 2
         return width
 
-    def _record_anew_if_needed(self) -> None:
-        python = python_values(self._training)
-        if python != self._python:
-            self._python = python
-            self._programs.clear()
-
-    def _try_out(self, example: ClientTask, step: ClientStep) -> None:
+    def _try_out(self, example: ClientTask) -> None:
         module = self._training.module
         try:
-            with preserved_global_rng(), untouched_metrics(module, "vmap"), watched(module, "vmap") as step.index:
+            with preserved_global_rng():
                 Wave(0, [example, example], self._parts).run(steps=1)
         except MisconfigurationException:
             raise
         except Exception as error:
             raise cannot("vmap", explain(error, module, "cannot be batched over clients")) from error
         finally:
-            step.index = 0
             self._programs.clear()

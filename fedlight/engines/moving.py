@@ -1,0 +1,87 @@
+"""The tensors that clients move besides trained parameters, and the attributes that they change."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from fedlight._module_state import ModuleState, attributes_of
+
+
+class Moving:
+    """What of a module moves with a client besides its trained parameters: buffers, and parameters without gradient.
+
+    Args:
+        module: the module.
+        moving: names of such parameters, as far as they are known.
+        state: the module as all clients find it.
+
+    Attributes:
+        tensors: the tensors, as they are registered between two clients.
+    """
+
+    def __init__(self, module: nn.Module, moving: Iterable[str] = (), state: ModuleState | None = None) -> None:
+        self._module, self._state = module, state
+        self._changes: bool | None = None
+        self.tensors: dict[str, Tensor] = dict(module.named_buffers())
+        self.add(moving)
+        self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
+        self._places = []
+        for name, tensor in module.named_buffers(remove_duplicate=False):
+            owner, _, key = name.rpartition(".")
+            self._places.append((module.get_submodule(owner)._buffers, key, tensor))
+
+    def add(self, names: Iterable[str]) -> None:
+        """Hold these parameters as well."""
+        self.tensors.update((name, self._module.get_parameter(name)) for name in names)
+
+    def read(self) -> dict[str, Tensor]:
+        """What they hold now, those that a step has replaced by others included.
+
+        Raises:
+            MisconfigurationException: if one has another shape or type, or is gone.
+        """
+        replaced = {id(old): owner.get(key) for owner, key, old in self._places if owner.get(key) is not old}
+        found = {n: value for n, t in self.tensors.items() if (value := replaced.get(id(t), t)) is not None}
+        for name, kind in self._kinds.items():
+            if name not in found or _kind(found[name]) != kind:
+                now = _kind(found[name]) if name in found else "gone"
+                raise MisconfigurationException(
+                    f"model: buffer {name!r} was {kind} and is {now} after steps"
+                    " of a client; buffers are averaged, so they keep their shape and type. Allocate the whole of it,"
+                    " or keep it as a plain attribute."
+                )
+        return found
+
+    @torch.no_grad()
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Put the tensors themselves back in their places, with these values."""
+        for owner, key, tensor in self._places:
+            if owner.get(key) is not tensor:
+                owner[key] = tensor
+        self.add(values.keys() - self.tensors.keys())
+        for name, value in values.items():
+            self.tensors[name].copy_(value)
+
+    def finish(self) -> None:
+        """Parameters without gradient that no client has moved before belong to the tensors from now on."""
+        if self._state is not None and not self._state.unchanged():
+            names = {id(p): name for name, p in self._module.named_parameters()}
+            self.add(names[id(tensor)] for tensor in self._state.moved() if id(tensor) in names)
+
+    def forget(self) -> None:
+        """The next client finds the module as this one did."""
+        if self._state is not None:
+            self._state.restore()
+        self._changes = None
+
+    def attributes(self) -> ModuleState | None:
+        """The module's attributes, if clients change any: the first step of each client tells."""
+        if self._changes is None:
+            self._changes = self._state is not None and not self._state.unchanged()
+        return attributes_of(self._module) if self._changes else None
+
+
+def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype]:
+    return list(tensor.shape), tensor.dtype

@@ -1,0 +1,153 @@
+"""A few local steps before training, on the module that trains: what they do besides changing its parameters."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+
+from fedlight._module_state import attributes_of, untouched
+from fedlight.engines.base import Findings, LocalTraining
+from fedlight.engines.slot import Slot
+from fedlight.engines.step import Batch
+from fedlight.local import LocalObjective
+from fedlight.perturbations.base import State
+
+STEPS = 3
+"""Local steps of the trial: what happens in every second step is seen, too."""
+_COUNTERS = {
+    *("current_round", "current_epoch", "global_step", "fit_loop", "is_last_batch", "optimizers", "strategy"),
+    *("train_dataloader", "num_training_batches", "estimated_stepping_batches", "max_steps", "lr_scheduler_configs"),
+    *("callback_metrics", "logged_metrics", "progress_bar_metrics", "logger", "loggers", "should_stop"),
+}
+"""What differs between steps, clients or rounds, or is to be done anew in each."""
+
+
+def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
+    """Train the example for a few steps, note what happens, and undo it.
+
+    Args:
+        training: what all local trainings share.
+        call: calls the module's hooks.
+
+    Raises:
+        MisconfigurationException: for what no engine can train, by name.
+    """
+    module, read = training.module, set[str]()
+    changed, drawn = set[str](), set[str]()
+    assert training.example is not None
+    with untouched(module) as before:
+        attributes, generators = attributes_of(module), {}
+
+        def watching(name: str, *args: Any) -> None:
+            with watched(module, set()):  # hooks may read what they like; recorded steps have none
+                call(name, *args)
+            if name == "on_client_start":
+                generators.update(_generators(training.fabric.device))
+            elif name == "on_train_batch_end":
+                changed.update(attributes.changes())
+                now = _generators(training.fabric.device)
+                drawn.update(what for what in now if now[what] != generators[what])
+
+        held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
+        slot = _TrialSlot(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
+        slot.read = read
+        try:
+            slot.train(0, training.example)
+            replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
+        finally:
+            slot.release()
+        ids = {id(tensor) for tensor in before.moved()}
+        frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
+        return Findings(
+            moving=tuple(name for name, p in frozen if id(p) in ids),
+            replaced=tuple(replaced),
+            changed=tuple(sorted(changed - {f"self.{name}" for name in held})),
+            drawn=tuple(sorted(drawn)),
+            read=tuple(sorted(read)),
+        )
+
+
+def _held(module: nn.Module) -> dict[str, Tensor]:
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    return {**dict(module.named_buffers()), **frozen}
+
+
+class _TrialSlot(Slot):
+    """Watches its steps, and the batch indices that it hands out."""
+
+    read: set[str]
+
+    def _step(self, objective: LocalObjective, batches: list[Batch], state: State) -> tuple[State, bool]:
+        indexed: list[Batch] = [(batch, _WatchedIndex.of(i, self.read)) for batch, i in batches]
+        with watched(self.module, self.read):
+            return super()._step(objective, indexed, state)
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """States of the host's global generators; on a CPU torch's own is left to layers such as dropout."""
+    kind, keys, *rest = np.random.get_state()
+    found = {"random": random.getstate(), "numpy.random": (kind, np.asarray(keys).tobytes(), *rest)}
+    return found if device.type == "cpu" else found | {"torch's CPU generator": torch.get_rng_state().tolist()}
+
+
+@contextmanager
+def watched(module: LightningModule, read: set[str]) -> Iterator[None]:
+    """Note in ``read`` which counters of the trainer the module reads; loggers receive nothing."""
+    modules = [m for m in module.modules() if isinstance(m, LightningModule)]
+    before = [m._trainer for m in modules]
+    for m, trainer in zip(modules, before, strict=True):
+        m._trainer = None if trainer is None else _WatchedTrainer(trainer, read)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for m, trainer in zip(modules, before, strict=True):
+            m._trainer = trainer
+
+
+class _WatchedTrainer:
+    """Passes everything on except to loggers, and notes whether a counter was read."""
+
+    def __init__(self, trainer: Any, read: set[str]) -> None:
+        self.watched, self._read = trainer, read
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _COUNTERS:
+            self._read.add(f"trainer.{name}")
+        if name in ("logger", "loggers"):
+            return DummyLogger() if name == "logger" else [DummyLogger()]
+        return getattr(self.watched, name)
+
+
+class _WatchedIndex(int):
+    """A batch index that notes whether its value was asked for."""
+
+    _read: set[str]
+
+    @classmethod
+    def of(cls, value: int, read: set[str]) -> "_WatchedIndex":
+        index = cls(value)
+        index._read = read
+        return index
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    original = getattr(int, name)
+
+    def method(self: _WatchedIndex, *args: Any) -> Any:
+        self._read.add("batch_idx")
+        return original(self, *args)
+
+    return method
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "mod", "floordiv", "truediv", "divmod", "index"):
+    setattr(_WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "float", "int", "hash", "str", "repr", "format", "and"):
+    setattr(_WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))

@@ -1,0 +1,121 @@
+"""State that steps move besides trained parameters belongs to the round, whoever trains before or beside."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedlight.engines.cuda_graph import CudaGraph
+from tests.contracts.moving import MODULES, run
+from tests.contracts.test_contracts import REPOSITORY, _one_thread, assert_same_bits  # noqa: F401
+from tests.engines.tape import Tape
+
+every_module = pytest.mark.parametrize("name", MODULES)
+THREE = ((0, 2, 3), (1, 3), (2, 0))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    root, done = tmp_path_factory.mktemp("one"), {}
+
+    def get(name):
+        if name not in done:
+            done[name] = run(name, root)
+        return done[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "tests.contracts.moving", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@every_module
+def test_two_processes_give_the_same_bits_as_one(name, one_process, in_two_processes):
+    for rank in range(2):
+        assert_same_bits(in_two_processes[rank][name], one_process(name)[2])
+
+
+@every_module
+def test_resuming_gives_the_same_bits(name, tmp_path):
+    whole = run(name, tmp_path, rounds=THREE)[2]
+    for rounds in (1, 2):
+        first, _, _ = run(name, tmp_path, max_rounds=rounds, rounds=THREE, enable_checkpointing=True)
+        checkpoint = first.run_dir / "checkpoints" / "last.ckpt"
+        assert_same_bits(run(name, tmp_path, checkpoint, THREE)[2], whole)
+
+
+@every_module
+def test_the_order_of_the_clients_changes_nothing(name, one_process, tmp_path, monkeypatch):
+    from fedlight.engines.eager import Eager
+
+    train = Eager.train
+    monkeypatch.setattr(Eager, "train", lambda self, round, tasks: train(self, round, tasks[::-1]))
+    assert_same_bits(run(name, tmp_path)[2], one_process(name)[2])
+
+
+@every_module
+@pytest.mark.parametrize("engine", ["vmap", "cuda_graph"])
+def test_other_engines_agree_or_say_what_they_cannot_do(name, engine, one_process, tmp_path):
+    replaces = "puts another tensor in the place of {}".format
+    refused = {
+        "Hidden": "changes self.hidden",
+        "Outputs": "changes self.outputs",
+        "Counter": "changes self.steps",
+        "LateTeacher": "reads trainer.current_epoch",
+        "HookTeacher": "overrides on_train_batch_end",
+        "ReboundTeacher": "directly with `.data`" if engine == "vmap" else replaces("teacher.weight"),
+        "Queue": None if engine == "vmap" else replaces("queue"),
+    }.get(name)
+    made = CudaGraph(slots=2, recorder=Tape) if engine == "cuda_graph" else engine
+    if refused is not None:
+        with pytest.raises(MisconfigurationException, match=f"(?s)trainer.engine={engine}: .*{refused}"):
+            run(name, tmp_path, engine=made)
+        return
+    found = run(name, tmp_path, engine=made)[2]
+    expected = run(name, tmp_path, engine="eager")[2]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Teacher", "DataTeacher", "ReboundTeacher", "HookTeacher"])
+def test_a_teacher_follows_the_buffers(name, one_process, tmp_path):
+    """Weights: 15 parameters; with the teacher's, twice as much goes up and down."""
+    trainer, module, _ = one_process(name)
+    state = trainer._session.federation.state
+    assert set(state.buffers) == {"teacher.weight", "teacher.bias"}
+    assert not torch.equal(state.buffers["teacher.weight"], MODULES[name]().teacher.weight)
+    assert torch.equal(module.teacher.weight, state.buffers["teacher.weight"])
+    assert float(trainer.callback_metrics["comm/up_mb"]) == pytest.approx(2 * 2 * 15 * 4 / 1e6)
+    reset = run(name, tmp_path, buffers="reset", rounds=((2,), (2,)))[2]
+    once = run(name, tmp_path, buffers="reset", rounds=((2,),))[2]
+    average = run(name, tmp_path, rounds=((2,), (2,)))[2]
+    assert not torch.equal(reset["server/params"], average["server/params"])
+    assert not torch.equal(reset["buffers/teacher.bias"], once["buffers/teacher.bias"])  # another student moved it
+    local = run(name, tmp_path, buffers="local")[0]._session.federation.store
+    assert set(local.get(0, "buffers")) == {"teacher.weight", "teacher.bias"}
+
+
+def test_frozen_parameters_that_rest_cost_nothing(tmp_path):
+    class Rests(MODULES["Teacher"]):
+        def move(self):
+            pass
+
+    trainer, _, _ = run(Rests, tmp_path)
+    assert trainer._session.federation.state.buffers == {}
+    assert float(trainer.callback_metrics["comm/up_mb"]) == pytest.approx(2 * 15 * 4 / 1e6)

@@ -1,0 +1,157 @@
+"""What steps change of a module besides trained parameters: found, put back, averaged, or refused by name."""
+
+import collections
+import copy
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torchmetrics import MaxMetric
+
+from fedlight._module_state import ModuleState, untouched
+from tests.helpers.tiny import Clients, Regression, quiet_trainer
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    values: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    values: list
+
+
+class Everything(Regression):
+    """Holds a thing of every kind, and :meth:`move` changes it."""
+
+    seen: list = []  # noqa: RUF012  (shared by mistake, as is often done)
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.hidden, self.count, self.outputs, self.pair = None, 0, [], ([], torch.zeros(2))
+        self.queue, self.cache, self.names = collections.deque(maxlen=3), {"a": [1]}, {"one"}
+        self.ordered = collections.OrderedDict(a=1)
+        self.array, self.python = np.zeros(3), random.Random(1)
+        self.numpy, self.legacy, self.torch = np.random.default_rng(1), np.random.RandomState(1), torch.Generator()
+        self.slotted, self.frozen, self.plain = Slotted([1]), Frozen([]), torch.zeros(2)
+        self.shared, self.loop = self.outputs, {"me": self}
+        self.networks, self.best, self.dropout = [nn.Linear(1, 1)], MaxMetric(), nn.Dropout(0.5)
+        self.register_buffer("centre", torch.zeros(2))
+
+    @torch.no_grad()
+    def move(self):
+        self.net.weight.add_(1)
+        self.teacher.weight.data.mul_(0.9)
+        self.teacher.bias.data = self.teacher.bias + 1
+        self.hidden, self.count = torch.ones(2), self.count + 1
+        self.outputs.append(1)
+        self.pair[0].append(1)
+        self.pair[1].add_(1)
+        self.queue.append(1)
+        self.cache["a"].append(2)
+        self.names.add("two")
+        self.ordered["b"] = 2
+        self.array[1] = 5
+        for draw in (self.python.random, self.numpy.random, self.legacy.rand):
+            draw()
+        torch.rand(1, generator=self.torch)
+        self.slotted.values = [*self.slotted.values, 2]
+        self.frozen.values.append(1)
+        self.plain.data.add_(1)
+        self.networks[0].weight.data.add_(1)
+        self.best.update(0.7)
+        self.dropout.p = 0.1
+        self.centre = self.centre + 1
+        type(self).calls += 1
+        Everything.seen.append(1)
+        self.teacher.eval()
+        self.extra = nn.Linear(2, 2)
+
+
+def values(module):
+    """All that :meth:`Everything.move` changes, as text."""
+    draws = [copy.deepcopy(g).random() for g in (module.python, module.numpy)] + [copy.deepcopy(module.legacy).rand()]
+    known = {k: v for k, v in vars(module).items() if k not in ("_modules", "loop", "torch", "_parameters", "_buffers")}
+    state = module.state_dict() | {"hidden network": module.networks[0].weight}
+    modes = {name: m.training for name, m in module.named_modules()}
+    lists = (Everything.calls, Everything.seen, module.best._update_count, module.best.max_value, module.dropout.p)
+    return repr((known, draws, state, modes, lists, module.torch.get_state().tolist(), hasattr(module, "extra")))
+
+
+NAMES = {
+    *("array", "best._update_count", "best.max_value", "cache", "calls", "centre", "count", "dropout.p", "extra"),
+    *("frozen.values", "hidden", "legacy", "names", "net.weight", "networks", "numpy", "ordered", "outputs", "pair"),
+    *("plain", "python", "queue", "seen", "slotted", "teacher.bias", "teacher.training", "teacher.weight", "torch"),
+}
+
+
+def test_whatever_changes_is_named_and_put_back():
+    module = Everything()
+    before, shared = values(module), module.outputs
+    state = ModuleState({"self": module})
+    assert state.unchanged()
+    assert state.changes() == []
+    module.move()
+    found = {name.removeprefix("self.") for name in state.changes()} - {"shared"}
+    assert found | {"outputs"} == NAMES  # which of its two names it is found under does not matter
+    state.restore()
+    assert state.unchanged()
+    assert values(module) == before
+    assert module.shared is module.outputs is shared
+    module.move()
+    state.refresh()
+    assert state.changes() == []
+    assert module.count == 1
+
+
+def test_a_value_that_is_assigned_anew_is_no_change():
+    module = Everything()
+    state = ModuleState({"self": module})
+    module.cache, module.plain, module.pair = {"a": [1]}, torch.zeros(2), ([], torch.zeros(2))
+    assert state.changes() == []
+    module.plain = torch.zeros(3)
+    assert state.changes() == ["self.plain"]
+
+
+def test_tensors_that_are_skipped_are_not_copied():
+    module = Everything()
+    state = ModuleState({"self": module}, lambda: [*module.parameters(), *module.buffers()])
+    assert {kept.name for kept in state._tensors} >= {"self.plain"}
+    assert not any(".teacher." in kept.name or ".net." in kept.name for kept in state._tensors)
+
+
+def counter():
+    n = 0
+    while True:
+        n += 1
+        yield n
+
+
+@pytest.mark.parametrize("make", [counter, lambda: iter([1, 2, 3]), lambda: enumerate("abc")])
+def test_an_iterator_that_moves_is_refused_by_name(tmp_path, make):
+    class Iterates(Regression):
+        def training_step(self, batch, batch_idx):
+            next(self.stream)
+            return super().training_step(batch, batch_idx)
+
+    model = Iterates()
+    model.stream = make()
+    with pytest.raises(
+        MisconfigurationException, match=r"model: self.stream changes while a client trains, and cannot"
+    ):
+        quiet_trainer(tmp_path, clients_per_round=1, local_steps=1).fit(model, Clients())
+
+
+def test_what_is_too_large_to_copy_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("fedlight._module_state._COPIED", 0)
+    module = Everything()
+    module.big = torch.zeros(10**5)
+    with pytest.raises(MisconfigurationException, match="model: self.big changes"), untouched(module):
+        module.big.add_(1)
