@@ -1,18 +1,17 @@
 """What takes the place of a module's ``training_step`` while penalties are attached."""
 
-import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import reduce
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.utilities import rank_zero_warn
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.wrappers import is_wrapped
 from torch import Tensor, nn
 
 from fedlight._logging import batch_size
+from fedlight._observation import Observation
 
 if TYPE_CHECKING:
     from fedlight.callbacks.penalty import Penalty
@@ -33,7 +32,7 @@ class PenalizedStep:
         self.module = module
         self.task_loss: Tensor | None = None
         self.penalty: Tensor | None = None
-        self._observations: list[_Observation] = []
+        self._observations: list[Observation] = []
         # What to call and to give back: an attribute of the module (a compiled step, say), or None for the class's own.
         self._previous: Callable[..., Any] | None = vars(module).get("training_step")
         vars(module).update(training_step=self._bound(), _penalized_step=self)
@@ -52,11 +51,11 @@ class PenalizedStep:
         """Let go of the latest step's tensors: inside ``torch.func`` transforms none may outlive the transform."""
         self.task_loss = self.penalty = None
         for observation in self._observations:
-            observation.measured = {}
+            observation.forget()
 
     def add(self, penalty: "Penalty", observed: dict[str, nn.Module]) -> None:
         """Attach a penalty that observes these submodules."""
-        self._observations.append(_Observation(penalty, observed))
+        self._observations.append(Observation(penalty, observed, self.module))
 
     def remove(self, penalty: "Penalty") -> None:
         """Detach a penalty; with the last one the module gets its own ``training_step`` back."""
@@ -99,12 +98,21 @@ class PenalizedStep:
             return self._call(batch, *args, **kwargs)
         for observation in self._observations:
             observation.start()
+        # The first step shows which functions there are: it runs as it is written, also where it is compiled.
+        first = not torch.compiler.is_compiling() and any(o.choosing for o in self._observations)
         try:
-            output = self._call(batch, *args, **kwargs)
+            with torch.compiler.set_stance("force_eager") if first else nullcontext():
+                output = self._observed(self._observations, batch, *args, **kwargs)
         finally:
             for observation in self._observations:
                 observation.stop()
         return self._penalize(output, batch)
+
+    def _observed(self, observations: list[Observation], *args: Any, **kwargs: Any) -> Any:
+        if not observations:
+            return self._call(*args, **kwargs)
+        with observations[0] if observations[0].looking else nullcontext():
+            return self._observed(observations[1:], *args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self._previous is not None:
@@ -140,82 +148,6 @@ class PenalizedStep:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "task_loss": None, "penalty": None}
-
-
-class _Observation:
-    """What one penalty sees of one module: hooks on the observed submodules, and what they measured in a step."""
-
-    def __init__(self, penalty: "Penalty", observed: dict[str, nn.Module]) -> None:
-        self.penalty = penalty
-        self.names = list(observed)
-        self.measured: dict[str, Tensor] = {}
-        self._recording = False
-        self._with_grad = True
-        self._left_out: set[str] = set()
-        self._handles = [submodule.register_forward_hook(_Hook(self, name)) for name, submodule in observed.items()]
-        if observed:
-            torch.compiler.reset()  # what was compiled before does not look whether hooks have come
-
-    def start(self) -> None:
-        self.measured = {}
-        self._with_grad = torch.is_grad_enabled()
-        self._recording = True
-
-    def stop(self) -> None:
-        self._recording = False
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def take(self, name: str, output: Any) -> None:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # Activation checkpointing repeats a forward pass during backward, and expects the same tensors to be saved.
-            self.penalty.measure(output)
-        elif self._recording and self._with_grad and not torch.is_grad_enabled():
-            self._leave_out(name)
-        elif self._recording:
-            key, calls = name, 1
-            while key in self.measured:
-                calls += 1
-                key = f"{name}_{calls}"
-            self.measured[key] = self.penalty.measure(output)
-
-    def _leave_out(self, name: str) -> None:
-        if name not in self._left_out:
-            self._left_out.add(name)
-            rank_zero_warn(
-                f"{type(self.penalty).__name__} leaves out '{name}', which training_step runs under torch.no_grad(). "
-                "That is right for a frozen network; with activation checkpointing, set `use_reentrant=False`."
-            )
-
-    def term(self, module: nn.Module) -> Tensor:
-        if self.names and not self.measured:
-            raise MisconfigurationException(
-                f"{type(self.penalty).__name__} saw no output of {', '.join(self.names)}: training_step of "
-                f"{type(module).__name__} did not call these submodules with gradients on. Observe others."
-            )
-        return self.penalty.penalty(module, self.measured)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "measured": {}, "_recording": False}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Observation":
-        memo[id(self.penalty)] = self.penalty
-        clone = object.__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return clone
-
-
-class _Hook:
-    """A forward hook that a deep copy of the module takes along, which it would not do with a closure."""
-
-    def __init__(self, observation: _Observation, name: str) -> None:
-        self.observation, self.name = observation, name
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.observation.take(self.name, output)
 
 
 def penalized_step(module: nn.Module) -> PenalizedStep | None:

@@ -6,14 +6,14 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight._names import preferred_metric, smaller_is_better
+from fedlight.callbacks._rounds import RoundCallback
 from fedlight.checkpoint import CheckpointWriter, save_checkpoint
 
 
-class Checkpoint(Callback):
+class Checkpoint(RoundCallback):
     """Writes ``checkpoints/last.ckpt`` and ``checkpoints/best.ckpt`` in the run's folder.
 
     A run that has none gets one with these defaults. ``last.ckpt`` is written after a round, always after the last one
@@ -53,6 +53,7 @@ class Checkpoint(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin a run anew; a resumed one gets its state back afterwards."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.best, self._pending, self._chosen, self._said = None, None, None, False
             self._written_at, self._cost = -math.inf, 0.0
@@ -86,6 +87,8 @@ class Checkpoint(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write the best round, if that is still due."""
         pending, self._pending = self._pending, None
+        if not hasattr(type(trainer), "checkpoint_writer"):
+            return  # a stock trainer, which setup has refused
         trainer.checkpoint_writer.failure(wait=True)  # an older file must not replace this one
         if pending is not None and trainer.is_global_zero:
             with suppress(OSError):  # the disk may be why the run ended

@@ -23,7 +23,7 @@ class HessianSpectrum(Callback):
 
     The loss is that of ``training_step`` without penalties, in eval mode and float32. Training is not touched: the
     weights are the same bits as without the callback. Several processes share the data. It works in a stock Trainer
-    as well, where it measures the module after the validation of every ``every_n_rounds`` epochs.
+    as well, where it measures the module after every ``every_n_rounds`` epochs, and their validation if there is one.
 
     The scalars ``hessian/...`` stand in the row of their round in ``metrics.csv``. In the run's folder are
     ``plots/density_round<t>.png`` (the latest and the last one), ``plots/layers.png`` (with MAN's activation norms,
@@ -89,7 +89,7 @@ class HessianSpectrum(Callback):
         )
         self.results: dict[str, HessianResult] = {}
         self._undrawn: int | None = None
-        self._drawn_at = 0.0
+        self._drawn_at, self._epoch = 0.0, -1
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what could not be measured."""
@@ -103,8 +103,11 @@ class HessianSpectrum(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """In a stock trainer the data are known only now."""
-        if not is_federated(trainer):
-            self.measurement.check(subject_of(trainer, pl_module))
+        if is_federated(trainer):
+            return
+        self.measurement.check(subject_of(trainer, pl_module))
+        # Not a method of the class: there it would be called after every local epoch of a client.
+        vars(self).update(_epoch=-1, on_train_epoch_end=self._measure_epoch)
 
     def on_round_metrics(self, trainer: Any, pl_module: Any) -> dict[str, float]:
         """Measure, if this round is due; the figures join the row of the round."""
@@ -142,17 +145,23 @@ class HessianSpectrum(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the layers and the eigenvalues over the rounds."""
+        vars(self).pop("on_train_epoch_end", None)
         folder = output_folder(trainer)
         if is_federated(trainer) and folder is not None and trainer.is_global_zero:
             self._draw_history(trainer, pl_module, folder)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """In a stock trainer: measure, log and draw after the validation of an epoch."""
-        if is_federated(trainer) or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
+        if not (is_federated(trainer) or trainer.sanity_checking or trainer.state.fn != "fit"):
+            self._epoch = -1  # the epoch's last validation counts
+            self._measure_epoch(trainer, pl_module)
+
+    def _measure_epoch(self, trainer: Any, pl_module: Any) -> None:
         epoch = trainer.current_epoch
-        if (epoch + 1) % self.every_n_rounds and epoch + 1 != trainer.max_epochs:
+        last = epoch + 1 == trainer.max_epochs or trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if epoch == self._epoch or ((epoch + 1) % self.every_n_rounds and not last):
             return
+        self._epoch = epoch
         result = self.measurement.run(subject_of(trainer, pl_module))
         self.results = {"server": result}
         pl_module.log_dict(records.metrics(self.results), sync_dist=trainer.world_size > 1)

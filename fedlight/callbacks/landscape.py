@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback
 
 from fedlight.analysis.measurement import ViewName
@@ -55,6 +56,8 @@ class LossLandscape(Callback):
         """In a stock trainer the data are known only now."""
         if not is_federated(trainer):
             self._other(trainer, pl_module)
+            if output_folder(trainer) is None and not trainer.fast_dev_run:
+                rank_zero_warn("LossLandscape has no folder for its pictures: give the Trainer a logger with one.")
 
     def _other(self, trainer: Any, module: Any) -> Weights | None:
         """The end of the line, after a check of all settings."""

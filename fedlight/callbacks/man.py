@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedlight.callbacks._layers import check_selectors, find_layers
+from fedlight._layers import check_selectors, find_layers, matches_function
 from fedlight.callbacks.penalty import Penalty, penalized_step
 
 
@@ -28,13 +28,14 @@ class MAN(Penalty):
         zeta: ζ, the weight, at least 0. The paper takes 0.15 for a CNN on CIFAR-100 and 0.1 on Tiny-ImageNet. With 0
             the norms are reported and nothing is penalised.
         layers: whose outputs are a_l. Each entry is a module class, its import path (``my.Swish``, ``torch.nn.ReLU``,
-            for classes of torch.nn also ``ReLU``), the name of a submodule (``net.relu1``), or a regular expression
-            that names match in full (``net\.relu.*``). By default all activation modules of torch and their
-            subclasses, without attention and the softmax family.
+            for classes of torch.nn also ``ReLU``), the name of a submodule (``net.relu1``) or of a function that one
+            calls (``net.relu`` for ``F.relu`` in ``net``), or a regular expression that names match in full
+            (``net\.relu.*``). By default all activations, without attention, the softmax family, and gates.
 
     Raises:
         ValueError: if ``zeta`` is negative or not finite, or a regular expression is invalid.
-        MisconfigurationException: when attached, if an entry of ``layers`` (or the default) matches nothing.
+        MisconfigurationException: when attached, if an entry of ``layers`` can match nothing; in the first step, if
+            there is no layer.
 
     Source: Yashwanth et al., "Minimizing Layerwise Activation Norm Improves Generalization in Federated Learning", WACV
     2024 (arXiv:2512.08314).
@@ -48,9 +49,17 @@ class MAN(Penalty):
         self.zeta = float(zeta)
         self.layers = check_selectors(layers, "MAN")
 
+    sees_functions = True
+
     def observe(self, module: nn.Module) -> dict[str, nn.Module]:
         """The layers, by the name that they have in the module."""
         return find_layers(module, self.layers, "MAN")
+
+    def takes(self, name: str, doubt: str, function: bool) -> bool:
+        """By default what nothing speaks against; else what ``layers`` names."""
+        if self.layers is None:
+            return not doubt
+        return not function or any(matches_function(selector, name) for selector in self.layers)
 
     def measure(self, output: Any) -> Tensor:
         """mean(a²) of one layer."""

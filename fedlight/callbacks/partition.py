@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
-
+from fedlight.callbacks._rounds import RoundCallback
 from fedlight.data.picture import partition_csv, save_partition_picture
 from fedlight.loggers import log_picture
 from fedlight.run_folder import atomic_write
 
 
-class PartitionPicture(Callback):
+class PartitionPicture(RoundCallback):
     """Writes ``plots/partition.png`` and ``partition.csv``: which client holds how many samples of which class.
 
     Every run whose datamodule knows its labels has one. It is drawn after the first round, so that training starts

@@ -46,7 +46,12 @@ class Penalty(_CallbackBase, ABC):
     As a callback it acts during ``fit`` and leaves nothing behind. Without a trainer, :meth:`attach` it to a module
     whose ``training_step`` returns the loss, or use ``with penalty.attached(module):``. The penalty itself holds no
     state of a module: one object can serve several, and copies of a module share it.
+
+    Attributes:
+        sees_functions: whether activation functions (``F.relu``) are looked for in the first step; see :meth:`takes`.
     """
+
+    sees_functions = False
 
     def observe(self, module: nn.Module) -> dict[str, nn.Module]:
         """The submodules whose outputs are measured, by the name that their measurement gets. None by default."""
@@ -55,6 +60,16 @@ class Penalty(_CallbackBase, ABC):
     def measure(self, output: Any) -> Tensor:
         """What to keep of one output of an observed submodule; called in its forward pass, under its autocast."""
         raise NotImplementedError(f"{type(self).__name__} observes submodules, so it must define measure(output)")
+
+    def takes(self, name: str, doubt: str, function: bool) -> bool:
+        """Whether to measure what was called in the first step, from that on.
+
+        Args:
+            name: of an observed submodule, or ``<module>.<function>`` (``net.relu`` for ``F.relu`` in ``net``).
+            doubt: what speaks against its being a layer, or "".
+            function: whether it is a function.
+        """
+        return not doubt
 
     @abstractmethod
     def penalty(self, module: nn.Module, measured: dict[str, Tensor]) -> Tensor:

@@ -4,12 +4,12 @@ import sys
 import time
 from typing import Any
 
-from lightning.pytorch import Callback
+from fedlight.callbacks._rounds import RoundCallback
 
 _SHOWN = (("accuracy", "val/accuracy", "{:.4f}"), ("val loss", "val/loss", "{:.4f}"), ("loss", "train/loss", "{:.4f}"))
 
 
-class RoundProgress(Callback):
+class RoundProgress(RoundCallback):
     """One bar over the rounds, with accuracy, loss and time left; plain lines where there is no terminal.
 
     Args:

@@ -84,7 +84,14 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    places = ("/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/_penalized_step.py")
+    places = (
+        "/torch/",
+        "/lightning/",
+        "/fedlight/engines/",
+        "/fedlight/callbacks/",
+        "/fedlight/_penalized_step.py",
+        "/fedlight/_observation.py",
+    )
     return any(place in filename for place in places)
 
 

@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fedlight import MAN, HessianSpectrum
+from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
 from fedlight.analysis import records
+from fedlight.callbacks.partition import PartitionPicture
 from fedlight.data.arrays import ArrayDataset
 from fedlight.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
@@ -391,6 +392,32 @@ def test_in_a_stock_trainer(tmp_path):
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(values[0], rel=1e-5)
     assert {p.name for p in Path(logger.log_dir).glob("*/*.png")} == {"density_epoch1.png", "density_epoch2.png"}
     assert torch.equal(weights(model), weights(stock(tmp_path)[1]))
+
+
+@pytest.mark.parametrize("settings", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 5}, {"max_steps": 12}])
+def test_in_a_stock_trainer_without_validation(tmp_path, settings):
+    callback = spectrum(density=True, every_n_rounds=2)
+    logger = CSVLogger(tmp_path, name="csv")
+    trainer, model = stock(tmp_path, callback, logger=logger, **settings)
+    values, _ = by_hand(model.data.x)
+    assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(values[0], rel=1e-5)
+    last = (trainer.global_step - 1) // len(model.train_dataloader())
+    assert {p.name for p in Path(logger.log_dir).glob("*/*.png")} == {"density_epoch1.png", f"density_epoch{last}.png"}
+    assert "on_train_epoch_end" not in vars(callback)  # a federated run of the same callback has no use for it
+
+
+@pytest.mark.parametrize("callback", [Checkpoint(), RoundProgress(), PartitionPicture()])
+def test_callbacks_of_rounds_refuse_a_stock_trainer(tmp_path, callback):
+    with pytest.raises(MisconfigurationException, match=f"{type(callback).__name__} acts on rounds"):
+        stock(tmp_path, callback)
+
+
+def test_a_landscape_without_a_folder_is_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("fedlight.callbacks.landscape.rank_zero_warn", said.append)
+    stock(tmp_path, LossLandscape(points=3), limit_val_batches=0)
+    assert len(said) == 1
+    assert said[0].startswith("LossLandscape has no folder")
 
 
 def test_a_stock_trainer_has_no_clients(tmp_path):

@@ -272,7 +272,6 @@ def test_names_do_not_show_wrappers():
 @pytest.mark.parametrize(
     ("layers", "problem"),
     [
-        (None, "MAN found no activation module of torch.nn in Plain"),
         (["Tanh"], "`layers`: 'Tanh' matches nothing in Plain"),
         (["net.0", "net.9"], "`layers`: 'net.9' matches nothing in Plain"),
         ([nn.Tanh], "`layers`: <class 'torch.nn.modules.activation.Tanh'> matches nothing in Plain"),
@@ -289,13 +288,18 @@ def test_nothing_matched_lists_what_there_is(layers, problem):
     assert is_untouched(module)
 
 
-def test_long_lists_are_cut_short_and_empty_modules_said():
-    with pytest.raises(MisconfigurationException, match=r"net\.28 \(Linear\) and 11 more\."):
-        MAN().attach(Plain(*[nn.Linear(1, 1) for _ in range(40)]))
+def test_no_activation_at_all_is_an_error_of_the_first_step():
+    module = Plain(*[nn.Linear(1, 1) for _ in range(40)])
+    with (
+        MAN().attached(module),
+        pytest.raises(MisconfigurationException, match=r"MAN found no activation.*net\.28 \(Linear\) and 11 more\."),
+    ):
+        module.training_step(torch.ones(1, 1))
+    assert is_untouched(module)
     empty = nn.Module()
     empty.training_step = lambda batch: batch
     with pytest.raises(MisconfigurationException, match="Its submodules are: none"):
-        MAN().attach(empty)
+        MAN(layers=["a"]).attach(empty)
 
 
 def test_a_layer_that_returns_no_tensor_is_named():

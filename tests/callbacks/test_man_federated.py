@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.callbacks import MAN
+from fedlight.engines import programs
+from fedlight.engines.cuda_graph import CudaGraph
 from fedlight.perturbations.sam import SAM
 from tests.callbacks.nets import is_untouched
+from tests.engines.tape import Tape
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 ZETA, LR, RHO = 0.8, 0.1, 0.3
@@ -45,7 +48,7 @@ def batch_of(clients):
 
 def fit(tmp_path, module, *callbacks, **settings):
     settings = {"max_rounds": 1, "clients_per_round": 1, "local_epochs": 3, "precision": "64-true"} | settings
-    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), engine="eager", **settings)
+    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), **({"engine": "eager"} | settings))
     trainer.fit(module, data())
     return trainer
 
@@ -106,3 +109,35 @@ def test_it_combines_with_an_algorithm_over_rounds(tmp_path):
     assert torch.isfinite(weights(module)).all()
     assert trainer.callback_metrics["man/net.1"] > 0
     assert is_untouched(module)
+
+
+class Called(nn.Sequential):
+    """The network of :func:`model` with a function for its activation."""
+
+    def forward(self, x):
+        return self[1](torch.tanh(self[0](x)))
+
+
+def called(cls=Regression):
+    return cls(lr=LR, net=Called(nn.Linear(3, 4), nn.Linear(4, 1)).double())
+
+
+ENGINES = {"eager": lambda: "eager", "vmap": lambda: "vmap", "cuda_graph": lambda: CudaGraph(slots=2, recorder=Tape)}
+
+
+@pytest.mark.parametrize("rho", [None, RHO])
+@pytest.mark.parametrize("engine", [*ENGINES, "eager compiled", "vmap compiled"])
+def test_functions_train_as_modules_do_in_every_engine(tmp_path, engine, rho, monkeypatch):
+    monkeypatch.setattr(programs, "BACKEND", lambda graph, inputs: graph.forward)  # no machine code
+    settings = {"compile": "compiled" in engine, "engine": ENGINES[engine.split()[0]]()}
+    found, reference = [], model()
+    common = {"perturbation": None if rho is None else SAM(rho), "local_epochs": 60 if engine == "vmap" else 5}
+    fit(tmp_path / "modules", reference, MAN(ZETA), **common)
+    for name, zeta in (("functions", ZETA), ("without", 0)):
+        module = called()
+        trainer = fit(tmp_path / name, module, MAN(zeta), **common, **settings)
+        assert "man/net.tanh" in trainer.callback_metrics
+        assert is_untouched(module)
+        found.append(weights(module))
+    torch.testing.assert_close(found[0], weights(reference), rtol=1e-5, atol=1e-7)
+    assert (found[1] - found[0]).abs().max() > 1e-3

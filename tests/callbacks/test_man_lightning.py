@@ -250,18 +250,17 @@ def test_an_exception_leaves_nothing_behind():
     assert is_untouched(module)
 
 
-def test_nothing_to_penalise_is_said_before_training():
+def test_nothing_to_penalise_is_said_before_the_first_update():
     class Linear(Lit):
         def __init__(self):
             super().__init__()
             self.net = nn.Linear(4, 3, dtype=torch.float64)
 
-        def training_step(self, batch, batch_idx):
-            raise AssertionError("training started")
-
     module = Linear()
-    with pytest.raises(MisconfigurationException, match=r"no activation module of torch.nn in Linear.*net \(Linear\)"):
+    before = module.net.weight.clone()
+    with pytest.raises(MisconfigurationException, match=r"no activation in Linear.*net \(Linear\)"):
         fit(module, batches(1), MAN(ZETA))
+    assert torch.equal(module.net.weight, before)
     assert is_untouched(module)
 
 
