@@ -1,5 +1,6 @@
 """Two processes share clients and evaluation, and end with the bits of one."""
 
+import math
 import os
 import re
 import signal
@@ -68,7 +69,8 @@ def test_two_processes_end_with_the_bits_of_one(one, two, case):
     for row, other in zip(rows, expected["rows"], strict=True):
         assert row.keys() == other.keys()
         # What torchmetrics computes itself is summed in another order.
-        different = {k for k in row if row[k] != other[k]}
+        # A client whose loss is infinite makes a standard deviation of NaN.
+        different = {k for k in row if row[k] != other[k] and not (math.isnan(row[k]) and math.isnan(other[k]))}
         assert different <= {"val/mse", "val/mse_selected", "val/mse_all"}
         assert all(row[k] == pytest.approx(other[k], rel=1e-5) for k in different)
     assert two[1][0][case]["tested"] == two[1][1][case]["tested"] == expected["tested"]
