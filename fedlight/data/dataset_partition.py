@@ -86,7 +86,7 @@ class DatasetPartition(PartitionedDataModule):
         by_hand, self._held = self._by_hand[0], {"val": val, "test": test}
         self._train, self._val, self._test = train.dataset, val.dataset, test.dataset
         self.batch_size = by_hand.batch_size or train.batch_size or 32
-        self.num_workers = by_hand.num_workers or train.num_workers or 0
+        self.num_workers = (train.num_workers or 0) if by_hand.num_workers is None else by_hand.num_workers
         self.collate_fn = by_hand.collate_fn or train.collate_fn
 
     def setup(self, stage: str | None = None) -> None:
@@ -147,11 +147,10 @@ class DatasetPartition(PartitionedDataModule):
             self.classes = list(getattr(sets["_train"].features[column], "names", ()))
         for name, data in sets.items():
             if self.collate_fn is None and is_hf(data) and data.format["type"] is None:
-                columns = [
-                    key for key, feature in data.features.items() if "string" not in getattr(feature, "dtype", "")
-                ]
-                data = data.with_format("torch", columns)
-            setattr(self, name, data)
+                kinds = {key: getattr(feature, "dtype", "") for key, feature in data.features.items()}
+                data = data.with_format("torch", [key for key, kind in kinds.items() if "string" not in kind])
+            # Everywhere else a dataset is torch's.
+            setattr(self, name, data if data is None or isinstance(data, Dataset) else Subset(data, range(len(data))))
         with preserved_global_rng():
             first = self._train[0]
         if self.collate_fn is None and type(first).__module__.startswith("torch_geometric."):
@@ -203,9 +202,10 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
     if isinstance(dataset, ArrayDataset):
         tree = dataset.storage.build(dataset.storage.leaves)
         key = next((key for key in keys if isinstance(tree, dict) and key in tree), None)
-        found: Any = (dataset.targets if key is None else tree[key])[dataset.positions(torch.arange(len(dataset)))]
+        found: Any = tree[key] if key is not None else dataset.targets if keys is _LABELS else None
+        found = None if found is None else found[dataset.positions(torch.arange(len(dataset)))]
     elif isinstance(dataset, TensorDataset):
-        found = dataset.tensors[-1]
+        found = dataset.tensors[-1] if keys is _LABELS else None
     elif is_hf(dataset):
         key = next((key for key in keys if key in dataset.column_names), None)
         found = None if key is None else list(dataset.with_format(None)[key])

@@ -3,11 +3,10 @@
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, Dataset
 
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import DatasetPartition
-from fedlight.data.loaders import Loaded, is_hf, loaded
+from fedlight.data.loaders import Loaded, loaded
 from fedlight.data.partition import Partitioner
 from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
 
@@ -85,18 +84,3 @@ class Federated(DatasetPartition):
         for name in sorted(self._stages):
             self.datamodule.teardown(name)
         self._stages.clear()
-
-
-def how_to_federate(data: object) -> str:
-    """What to write instead of data that is not federated, as it is handed to the trainer."""
-    name, path = type(data).__name__, f"{type(data).__module__}.{type(data).__name__}"
-    if isinstance(data, LightningDataModule):
-        kind, call, yaml = "Federated", f"{name}(...)", f"; in YAML `{FEDERATED_YAML % path}`"
-    elif isinstance(data, DataLoader | Dataset | list) or is_hf(data):
-        kind, call, yaml = "DatasetPartition", name, ""
-    else:
-        return f"data: expected a FederatedDataModule (ImageData, DatasetPartition or your own), found {data!r}."
-    return (
-        f"data: {name} does not say which client has what. Use `fit(model, {kind}({call}, num_clients=20, "
-        f"partitioner=DirichletClients(0.3)))`, of fedlight.data{yaml}."
-    )

@@ -73,45 +73,31 @@ def _codes(
     Taken are whole numbers of any type, also ``[n, 1]``; one-hot rows; and strings, numbered in the order of ``names``
     or else as they sort. Labels that begin at 1 are moved to 0.
     """
-    flat, listed, told = {}, [str(name) for name in names], ""
+    columns, known, told = {}, [str(name) for name in names], ""
     for key, values in held.items():
-        flat[key] = values.reshape(len(values)) if values.ndim > 1 and values.size == len(values) else values
-        rows = values if values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "biuf" else None
-        if rows is not None and bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all()):
-            flat[key], told = rows.argmax(1), "labels from one-hot rows"
-    strings = bool(flat) and all(values.ndim == 1 and values.dtype.kind in "US" for values in flat.values())
-    if strings:
-        words = {key: values.astype(str) for key, values in flat.items()}
-        known = listed or sorted(set(np.concatenate(list(words.values())).tolist()))
-        if strange := sorted(set(np.concatenate(list(words.values())).tolist()) - set(known)):
-            raise ValueError(
-                f"{where}: {', '.join(held)} hold {strange[:5]}, which are not among its names {known[:5]}."
-            )
+        columns[key] = values.reshape(len(values)) if values.size == len(values) else values
+        if values.ndim == 2 and values.shape[1] > 1 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
+            columns[key], told = values.argmax(1), "labels from one-hot rows"
+    if columns and all(values.ndim == 1 and values.dtype.kind in "US" for values in columns.values()):
+        words = [values.astype(str).tolist() for values in columns.values()]
+        known = known or sorted(set().union(*words))
+        if strange := sorted(set().union(*words) - set(known)):
+            raise ValueError(f"{where}: {', '.join(held)} hold {strange[:5]}, which are not among {known[:5]}.")
         number = {name: i for i, name in enumerate(known)}
-        return (
-            [torch.tensor([number[w] for w in part.tolist()]) for part in words.values()],
-            known,
-            "labels from strings",
-        )
-    for key, values in flat.items():
-        if (
-            values.ndim != 1
-            or values.dtype.kind not in "iufb"
-            or not bool((values == np.rint(values.astype(float))).all())
-        ):
+        return [torch.tensor([number[word] for word in part]) for part in words], known, "labels from strings"
+    for key, values in columns.items():
+        number_like = values.ndim == 1 and values.dtype.kind in "iufb"
+        if not (number_like and bool((values == np.rint(values.astype(float))).all())):
             raise ValueError(
                 f"{where} ({key}) has shape {list(values.shape)} and type {values.dtype}; it must be one integer per "
                 "image, one string per image, or a row that is 1 at the class and 0 elsewhere."
             )
-    codes = [torch.from_numpy(values.astype(np.int64)) for values in flat.values()]
+    codes = [torch.from_numpy(values.astype(np.int64)) for values in columns.values()]
     low, high = (int(f(torch.cat(codes))) if codes and len(codes[0]) else 0 for f in (torch.min, torch.max))
-    if shift and low == 1 and len(listed) in (0, high):
-        return (
-            [c - 1 for c in codes],
-            listed or [str(i + 1) for i in range(high)],
-            f"labels 1 .. {high} as 0 .. {high - 1}",
-        )
-    return codes, listed, told
+    if shift and low == 1 and len(known) in (0, high):
+        codes, told = [code - 1 for code in codes], f"labels 1 .. {high} as 0 .. {high - 1}"
+        known = known or [str(label) for label in range(1, high + 1)]
+    return codes, known, told
 
 
 def has_idx(path: Path) -> bool:

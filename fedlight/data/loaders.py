@@ -6,17 +6,7 @@ from typing import Any, NamedTuple
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    SubsetRandomSampler,
-)
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, sampler
 
 from fedlight.data.reading import Collate
 
@@ -52,9 +42,7 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
         if not parts or (len(parts) == 1 and not clients):
             return parts[0] if parts else Loaded()
         if not clients or len({part[1:3] for part in parts}) != 1:
-            raise TypeError(
-                f"{what} is {len(parts)} loaders or datasets; give one{', or all alike' if clients else ''}."
-            )
+            raise TypeError(f"{what} is {len(parts)} loaders or datasets; give one{', or all alike' * clients}.")
         joined: Any = ConcatDataset([part.dataset for part in parts])
         return Loaded(joined, *parts[0][1:4], [len(part.dataset) for part in parts])
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
@@ -73,14 +61,11 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
     size = data.batch_size or getattr(batches, "batch_size", None)
     if not isinstance(size, int):
         raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
-    sampler = getattr(batches, "sampler", data.sampler)
-    if type(batches) is BatchSampler and isinstance(sampler, SubsetRandomSampler):
-        dataset = Subset(dataset, [int(row) for row in sampler.indices])
-    elif (
-        type(batches) is not BatchSampler
-        or type(sampler) not in (RandomSampler, SequentialSampler)
-        or vars(sampler).get("replacement")
-    ):
-        name = type(sampler if type(batches) is BatchSampler else batches).__name__
+    order = getattr(batches, "sampler", data.sampler)
+    usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler) and not vars(order).get("replacement")
+    if type(batches) is BatchSampler and isinstance(order, sampler.SubsetRandomSampler):
+        dataset = Subset(dataset, [int(row) for row in order.indices])
+    elif not (usual and type(batches) is BatchSampler):
+        name = type(order if type(batches) is BatchSampler else batches).__name__
         rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
     return Loaded(dataset, size, data.num_workers, data.collate_fn)

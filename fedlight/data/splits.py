@@ -1,7 +1,7 @@
 """Names that tell of splits, of folders and of arrays: train, val and test in their usual spellings."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 _SPELLINGS = {
     "train": "training|train|trn",
@@ -22,13 +22,9 @@ def split_of(name: str) -> tuple[str | None, list[str]]:
     return (kinds[0] if len(kinds) == 1 else None), rest
 
 
-def splits_among(names: Iterable[str]) -> dict[str, str]:
+def splits_among(names: Collection[str]) -> dict[str, str]:
     """The split of each folder that is one: called just that, or as another but for it (`seg_train`, `seg_test`)."""
-    told = {
-        name: (kind, [w for w in rest if not re.fullmatch(FILLERS, w)])
-        for name in names
-        for kind, rest in [split_of(name)]
-    }
-    kinds = {name: kind for name, (kind, rest) in told.items() if kind}
-    alike = {name: {kinds[other] for other in kinds if told[other][1] == told[name][1]} for name in kinds}
-    return {name: kind for name, kind in kinds.items() if not told[name][1] or len(alike[name]) > 1}
+    kinds = {name: split_of(name)[0] for name in names}
+    rest = {name: [word for word in split_of(name)[1] if not re.fullmatch(FILLERS, word)] for name in names}
+    alike = {name: {kinds[other] for other in names if rest[other] == rest[name]} - {None} for name in names}
+    return {name: kind for name, kind in kinds.items() if kind and (not rest[name] or len(alike[name]) > 1)}

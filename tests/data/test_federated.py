@@ -169,10 +169,10 @@ def test_what_is_not_called_is_refused():
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        (Stock(), r"fit\(model, Federated\(Stock\(...\), num_clients=20, .* in YAML `data: {class_path: Federated,"),
+        (Stock(), r"fit\(model, Federated\(Stock\(...\), num_clients=20, .* in YAML .data: {class_path: Federated,"),
         (DataLoader(TensorDataset(*numbers())), r"fit\(model, DatasetPartition\(DataLoader, num_clients=20"),
         (TensorDataset(*numbers()), r"fit\(model, DatasetPartition\(TensorDataset, num_clients=20"),
-        (None, "expected a FederatedDataModule"),
+        (None, "expected a FederatedDataModule .* found None. .*MyData"),
     ],
 )
 def test_what_is_not_federated_is_refused_with_the_line_to_write(tmp_path, data, line):
@@ -312,8 +312,9 @@ def test_attributes_are_found_by_name_and_validation_has_the_same_numbers():
     data = DatasetPartition(train, val=val, num_clients=None, partitioner=NaturalGroups(), groups="user")
     assert ready(data).client_rows(0).sort().values.tolist() == [1, 3]
     assert data.client_val_dataset(0)[0] == (0, "z")
-    with pytest.raises(ValueError, match="`data.groups` is 'usr', which is no column or attribute"):
-        ready(DatasetPartition(train, num_clients=None, partitioner=NaturalGroups(), groups="usr"))
+    for other in (train, TensorDataset(torch.zeros(4, 2), torch.arange(4))):  # whose last tensor is no user
+        with pytest.raises(ValueError, match="`data.groups` is 'usr', which is no column or attribute"):
+            ready(DatasetPartition(other, num_clients=None, partitioner=NaturalGroups(), groups="usr"))
 
 
 @pytest.mark.parametrize("sample", [lambda i: (i, i % 3), lambda i: {"text": "t", "label": torch.tensor(i % 3)}])
@@ -395,6 +396,7 @@ def test_graphs_of_pyg(tmp_path, given):
     train, size = (graphs, 2) if given == "list" else (GraphLoader(graphs, batch_size=2), None)
     data = DatasetPartition(train, num_clients=3, partitioner=DirichletClients(10.0), batch_size=size)
     assert ready(data).partition_counts().sum(0).tolist() == [4, 4, 4]
+    assert isinstance(data.pooled_dataset(), Dataset)
 
     class Net(Regression):
         def training_step(self, batch, batch_idx):
