@@ -28,7 +28,7 @@ from fedlight._views import Views
 from fedlight.checkpoint import CheckpointWriter
 from fedlight.clients import client_store
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.federated import FEDERATED_YAML
+from fedlight.data.federated import not_federated
 from fedlight.data.pooled import PooledData
 from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
@@ -82,13 +82,7 @@ class Session:
         self.trainer, self.module, self.command = trainer, model, command
         self.settings = trainer.settings
         if not isinstance(datamodule, FederatedDataModule):
-            name = "MyData" if datamodule is None else type(datamodule).__name__
-            raise MisconfigurationException(
-                f"data: expected a FederatedDataModule that knows what each client has, found {datamodule!r:.60}. A"
-                f" LightningDataModule is divided by `fit(model, Federated({name}(...), num_clients=20,"
-                f" partitioner=DirichletClients(0.3)))`, in YAML `{FEDERATED_YAML % name}`; datasets and DataLoaders by"
-                f" `fit(model, DatasetPartition({name}, num_clients=20))`; these are in fedlight.data."
-            )
+            raise MisconfigurationException(not_federated(datamodule))
         datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
         self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)

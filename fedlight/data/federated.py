@@ -84,3 +84,14 @@ class Federated(DatasetPartition):
         for name in sorted(self._stages):
             self.datamodule.teardown(name)
         self._stages.clear()
+
+
+def not_federated(data: object) -> str:
+    """What a trainer says of data that does not tell what each client has."""
+    name = "MyData" if data is None else type(data).__name__
+    return (
+        f"data: expected a FederatedDataModule that knows what each client has, found {data!r:.60}. A"
+        f" LightningDataModule is divided by `fit(model, Federated({name}(...), num_clients=20,"
+        f" partitioner=DirichletClients(0.3)))`, in YAML `{FEDERATED_YAML % name}`; datasets and DataLoaders by"
+        f" `fit(model, DatasetPartition({name}, num_clients=20))`; these are in fedlight.data."
+    )
