@@ -127,8 +127,9 @@ def test_labels_of_a_partition_are_tried_too(tmp_path):
 
 
 def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):
+    data = Classes(7, lambda x, y: list(zip(x.unbind(), y.unbind(), strict=True)))
     with pytest.raises(IndexError, match="Target 7 is out of bounds") as caught:
-        quiet_trainer(tmp_path, clients_per_round=4).fit(OfNoNumber(net=Plain()), Classes(7, Samples))
+        quiet_trainer(tmp_path, clients_per_round=4).fit(OfNoNumber(net=Plain()), data)
     notes = " ".join(caught.value.__notes__)
     assert "This happened in round 0, client 3." in notes
     assert "checked before training where the dataset has `.targets`, or data.targets does" in notes
