@@ -169,10 +169,12 @@ def test_a_module_in_the_current_folder_is_found_by_the_console_script(tmp_path)
     script.parent.mkdir()
     script.write_text("import sys\nfrom fedlight.__main__ import main\nsys.exit(main())\n")
     settings = ["--model=my_module.Net", *TINY[1:], *QUIET, "--trainer.max_rounds=1"]
-    path = os.pathsep.join([str(CONFIGS.parent), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [sys.executable, script, "fit", *settings],
-        env={**os.environ, "PYTHONPATH": path},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(CONFIGS.parent),
+        },  # an empty entry would be the folder
         cwd=tmp_path,
         capture_output=True,
         text=True,

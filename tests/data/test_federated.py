@@ -68,16 +68,20 @@ class Stock(LightningDataModule):
         self.calls.append(f"teardown {stage}")
 
 
+TRAINED = []
+
+
 class Seeing(Regression):
-    """Remembers the sizes of batches."""
+    """Remembers the sizes of batches; what clients change of the module itself is put back after each of them."""
 
     def __init__(self):
         super().__init__()
-        self.trained, self.validated, self.tested = [], [], []
+        TRAINED.clear()
+        self.validated, self.tested = [], []
 
     def training_step(self, batch, batch_idx):
         x, y = (batch["x"], batch["y"]) if isinstance(batch, dict) else batch
-        self.trained.append(int(batch["marked"][0]) if isinstance(batch, dict) else len(x))
+        TRAINED.append(int(batch["marked"][0]) if isinstance(batch, dict) else len(x))
         return F.mse_loss(self(x), y)
 
     def validation_step(self, batch, batch_idx):
@@ -98,7 +102,7 @@ def test_a_stock_datamodule_is_divided_and_its_loaders_are_followed(tmp_path):
     stock, model = Stock(slow=True, collate_fn=marked), Seeing()
     trainer = quiet_trainer(tmp_path, max_rounds=1, clients_per_round=3, client_val_every_n_rounds=0)
     trainer.fit(model, Federated(stock, num_clients=3))
-    assert model.trained[-6:] == [4, 2] * 3
+    assert TRAINED[-6:] == [4, 2] * 3
     assert model.validated[-2:] == [5, 1]  # with its own collate function, too
     assert stock.calls == ["prepare 1", "setup fit", "teardown fit"]
     assert stock.trainer is trainer
@@ -140,7 +144,7 @@ def test_the_same_wrapper_is_used_twice_and_pooled(tmp_path):
     for settings in ({}, {"centralized": True}):
         model = Seeing()
         quiet_trainer(tmp_path, max_rounds=1, **settings).fit(model, data)
-    assert model.trained[-5:] == [4, 4, 4, 4, 2]
+    assert TRAINED[-5:] == [4, 4, 4, 4, 2]
     assert data.datamodule.calls[-1] == "teardown fit"
 
 

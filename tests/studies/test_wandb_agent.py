@@ -83,7 +83,7 @@ def test_three_runs_of_a_sweep(tmp_path):
     assert configs["one"]["seed_everything"] == 3
     two = configs["two"]
     assert two["algorithm"]["class_path"].endswith("FedDyn")
-    assert two["algorithm"]["init_args"] == {"alpha": 0.25}
+    assert two["algorithm"]["init_args"]["alpha"] == 0.25
     assert two["data"]["init_args"]["partitioner"]["class_path"].endswith("IID")
     assert two["trainer"]["callbacks"][0]["init_args"] == {"zeta": 0.25, "layers": None}
     assert (two["trainer"]["views"], two["trainer"]["deterministic"]) == (["server", "all"], True)
