@@ -129,7 +129,7 @@ class ModuleState:
     def _note(self) -> None:
         """What the quick look compares with."""
         held = [vars(c) if isinstance(c, type) else c for _, c, _, _ in self._containers]
-        self._views = [c.values() if hasattr(c, "values") else c for c in held]
+        self._views = [c if isinstance(c, list | deque | set) else c.values() for c in held]
         self._values = list(chain.from_iterable(self._views))
         groups: dict[Any, list[Tensor]] = {}
         for kept in self._tensors:

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import nn
-from torchmetrics import MaxMetric
+from torch.nn import functional as F
+from torchmetrics import MaxMetric, MinMetric
 
 from fedlight._module_state import ModuleState, untouched
+from fedlight.perturbations import SAM
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 
@@ -155,3 +158,160 @@ def test_what_is_too_large_to_copy_is_refused_by_name(monkeypatch):
     module.big = torch.zeros(10**5)
     with pytest.raises(MisconfigurationException, match="model: self.big changes"), untouched(module):
         module.big.add_(1)
+
+
+class Validated(Regression):
+    """Keeps the smallest loss of all validations, in a metric, a list, an attribute and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.smallest, self.losses, self.validations = MinMetric(), [], 0
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def validation_step(self, batch, batch_idx):
+        self.now = F.mse_loss(self(batch[0]), batch[1])
+        self.losses.append(self.now)
+        self.seen += 1
+        self.log("val/loss", self.now)
+
+    def on_validation_epoch_end(self):
+        self.validations += 1
+        self.smallest.update(torch.stack(self.losses).mean())
+        self.losses.clear()
+        self.log("val/smallest", self.smallest.compute())
+        self.log("val/seen", self.seen.float())
+
+
+class WithValidation(Clients):
+    def client_val_dataset(self, client):
+        return self.client_dataset(client)
+
+
+def test_only_the_evaluation_of_the_server_leaves_a_trace(tmp_path):
+    """Views and clients have smaller losses, of which the server's metric knows nothing."""
+    rows = []
+
+    class Rows(Callback):
+        def on_round_end(self, trainer, module):
+            rows.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    model = Validated()
+    quiet_trainer(tmp_path, callbacks=[Rows()], max_rounds=3, limit_val_batches=1).fit(model, WithValidation())
+    best = [min(row["val/loss"] for row in rows[: i + 1]) for i in range(3)]
+    assert [row["val/smallest"] for row in rows] == pytest.approx(best)
+    assert model.validations == model.smallest._update_count == 3
+    assert {row["val/seen"] for row in rows} == {1}  # as the round's buffers, which come from the clients
+    for row, smallest in zip(rows, best, strict=True):
+        assert row["val/smallest_all"] == pytest.approx(min(smallest, row["val/loss_all"]))
+
+
+SIZES: list[int] = []
+
+
+class Traced(Everything):
+    """Changes everything in its step."""
+
+    def training_step(self, batch, batch_idx):
+        SIZES.append(len(batch[0]))
+        self.move()
+        del self.extra  # more parameters to train would be refused
+        random.random(), np.random.rand(), torch.rand(())
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_trial_before_training_is_undone_and_as_large_as_a_batch(tmp_path):
+    model, twin = Traced(), Everything()
+    Everything.seen.clear()
+    Everything.calls = 0
+    draws = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    quiet_trainer(tmp_path, max_rounds=0).fit(model, Clients(sizes=(7, 3), batch_size=5))
+    assert SIZES[0] == 5
+    assert (
+        Everything.calls == len(Everything.seen) == model.count == len(model.outputs) == model.best._update_count == 0
+    )
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == draws
+    for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_a_step_appends_in_the_second_pass_of_sam_is_taken_back(tmp_path):
+    lengths = []
+
+    class Appends(Regression):
+        outputs: list = []  # noqa: RUF012
+
+        def training_step(self, batch, batch_idx):
+            self.outputs.append(1)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            lengths.append(len(self.outputs))
+
+    quiet_trainer(tmp_path, perturbation=SAM(0.1), max_rounds=1, local_steps=3).fit(Appends(), Clients())
+    assert lengths == [1, 2, 3] * 2
+    assert Appends.outputs == []
+
+
+class Grows(Regression):
+    """A buffer that a step makes longer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        self.grow()
+        return super().training_step(batch, batch_idx)
+
+    def grow(self):
+        self.cache = torch.zeros(len(self.cache) + 1)
+
+
+class GrowsInPlace(Grows):
+    def grow(self):
+        self.cache.data = torch.zeros(len(self.cache) + 1)
+
+
+class Deletes(Grows):
+    def grow(self):
+        self.cache = None
+
+
+@pytest.mark.parametrize("model", [Grows, GrowsInPlace, Deletes])
+def test_a_buffer_that_changes_its_shape_is_refused_by_name(tmp_path, model):
+    with pytest.raises(MisconfigurationException, match=r"model: buffer 'cache' was \(\[1\], torch.float32\) and is"):
+        quiet_trainer(tmp_path).fit(model(), Clients())
+
+
+def test_a_buffer_with_two_names_is_replaced_under_one(tmp_path):
+    class Tied(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("first", torch.zeros(1))
+            self.register_buffer("second", self.first)
+
+        def training_step(self, batch, batch_idx):
+            self.second = self.second + 1
+            return super().training_step(batch, batch_idx)
+
+    model = Tied()
+    trainer = quiet_trainer(tmp_path, clients_per_round=4, local_steps=2)
+    trainer.fit(model, Clients())
+    assert trainer._session.federation.state.buffers["first"] == 6  # two steps in each of three rounds
+    assert model.first is model.second
+
+
+def test_a_late_teacher_without_a_copy_ends_the_run_by_name(tmp_path, monkeypatch):
+    class Late(Regression):
+        def __init__(self):
+            super().__init__()
+            self.teacher = nn.Linear(100, 100).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch == 1:
+                self.teacher.weight.data.mul_(0.9)
+            return super().training_step(batch, batch_idx)
+
+    monkeypatch.setattr("fedlight._module_state._COPIED", 0)
+    with pytest.raises(MisconfigurationException, match=r"model: self.teacher.weight changes while a client trains"):
+        quiet_trainer(tmp_path).fit(Late(), Clients())

@@ -17,9 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlight._float32 import float32_products
 from fedlight._logging import LogCollector, collecting_logs
+from fedlight._module_state import ModuleState
 from fedlight._penalized_step import penalized_step
 from fedlight.analysis.diagnosis import differentiable_once, explain
-from fedlight.seeding import preserved_global_rng
+from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 
 def task_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
@@ -62,6 +63,7 @@ class TaskLoss:
             self.module = _copied(module).to(dtype=dtype, device=device).eval()
         self.dtype = dtype
         self._checked = False
+        self._state: ModuleState | None = None
         self._log = LogCollector()
         self._log.enabled = False
 
@@ -76,8 +78,12 @@ class TaskLoss:
         Raises:
             NoSecondDerivativeError: if a part of it can be differentiated once only.
         """
-        torch.manual_seed(index)
+        seed_global_rng(index)
+        if self._state is None:
+            self._state = ModuleState({"self": self.module}, self.parameters.values)
+        self._state.refresh()
         loss = task_loss(self.module, apply_to_collection(batch, Tensor, self._convert), index)
+        self._state.restore()  # it is a function: no call changes the next
         if not self._checked and loss.requires_grad:
             self._checked = True
             if names := differentiable_once(loss):
