@@ -110,15 +110,26 @@ class DiskClientStore(ClientStore):
 
     def get(self, client: int, part: str) -> State | None:
         """Read a client's rows of one part."""
-        slot = self._slots.get(part, {}).get(client)
-        if slot is None:
-            return None
-        return {name: value.to(self.device) for name, value in self._read(part, slot).items()}
+        for layout in self._layouts(part):
+            if (slot := self._slots[layout].get(client)) is not None:
+                return {name: value.to(self.device) for name, value in self._read(layout, slot).items()}
+        return None
+
+    def _layouts(self, part: str) -> list[str]:
+        """The names under which a part is kept: another one for rows with other tensors, of buffers that came late."""
+        return [layout for layout in self._shapes if layout.partition("#")[0] == part]
 
     def put(self, client: int, part: str, state: State) -> None:
         """Write a client's rows of one part to a free slot."""
         if not state:
             return
+        layouts = self._layouts(part)
+        for layout in layouts:
+            if self._shapes[layout].keys() != state.keys() and client in self._slots[layout]:
+                self._retired.setdefault(layout, []).append(self._slots[layout].pop(client))
+                del self._sums[layout][client]
+        fitting = [layout for layout in layouts if self._shapes[layout].keys() == state.keys()]
+        part = fitting[0] if fitting else f"{part}#{len(layouts)}" if layouts else part
         slots, free = self._slots.setdefault(part, {}), self._free.setdefault(part, [])
         # Later on the files are there, or their rows are lost: a new file would read as zeros for the other clients.
         mode = "r+b" if part in self._shapes else "wb"

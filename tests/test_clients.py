@@ -174,6 +174,29 @@ def test_a_folder_that_is_deleted_is_not_begun_anew(tmp_path):
             use()
 
 
+def test_rows_with_other_tensors_than_before_and_a_resume(tmp_path):
+    """Client 0 has a tensor more from its second round on, client 1 has not; slots of both kinds are used again."""
+    store = DiskClientStore(tmp_path / "rank0")
+    for i in range(2):
+        store.put(i, "buffers", {"a": torch.full((3,), float(i))})
+    more = {"a": torch.full((3,), 5.0), "b": torch.tensor([7.0])}
+    store.put(0, "buffers", more)
+    store.put(2, "buffers", more)
+    saved = store.state_dict()
+    loaded = DiskClientStore(tmp_path / "rank0")
+    loaded.load_state_dict(saved)
+    for found in (store, loaded):
+        assert found.clients() == [0, 1, 2]
+        assert found.get(0, "buffers").keys() == found.get(2, "buffers").keys() == {"a", "b"}
+        assert found.get(0, "buffers")["b"].tolist() == [7.0]
+        assert found.get(1, "buffers").keys() == {"a"}
+        assert found.get(1, "buffers")["a"].tolist() == [1.0] * 3
+    loaded.committed()
+    loaded.put(0, "buffers", {"a": torch.full((3,), 9.0)})  # and back, into the slot that it left
+    assert loaded.get(0, "buffers")["a"].tolist() == [9.0] * 3
+    assert (tmp_path / "rank0" / "buffers.a.bin").stat().st_size == 2 * 3 * 4
+
+
 def test_rows_in_a_checkpoint_go_to_disk_but_not_the_other_way(tmp_path):
     memory = ClientStore()
     memory.put(4, "algorithm", state(4, 1))

@@ -36,6 +36,21 @@ class Noisy(LightningModule):
         return {"loss": F.cross_entropy(logits, y), "logits": logits}
 
 
+class Moving(Noisy):
+    """Its step moves a teacher, a queue and a counter, on which the loss depends."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(6, 3).requires_grad_(False)
+        self.register_buffer("queue", torch.zeros(3))
+
+    def training_step(self, batch, batch_idx):
+        self.teacher.weight.data.mul_(0.5)
+        self.queue = self.queue + 1
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return loss * self.calls + self.teacher(batch[0]).square().mean() + self.queue.sum()
+
+
 def states():
     return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
@@ -257,3 +272,14 @@ def test_what_a_command_line_hands_over_need_not_be_copyable(tmp_path):
     assert loss.module is not module
     assert loss.module.optimizer is module.optimizer
     assert loss.module.net[0].weight is not module.net[0].weight
+
+
+def test_the_loss_is_a_function_though_the_step_moves_the_module():
+    module = Moving()
+    loss = TaskLoss(module)
+    with loss.settings():
+        values = [loss((X, Y), 0).detach().item() for _ in range(3)]
+    assert len(set(values)) == 1
+    assert loss.module.calls == module.calls == 0
+    assert torch.equal(loss.module.teacher.weight, module.teacher.weight)
+    assert loss.module.queue.tolist() == [0.0, 0.0, 0.0]

@@ -119,3 +119,26 @@ def test_frozen_parameters_that_rest_cost_nothing(tmp_path):
     trainer, _, _ = run(Rests, tmp_path)
     assert trainer._session.federation.state.buffers == {}
     assert float(trainer.callback_metrics["comm/up_mb"]) == pytest.approx(2 * 15 * 4 / 1e6)
+
+
+@pytest.mark.parametrize("kept", ["cpu", "disk"])
+def test_what_a_client_moves_late_stays_with_it_wherever_state_is_kept(tmp_path, kept):
+    """Rows of the first round lack the teacher that all later ones have."""
+
+    class Late(MODULES["LateTeacher"]):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            self.seen += 1
+            return super().training_step(batch, batch_idx)
+
+    rounds = ((0, 1, 2), (1, 2), (0, 2))
+    trainer, _, found = run(Late, tmp_path, buffers="local", client_state=kept, rounds=rounds)
+    store = trainer._session.federation.store
+    assert all(set(store.get(i, "buffers")) == {"seen", "teacher.weight", "teacher.bias"} for i in range(3))
+    teachers = [store.get(i, "buffers")["teacher.weight"] for i in range(3)]
+    assert not any(torch.equal(teachers[i], teachers[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    other = run(Late, tmp_path, buffers="local", client_state="auto", rounds=rounds)[2]
+    assert all(torch.equal(found[name], other[name]) for name in other)
