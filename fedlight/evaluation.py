@@ -122,7 +122,9 @@ class Evaluator:
         if not self._clients_log:
             return {}
         world = self._fabric.world_size
-        own = {client: self._on_client(client, limit) for client in clients[self._fabric.global_rank :: world]}
+        mine = {client: self._on_client(client, limit) or {} for client in clients[self._fabric.global_rank :: world]}
+        values = as_floats({f"{c} {name}": v for c, metrics in mine.items() for name, v in metrics.items()})
+        own = {c: {name: values[f"{c} {name}"] for name in metrics} for c, metrics in mine.items()}
         everyone: list[Any] = [own]
         if world > 1:
             everyone = [None] * world
@@ -137,12 +139,12 @@ class Evaluator:
             out[f"clients/{short}_p10"] = float(each.quantile(0.1))
         return out
 
-    def _on_client(self, client: int, limit: int | float | None) -> dict[str, float] | None:
+    def _on_client(self, client: int, limit: int | float | None) -> dict[str, Tensor] | None:
         dataset = self._datamodule.client_val_dataset(client)
         if dataset is None or not len(dataset):  # type: ignore[arg-type]
             return None
         with named(self._module.trainer.current_epoch, client):
-            return as_floats(self.run(dataset, "validation", limit, quiet=True, share=False))
+            return self.run(dataset, "validation", limit, quiet=True, share=False)
 
     @property
     def _batch_size(self) -> int:

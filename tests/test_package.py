@@ -8,6 +8,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import fedlight
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,7 @@ def test_modules_import_nothing_heavy_when_they_are_loaded():
     assert not {module: heavy for module, heavy in found.items() if heavy}
 
 
+@pytest.mark.slow
 def test_importing_the_package_adds_nothing_heavy_to_what_lightning_loads():
     # Lightning itself loads some of these through torchmetrics.
     code = (
@@ -110,6 +113,7 @@ def test_oldest_supported_versions_are_the_ones_that_ci_tests():
         )
 
 
+@pytest.mark.slow
 def test_every_module_can_be_the_first_one_that_is_imported():
     """No cycle of imports depends on where it is entered."""
     code = """

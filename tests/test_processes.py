@@ -109,6 +109,7 @@ def test_every_process_finds_the_rows_of_all_clients(two):
     assert all(torch.equal(found[0][i], found[1][i]) for i in found[0])
 
 
+@pytest.mark.slow
 def test_fabric_starts_the_second_process(one, tmp_path):
     """``devices: 2`` in one script that trains, tests, and trains again until it is told to stop."""
     code, errors, saved = start(tmp_path, "tests.helpers.processes", str(tmp_path), "launch")
@@ -144,6 +145,7 @@ class Lost(Callback):
         ("kill", 0, r"another of the 2 processes has ended; if it said why, that is above. This one, process 1,"),
     ],
 )
+@pytest.mark.slow
 def test_the_last_line_says_which_process_died_and_how_to_go_on(tmp_path, how, rank, said):
     words = ["--model=tests.helpers.tiny.Regression", "--data=tests.helpers.tiny.Clients"]
     words += ["--trainer.callbacks+=tests.test_processes.Lost", f"--trainer.callbacks.how={how}"]

@@ -127,6 +127,7 @@ ENGINES = {"eager": lambda: "eager", "vmap": lambda: "vmap", "cuda_graph": lambd
 
 @pytest.mark.parametrize("rho", [None, RHO])
 @pytest.mark.parametrize("engine", [*ENGINES, "eager compiled", "vmap compiled"])
+@pytest.mark.slow
 def test_functions_train_as_modules_do_in_every_engine(tmp_path, engine, rho, monkeypatch):
     monkeypatch.setattr(programs, "BACKEND", lambda graph, inputs: graph.forward)  # no machine code
     settings = {"compile": "compiled" in engine, "engine": ENGINES[engine.split()[0]]()}

@@ -185,11 +185,13 @@ def run_script(name):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes():
     """Each rank has its own mean; for batches of one size the averaged gradient is the formula's over all of them."""
     assert "gradients agree" in run_script("ddp.py")
 
 
+@pytest.mark.slow
 def test_the_twin_package():
     """In a process of its own, as importing it changes where Lightning writes its messages."""
     pytest.importorskip("pytorch_lightning")

@@ -47,6 +47,7 @@ def in_two_processes(tmp_path_factory):
 
 
 @every_module
+@pytest.mark.slow
 def test_two_processes_give_the_same_bits_as_one(name, one_process, in_two_processes):
     for rank in range(2):
         assert_same_bits(in_two_processes[rank][name], one_process(name)[2])

@@ -25,6 +25,7 @@ def two(tmp_path_factory):
 
 
 @RunIf(linux=True)
+@pytest.mark.slow
 def test_two_processes_hold_one_copy(two):
     for rank in two[0]:
         assert rank["bytes"] == 7 * 3 + 7 * 8 + 3 * 2 * 8 + 3 * 4
