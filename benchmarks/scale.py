@@ -53,6 +53,9 @@ class Setting:
 SWEEPS = {
     "clients": [Setting(clients=n) for n in (1_000, 10_000, 100_000)],
     "clients per round": [Setting(clients=10_000, per_round=k) for k in (10, 100, 1_000)],
+    "clients per round, a million parameters": [
+        Setting(clients=1_000, per_round=k, width=37_037) for k in (10, 100, 1_000)
+    ],
     "parameters": [Setting(per_round=10, width=w) for w in (32, 1_000, 30_000)],
 }
 
@@ -109,7 +112,8 @@ def measure(setting: Setting, rounds: int, engine: str) -> dict:
             enable_progress_bar=False,
         )
         trainer.fit(model, Data(setting.clients))
-        seconds = [row["time/round_s"] for row in read_metrics(trainer.run_dir / "metrics.csv")][2:]
+        rows = read_metrics(trainer.run_dir / "metrics.csv")
+        seconds = [row["time/round_s"] for row in rows][min(2, len(rows) - 1) :]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     total = time.perf_counter() - started
     parameters = sum(p.numel() for p in model.parameters())

@@ -7,14 +7,11 @@ From YAML it is named by its import path, with this folder on the path:
     PYTHONPATH=examples fedlight fit -c configs/quickstart.yaml --algorithm custom_algorithm.FedExP
 """
 
-from collections.abc import Sequence
-
 import torch
 
 from fedlight import MAN, Classifier, FederatedTrainer, ImageData
 from fedlight.algorithms import Algorithm, Message
-from fedlight.algorithms.base import State, check_hyperparameter
-from fedlight.local import ClientResult
+from fedlight.algorithms.base import Sender, State, check_hyperparameter, mean_update
 from fedlight.models import MLP
 from fedlight.perturbations import SAM
 
@@ -35,10 +32,14 @@ class FedExP(Algorithm):
     def __init__(self, eps: float = 1e-3) -> None:
         self.eps = check_hyperparameter("algorithm.eps", eps, positive=True)
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """‖Δ_i‖², to be summed over the clients."""
+        return {"square": message["update"].square().sum()}
+
+    def aggregate(self, server: State, total: State) -> State:
         """The extrapolated step."""
-        mean = self.mean_update(results)
-        spread = sum(r.update.square().sum() for r in results) / (2 * len(results))
+        mean = mean_update(total)
+        spread = total["square"] / (2 * total["clients"])
         step = torch.clamp(spread / (mean.square().sum() + self.eps), min=1.0)
         return {"params": server["params"] + step * mean}
 

@@ -46,13 +46,10 @@ def train_client(net: nn.Sequential, data: ImageData, client: int, round: int) -
 
 
 def average(nets: list[nn.Sequential], sizes: list[int]) -> dict[str, Tensor]:
-    """Σ n_i w_i / Σ n_i."""
+    """Σ n_i w_i / Σ n_i, summed in float64."""
     states = [net.state_dict() for net in nets]
-    out = {name: torch.zeros_like(value) for name, value in states[0].items()}
-    for state, size in zip(states, sizes, strict=True):
-        for name, value in state.items():
-            out[name].add_(value, alpha=size / sum(sizes))
-    return out
+    total = {name: sum(n * s[name].double() for n, s in zip(sizes, states, strict=True)) for name in states[0]}
+    return {name: value / sum(sizes) for name, value in total.items()}
 
 
 def train() -> tuple[nn.Sequential, ImageData]:

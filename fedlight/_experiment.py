@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Not the engine, compile, deterministic or devices: they say how the same function is computed, and a run may move.
 _TRAINER = (
     *("local_epochs", "local_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
-    *("precision", "tf32", "centralized"),
+    *("precision", "tf32", "centralized", "transforms"),
 )
 _DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn")
 _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from fedlight._module_state import ModuleState
 from fedlight._resume import restore_schedule
 from fedlight._snapshot import restore_callbacks
 from fedlight.checkpoint import check_state_dict
-from fedlight.local import ClientResult
 from fedlight.parameters import ParameterLayout, load_tensors
 
 if TYPE_CHECKING:
@@ -48,21 +46,23 @@ class Movers:
 
     def adopt(self, names: Iterable[str]) -> None:
         """Treat these parameters, which have not moved yet, as buffers."""
-        module, federation = self._session.module, self._session.federation
-        new = {n: module.get_parameter(n).detach().clone() for n in names if n not in federation.state.buffers}
-        federation.initial_buffers = {**federation.initial_buffers, **new}
+        federation = self._session.federation
+        new = {n: self.unmoved(n).clone() for n in names if n not in federation.state.buffers}
+        federation.clients.initial_buffers = {**federation.clients.initial_buffers, **new}
         federation.state.buffers = {**federation.state.buffers, **new}
 
-    def joined(self, results: list[ClientResult]) -> list[ClientResult]:
-        """A round's results; parameters without gradient that a client was the first to move are buffers of all."""
-        federation = self._session.federation
-        late = sorted(set[str]().union(*(r.buffers for r in results)) - federation.state.buffers.keys())
-        if not late:
-            return results
-        rank_zero_info(f"model: from now on {', '.join(late)} change without a gradient, and are treated as buffers.")
-        self.adopt(late)
-        self.state.capture()
-        return [replace(r, buffers={**federation.buffers_of(r.client), **r.buffers}) for r in results]
+    def unmoved(self, name: str) -> Tensor:
+        """A parameter without a gradient as it is between two clients."""
+        return self._session.module.get_parameter(name).detach()
+
+    def join(self, late: list[str]) -> None:
+        """Parameters without gradient that a client of the round was the first to move are buffers of all."""
+        if late:
+            rank_zero_info(
+                f"model: from now on {', '.join(late)} change without a gradient, and are treated as buffers."
+            )
+            self.adopt(late)
+            self.state.capture()
 
 
 def begin_federation(session: "Session", checkpoint: dict[str, Any] | None) -> None:

@@ -159,9 +159,8 @@ class Session:
         folder = Path("clients") if self.folder is None else self.folder.path / "clients"
         store = client_store(settings["client_state"], folder / f"rank{self.fabric.global_rank}", self.fabric.device)
         policy = trainer.algorithm.buffers or settings["buffers"]
-        self.federation = Federation(
-            trainer.algorithm, trainer.perturbation, self.datamodule, store, policy, settings["views"], self.layout
-        )
+        parts = trainer.algorithm, trainer.perturbation, self.datamodule, store, policy, settings["views"], self.layout
+        self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved)
         self.views = Views(self)
         per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)

@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight.clients import Where
 from fedlight.federation import BufferPolicy, View
 from fedlight.perturbations.base import Perturbation
+from fedlight.transforms.base import check_chain
 
 _CHOICES = {
     "buffers": get_args(BufferPolicy),
@@ -51,6 +52,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key, possible in _CHOICES.items():
         if settings[key] not in possible:
             raise MisconfigurationException(f"trainer.{key}={settings[key]!r} must be one of {list(possible)}.")
+    given = settings["transforms"]
+    settings["transforms"] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    check_chain(settings["transforms"])
     for stage in ("train", "val", "test"):
         _check_limit(f"limit_{stage}_batches", settings[f"limit_{stage}_batches"], zero=stage == "val")
     clip = settings["gradient_clip_val"]

@@ -59,7 +59,7 @@ def local_training(session: "Session") -> LocalTraining:
     trainer, settings, data, federation = session.trainer, session.settings, session.datamodule, session.federation
     clip = settings["gradient_clip_val"]
     engine = settings["engine"]
-    federation.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
+    federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
     training = LocalTraining(
         module=session.module,
         fabric=session.fabric,
@@ -75,6 +75,7 @@ def local_training(session: "Session") -> LocalTraining:
         collate_fn=data.collate_fn,
         call=session.hooks,
         compile=settings["compile"],
+        lr_factors=trainer.algorithm.lr_factors,
         clients=math.ceil(expected_clients(trainer.sampler) / session.fabric.world_size),
         example=_example(session),
     )
@@ -88,7 +89,7 @@ def local_training(session: "Session") -> LocalTraining:
 
 
 def _example(session: "Session") -> ClientTask:
-    return session.federation.tasks([int(session.federation.sizes.argmax())], session.schedule.lrs)[0]
+    return session.federation.example_task(int(session.federation.sizes.argmax()), session.schedule.lrs)
 
 
 def _say(findings: Findings, policy: str) -> None:

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 import fedlight
 import fedlight.callbacks
 import fedlight.models
-import fedlight.perturbations  # all of these, so that their classes are known by their short names
+import fedlight.perturbations
+import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight._arguments import dotted, yaml_argument
 from fedlight._messages import readable, suggestions
 from fedlight._processes import raised_in
@@ -32,6 +33,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run_folder import atomic_write, writing
 from fedlight.sampling import Sampler
 from fedlight.trainer import FederatedTrainer
+from fedlight.transforms.base import Transform
 
 
 class FederatedArgumentParser(LightningArgumentParser):
@@ -63,8 +65,8 @@ def _class_names() -> dict[str, str]:
     """The classes that are known by short names, and the key that each belongs under."""
     bases = (Algorithm, Perturbation, FederatedDataModule, LightningModule, Callback, Sampler, Partitioner, Optimizer)
     keys = ["algorithm", "perturbation", "data", "model", "trainer.callbacks+", "trainer.sampler", "data.partitioner"]
-    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger"]
-    both = zip(keys, (*bases, LRScheduler, Logger), strict=True)
+    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger", "trainer.transforms+"]
+    both = zip(keys, (*bases, LRScheduler, Logger, Transform), strict=True)
     return {c.__name__: key for key, base in both for c in _subclasses(base) if not c.__name__.startswith("_")}
 
 

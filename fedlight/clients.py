@@ -248,18 +248,10 @@ def client_store(where: Where, folder: Path, device: torch.device) -> ClientStor
     return ClientStore(device, where, limit)
 
 
-def running_mean(rows: Iterable[tuple[Tensor, Tensor, float]], into: Tensor) -> Tensor:
-    """``into + Σ share·(new − old)`` in the order given, in float64: the mean over all clients' latest models."""
-    out = into.clone()
-    for new, old, share in rows:
-        out.add_(new.double() - old, alpha=share)
-    return out
-
-
 def reweighed(mean: State, shares: Tensor, store: ClientStore) -> State:
     """The mean of the clients' latest models with other ``shares`` ``[N]``: summed up anew from their rows."""
-    first, rows = mean["initial"], []
+    first, params = mean["initial"], mean["initial"].double()
     for client in store.clients():
         if (row := store.get(client, "latest")) is not None:
-            rows.append((row["params"], first, float(shares[client])))
-    return {"params": running_mean(rows, first.double()), "initial": first, "shares": shares}
+            params = params + float(shares[client]) * (row["params"].double() - first)
+    return {"params": params, "initial": first, "shares": shares}

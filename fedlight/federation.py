@@ -1,54 +1,31 @@
 """The server between two rounds: its state, its clients' state, and what a round does to them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from fedlight._results import checksum, round_metrics
-from fedlight.aggregation import average_buffers
 from fedlight.algorithms.base import Algorithm
-from fedlight.clients import ClientStore, reweighed, running_mean
-from fedlight.data.arrays import in_memory
+from fedlight.client_side import BufferPolicy as BufferPolicy
+from fedlight.client_side import ClientSide
+from fedlight.clients import ClientStore, reweighed
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.engines.base import ClientTask, named
+from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
 from fedlight.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State
+from fedlight.server.incoming import Entry, Incoming, Report, round_metrics
+from fedlight.server.state import ServerState as ServerState
+from fedlight.server.state import like, moved, num_bytes
+from fedlight.transforms.base import Transform
 
-BufferPolicy = Literal["average", "local", "reset"]
 View = Literal["server", "selected", "all"]
-
-
-@dataclass
-class ServerState:
-    """All that the server knows after some rounds, besides the clients' rows.
-
-    Attributes:
-        round: rounds that are complete.
-        global_step: local steps of all clients so far.
-        algorithm: the algorithm's state; ``params`` is the server's model.
-        perturbation: the perturbation's state.
-        buffers: the model's buffers.
-        views: the weights that are evaluated, by name, ``[P]`` each.
-        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, ``initial``, the model
-            before the first round, ``[P]``, and ``shares``, what each client weighs in that mean, ``[N]`` float64;
-            empty unless view ``all`` is kept.
-        loss_scale: where 16-bit mixed precision starts in the next round.
-    """
-
-    round: int = 0
-    global_step: int = 0
-    algorithm: State = field(default_factory=dict)
-    perturbation: State = field(default_factory=dict)
-    buffers: State = field(default_factory=dict)
-    views: State = field(default_factory=dict)
-    latest_mean: State = field(default_factory=dict)
-    loss_scale: float = 65536.0
+_PERTURBATION, _BUFFERS = "perturbation/", "buffers/"
 
 
 class Federation:
@@ -64,10 +41,10 @@ class Federation:
         buffer_policy: what happens to the module's buffers.
         views: which weights are evaluated.
         layout: the order of the parameters.
+        transforms: what stands between a client's message and the server.
+        seed: of the transforms' random draws.
+        unmoved: gives a parameter without a gradient as it was when the round began.
     """
-
-    read = False
-    """Whether datasets are read into memory, for an engine that takes no others."""
 
     def __init__(
         self,
@@ -78,25 +55,29 @@ class Federation:
         buffer_policy: BufferPolicy,
         views: Sequence[View],
         layout: ParameterLayout,
+        transforms: Sequence[Transform] = (),
+        seed: int = 0,
+        unmoved: Callable[[str], Tensor] | None = None,
     ) -> None:
+        self._unmoved = unmoved
         self.algorithm, self.perturbation = algorithm, perturbation
-        self.datamodule, self.store = datamodule, store
-        self.buffer_policy, self.views = buffer_policy, views
+        self.store, self.buffer_policy, self.views = store, buffer_policy, views
         self.num_clients = datamodule.num_clients
         self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
-        self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
-        self._mean_size = float(self.sizes.double().mean())
-        self.initial_buffers: State = {}
-        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
-        self._shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
         algorithm.setup(self.num_clients, layout)
         if perturbation is not None:
             perturbation.setup(layout)
+        self.clients = ClientSide(
+            algorithm, perturbation, datamodule, store, buffer_policy, transforms, seed, self.sizes
+        )
+        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
+        self._total_weight = math.fsum(weights)
+        self._shares = torch.tensor(weights, dtype=torch.float64) / self._total_weight
         self.state = ServerState()
 
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
-        self.initial_buffers = {k: v.clone() for k, v in buffers.items()}
+        self.clients.initial_buffers = {k: v.clone() for k, v in buffers.items()}
         latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
             algorithm=self.algorithm.init_server(params),
@@ -105,155 +86,152 @@ class Federation:
             views=dict.fromkeys(self.views, params),
             latest_mean=latest if "all" in self.views else {},
         )
+        self.begin()
+        self.clients.check_transforms()
 
     @property
     def params(self) -> Tensor:
         """The server's model, ``[P]``."""
         return self.state.algorithm["params"]
 
-    def _client(self, client: int) -> State:
-        state = self.store.get(client, "algorithm")
-        return self.algorithm.init_client(self.params) if state is None else state
-
-    def _client_perturbation(self, client: int) -> State:
-        if self.perturbation is None:
-            return {}
-        state = self.store.get(client, "perturbation")
-        return self.perturbation.init_client(self.params) if state is None else state
-
-    def _weight(self, client: int) -> float:
-        return float(self._sizes[client]) / self._mean_size
-
-    def start(self, client: int) -> Tensor:
-        """Where a client's training starts in this round, ``[P]``."""
-        return self.algorithm.objective(self.state.algorithm, self._client(client), self._weight(client)).start
-
-    def tasks(self, clients: Sequence[int], lrs: tuple[float, ...] | None) -> list[ClientTask]:
-        """What the clients have to do in this round."""
-        return [self._task(client, lrs) for client in clients]
-
-    def _task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
-        objective = self.algorithm.objective(self.state.algorithm, self._client(client), self._weight(client))
-        perturbation: State = {}
+    def begin(self) -> None:
+        """Begin a round: what the clients will receive."""
+        received = dict(self.algorithm.broadcast(self.state.algorithm))
         if self.perturbation is not None:
-            own = self._client_perturbation(client)
-            perturbation = self.perturbation.begin(self.state.perturbation, own, objective.start)
-        with named(self.state.round, client):
-            dataset = in_memory(self.datamodule.client_dataset(client), self.datamodule.collate_fn, self.read)
-        return ClientTask(
-            client=client,
-            objective=objective,
-            dataset=dataset,
-            weight=self._weight(client),
-            buffers=self.buffers_of(client),
-            perturbation=perturbation,
-            lrs=lrs,
-            loss_scale=self.state.loss_scale,
-        )
+            received |= self.perturbation.broadcast(self.state.perturbation)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._received, self._incoming = received, Incoming(self._keep, share_rows=several)
+        self.clients.begin(self.state, received)
 
-    def buffers_of(self, client: int) -> State:
-        """What a client's training starts from."""
-        if self.buffer_policy == "reset":
-            return self.initial_buffers
-        if self.buffer_policy == "local":
-            own = self.store.get(client, "buffers")
-            return self.initial_buffers if own is None else {**self.initial_buffers, **own}
-        return self.state.buffers
+    def tasks(self, clients: Iterable[int], lrs: tuple[float, ...] | None) -> Iterator[ClientTask]:
+        """What the clients have to do in this round, one after the other."""
+        return (self.clients.task(client, lrs) for client in clients)
 
-    def finite(self, results: Sequence[ClientResult]) -> list[ClientResult]:
-        """The results whose parameters and buffers are finite; others are named in a warning.
+    def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
+        """A client's work in the next round, to try things out with."""
+        self.begin()
+        return self.clients.task(client, lrs)
+
+    def receive(self, result: ClientResult) -> None:
+        """Let a client make its message of what it trained, and add that up."""
+        reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
+        sender, rows = result.sender, reply.rows
+        weight = algorithm.mean_weight(sender.num_samples)
+        update = reply.message["params"].double().sub_(received["params"])
+        terms = {"update": weight * update, "weight": update.new_tensor(weight)}
+        terms |= algorithm.contribution({**reply.message, "update": update}, sender)
+        if self.perturbation is not None:
+            beside = self.perturbation.contribution(reply.beside, sender)
+            terms |= {_PERTURBATION + k: v for k, v in beside.items()}
+        latest = algorithm.latest(received, rows["algorithm"], reply.message)
+        if algorithm.personal:
+            terms["latest_models"] = weight * latest.double()
+        if "all" in self.views:
+            terms["latest"] = weight * (latest.double() - self._latest(sender.client))
+            rows["latest"] = {"params": latest}
+        counters = {k: v for k, v in result.buffers.items() if not _averaged(v)}
+        moved_by = {
+            k: _real(v).double() - _real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters
+        }
+        terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
+        report = Report.of(result, weight, torch.dot(update, update), reply.num_bytes + self._buffer_bytes)
+        self._incoming.add(Entry(report, terms, counters, rows))
+
+    def _buffer(self, name: str) -> Tensor:
+        """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
+        if name in self.state.buffers or self._unmoved is None:
+            return self.state.buffers[name]
+        return self._unmoved(name)
+
+    def late(self) -> list[str]:
+        """What clients have moved in this round, and none before."""
+        names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
+        return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
+
+    def _keep(self, client: int, rows: dict[str, State]) -> None:
+        for part, state in rows.items():
+            self.store.put(client, part, state)
+
+    def _latest(self, client: int) -> Tensor:
+        """A client's latest model; the one before the first round if it has not trained."""
+        row = self.store.get(client, "latest")
+        return self.state.latest_mean["initial"] if row is None else row["params"]
+
+    def exchange(self, fabric: Fabric, stop: int = 0) -> int:
+        """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
+        return self._incoming.finish(fabric, stop)
+
+    def aggregate(self) -> dict[str, Tensor | float]:
+        """Make the server's next state of what was received.
+
+        Returns:
+            What the clients logged, reduced over them, and the figures of the round.
 
         Raises:
-            FloatingPointError: if none is.
+            FloatingPointError: if no client's message could be used.
         """
-        flags = torch.stack([checksum(r) for r in results]).isfinite().tolist()
-        bad = [r.client for r, ok in zip(results, flags, strict=True) if not ok]
-        if len(bad) == len(results):
+        incoming, old = self._incoming, self.state
+        used = [report for report in incoming.reports if report.used]
+        self._name_left_out([report.client for report in incoming.reports if not report.used], len(used))
+        total = incoming.sums.totals()
+        total["clients"] = total["weight"].new_tensor(float(len(used)))
+        mean_update = total["update"] / total["weight"]
+        algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
+        perturbation = old.perturbation
+        if self.perturbation is not None:
+            sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}
+            sums["clients"] = total["clients"]
+            perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
+        metrics = round_metrics(incoming.reports, mean_update)
+        metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
+        metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
+        views, latest = self.algorithm.evaluated(algorithm, self._received, total), {}
+        dtype = old.algorithm["params"].dtype
+        views = {view: params.to(dtype) for view, params in views.items()}
+        if torch.equal(views["server"], views["selected"]):
+            views["selected"] = views["server"]  # one vector, one evaluation
+        if "all" in self.views:
+            latest = {**old.latest_mean, "params": old.latest_mean["params"] + total["latest"] / self._total_weight}
+            views["all"] = latest["params"].to(dtype)
+        steps = {k: total[_BUFFERS + k] / total["weight"] for k in old.buffers if _BUFFERS + k in total}
+        averaged = {k: _like_real(_real(old.buffers[k]) + v, old.buffers[k]) for k, v in steps.items()}
+        scales = [report.loss_scale for report in used if report.loss_scale is not None]
+        self.state = ServerState(
+            round=old.round + 1,
+            global_step=old.global_step + sum(report.num_steps for report in used),
+            algorithm=algorithm,
+            perturbation=perturbation,
+            buffers=like({**old.buffers, **averaged, **incoming.maxima}, old.buffers),
+            views={view: views[view] for view in self.views},
+            latest_mean=latest,
+            loss_scale=min(scales, default=old.loss_scale),
+        )
+        return metrics
+
+    def _name_left_out(self, bad: list[int], used: int) -> None:
+        if not used:
             raise FloatingPointError(
                 f"round {self.state.round}: the update of every client ({bad}) is NaN or infinite."
                 " Lower the learning rate, or set trainer.gradient_clip_val."
             )
         if bad:
             rank_zero_warn(f"round {self.state.round}: left out clients {bad}, whose update is NaN or infinite.")
-        return [r for r, ok in zip(results, flags, strict=True) if ok]
 
-    def aggregate(self, results: Sequence[ClientResult]) -> None:
-        """Complete the round: clients' rows, then the server's state. ``results`` are in client order."""
-        old, messages = self.state, []
-        for r in results:
-            state, message = self.algorithm.client_update(old.algorithm, self._client(r.client), r)
-            self.store.put(r.client, "algorithm", state)
-            messages.append(message)
-        perturbation = old.perturbation
-        if self.perturbation is not None:
-            for r in results:
-                own = self._client_perturbation(r.client)
-                updated = self.perturbation.client_update(old.perturbation, own, r.perturbation, r.start)
-                self.store.put(r.client, "perturbation", updated)
-            perturbation = self.perturbation.aggregate(old.perturbation, [r.perturbation for r in results])
-        algorithm = self.algorithm.aggregate(old.algorithm, results, messages)
-        latest = self._update_latest(results)
-        views = self.algorithm.evaluated(algorithm, results)
-        if torch.equal(views["server"], views["selected"]):
-            views["selected"] = views["server"]  # one vector, one evaluation
-        if latest:
-            views["all"] = latest["params"].to(algorithm["params"].dtype)
-        scales = [r.loss_scale for r in results if r.loss_scale is not None]
-        self.state = ServerState(
-            round=old.round + 1,
-            global_step=old.global_step + sum(r.num_steps for r in results),
-            algorithm=algorithm,
-            perturbation=perturbation,
-            buffers=self._aggregate_buffers(results),
-            views={view: views[view] for view in self.views},
-            latest_mean=latest,
-            loss_scale=min(scales, default=old.loss_scale),
-        )
-
-    def _aggregate_buffers(self, results: Sequence[ClientResult]) -> State:
-        if not results[0].buffers:
-            return {}
-        if self.buffer_policy == "local":
-            for r in results:
-                self.store.put(r.client, "buffers", r.buffers)
-        weights = [self.algorithm.mean_weight(r.num_samples) for r in results]
-        return average_buffers([r.buffers for r in results], weights)
-
-    def _update_latest(self, results: Sequence[ClientResult]) -> State:
-        if "all" not in self.views:
-            return {}
-        rows, mean = [], self.state.latest_mean
-        for r in results:
-            old = self.store.get(r.client, "latest")  # the model before the first round where it has not trained
-            rows.append((r.params, mean["initial"] if old is None else old["params"], float(self._shares[r.client])))
-            self.store.put(r.client, "latest", {"params": r.params})
-        return {**mean, "params": running_mean(rows, mean["params"])}
-
-    def metrics(self, results: Sequence[ClientResult], left_out: int) -> dict[str, Tensor | float]:
-        """What the clients logged, reduced over them by samples seen, and the figures of the round."""
-        down, up = self.communication(len(results) + left_out)
-        return {**round_metrics(results, left_out), "comm/down_mb": down, "comm/up_mb": up}
-
-    def communication(self, clients: int) -> tuple[float, float]:
-        """Megabytes (10^6 bytes) that the server sends to, and receives from, the clients of one round."""
-        vector = self.params.numel() * self.params.element_size()
-        exchanged = self.buffer_policy == "average"
-        buffers = sum(v.numel() * v.element_size() for v in self.state.buffers.values()) if exchanged else 0
-        down, up = self.algorithm.down_vectors, self.algorithm.up_vectors
-        if self.perturbation is not None:
-            down, up = down + self.perturbation.down_vectors, up + self.perturbation.up_vectors
-        return clients * (down * vector + buffers) / 1e6, clients * (up * vector + buffers) / 1e6
+    @property
+    def _buffer_bytes(self) -> int:
+        """What buffers add to a message in either direction."""
+        return num_bytes(self.state.buffers) if self.buffer_policy == "average" else 0
 
     def num_bytes(self) -> int:
         """Size of what a checkpoint holds at least."""
         tensors = {id(v): v for part in vars(self.state).values() if isinstance(part, dict) for v in part.values()}
-        return sum(v.numel() * v.element_size() for v in tensors.values())
+        return num_bytes(tensors)
 
     def state_dict(self) -> dict[str, Any]:
         """Server state and client rows, in plain tensors and Python values."""
         return {
             "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
-            "initial_buffers": dict(self.initial_buffers),
+            "initial_buffers": dict(self.clients.initial_buffers),
             "clients": self.store.state_dict(),
         }
 
@@ -276,8 +254,8 @@ class Federation:
         found = {k: v.shape for k, v in saved["server"]["algorithm"].items()}
         if clients and expected != found:
             raise MisconfigurationException(f"ckpt_path: the algorithm keeps {expected}, the checkpoint has {found}.")
-        self.initial_buffers = _to(saved["initial_buffers"], device)
-        server: dict[str, Any] = {k: _to(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
+        self.clients.initial_buffers = moved(saved["initial_buffers"], device)
+        server: dict[str, Any] = {k: moved(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
         self.state = ServerState(**server)
         if clients:
             self.store.load_state_dict(saved["clients"])
@@ -288,5 +266,14 @@ class Federation:
                 self.state.views["all"] = mean["params"].to(self.params.dtype)
 
 
-def _to(state: State, device: torch.device | str) -> State:
-    return {k: v.detach().to(device) for k, v in state.items()}
+def _averaged(buffer: Tensor) -> bool:
+    """Whether a buffer is averaged over clients; of the others (counters of batches) the largest is kept."""
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
+def _real(buffer: Tensor) -> Tensor:
+    return torch.view_as_real(buffer) if buffer.is_complex() else buffer
+
+
+def _like_real(value: Tensor, buffer: Tensor) -> Tensor:
+    return torch.view_as_complex(value) if buffer.is_complex() else value

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlight.perturbations.base import Perturbation, State
+from fedlight.senders import Sender as Sender
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class ClientResult:
         num_steps: S, optimizer steps taken.
         lr_sum: Σ of the learning rate over the steps; S·η where it is constant in the round.
         buffers: the module's buffers after training.
-        perturbation: what the perturbation hands back (see :meth:`Perturbation.end`).
+        perturbation: the perturbation's state after the last step.
         metrics: logged sums, as ``name -> (weighted sum, weight)``.
         reductions: how each logged name is combined (mean, sum, min, max).
         loss_scale: the scale that 16-bit mixed precision ended with; None in other precisions.
@@ -147,6 +148,11 @@ class ClientResult:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reductions: dict[str, str] = field(default_factory=dict)
     loss_scale: float | None = None
+
+    @property
+    def sender(self) -> Sender:
+        """What the server is told of the client."""
+        return Sender(self.client, self.num_samples, self.weight, self.num_steps, self.lr_sum)
 
     @property
     def update(self) -> Tensor:

@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
-from fedlight._exchange import gather_results
 from fedlight._interface import TrainerInterface
 from fedlight._session import Session
 from fedlight.algorithms.base import Algorithm
@@ -26,6 +25,7 @@ from fedlight.loggers import LoggerName
 from fedlight.perturbations.base import Perturbation
 from fedlight.sampling import Sampler, Uniform, balance
 from fedlight.seeding import generator
+from fedlight.transforms.base import Transform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "32", "bf16", "16", "64"]
 
@@ -71,6 +71,8 @@ class FederatedTrainer(TrainerInterface):
         deterministic: make torch refuse algorithms that are not deterministic.
         buffers: what happens to buffers such as BatchNorm statistics: ``average`` over clients, ``local`` to each
             client, or ``reset`` at the start of each client's training.
+        transforms: what a client's message goes through before the server receives it: ClipUpdate, TopK, Quantize (in
+            this order), or your own.
         engine: how local trainings are executed: ``auto``, ``eager``, or the name of another engine.
         client_state: where clients' state is kept: ``auto``, ``device``, ``cpu`` or ``disk``.
         compile: let the engine compile what it runs.
@@ -120,6 +122,7 @@ class FederatedTrainer(TrainerInterface):
         enable_checkpointing: bool = True,
         deterministic: bool = False,
         buffers: BufferPolicy = "average",
+        transforms: list[Transform] | Transform | None = None,
         engine: str | Engine = "auto",
         client_state: Where = "auto",
         compile: bool = False,
@@ -228,15 +231,14 @@ class FederatedTrainer(TrainerInterface):
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
         mine = balance(clients, federation.sizes, self.world_size)[self.global_rank]
         with clock("train"):
-            results = session.engine.train(round, federation.tasks(mine, session.schedule.lrs))
+            federation.begin()
+            for result in session.engine.train(round, federation.tasks(mine, session.schedule.lrs)):
+                federation.receive(result)
         with clock("wait"):
-            gathered, stop = gather_results(session.fabric, results, federation.start, session.interrupted)
-            gathered = session.movers.joined(gathered)
+            stop = federation.exchange(session.fabric, session.interrupted)
+            session.movers.join(federation.late())
         with clock("aggregate"):
-            finite = federation.finite(gathered)
-            row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
-            row |= federation.metrics(finite, len(gathered) - len(finite))
-            federation.aggregate(finite)
+            row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr, **federation.aggregate()}
         self.should_stop = self.should_stop or stop > 0
         self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
         session.hooks("on_round_trained")

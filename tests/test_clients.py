@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
-from fedlight.clients import ClientStore, DiskClientStore, client_store, running_mean
+from fedlight.clients import ClientStore, DiskClientStore, client_store
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 
 
@@ -255,15 +255,6 @@ def test_the_setting_chooses_the_store(tmp_path):
     assert isinstance(client_store("disk", tmp_path, torch.device("cpu")), DiskClientStore)
     for where in ("auto", "device", "cpu"):
         assert type(client_store(where, tmp_path, torch.device("cpu"))) is ClientStore
-
-
-def test_the_running_mean_is_the_weighted_mean_of_all():
-    latest = seeded(5, 3, dtype=torch.float64)
-    new = seeded(2, 3, seed=1, dtype=torch.float64)
-    shares = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25], dtype=torch.float64)
-    mean = running_mean([(new[0], latest[1], 0.4), (new[1], latest[4], 0.25)], shares @ latest)
-    expected = shares @ torch.stack([latest[0], new[0], latest[2], latest[3], new[1]])
-    torch.testing.assert_close(mean, expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("where", ["device", "cpu", "disk"])

@@ -7,11 +7,10 @@ from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
 from fedlight._logging import LogCollector, collecting_logs
-from fedlight.algorithms.fedavg import FedAvg
 from fedlight.callbacks.penalty import Penalty
 from fedlight.sampling import RoundRobin
 from fedlight.seeding import generator
-from tests.helpers.tiny import SIZES, Clients, Regression, quiet_trainer
+from tests.helpers.tiny import SIZES, Clients, Keep, Regression, quiet_trainer
 
 
 class Logs(Regression):
@@ -101,14 +100,11 @@ class WithMetrics(Regression):
 def test_torchmetrics_are_computed_per_client_and_weighted_by_its_samples(tmp_path):
     data, by_client = Clients(), {}
 
-    class Keep(FedAvg):
-        def aggregate(self, server, results, messages):
-            for r in results:
-                by_client[r.client] = {k: (v / w).item() for k, (v, w) in r.metrics.items()}
-                assert r.metrics["train/mse"][1].item() == SIZES[r.client]
-            return super().aggregate(server, results, messages)
-
-    found = fit(tmp_path, WithMetrics(), data, algorithm=Keep())
+    keep = Keep()
+    found = fit(tmp_path, WithMetrics(), data, algorithm=keep)
+    for r in keep.rounds[-1]:
+        by_client[r.client] = {k: (v / w).item() for k, (v, w) in r.metrics.items()}
+        assert r.metrics["train/mse"][1].item() == SIZES[r.client]
     for client, metrics in by_client.items():
         y = data.client_dataset(client).targets
         assert metrics["train/mse"] == pytest.approx(metrics["train/loss"], rel=1e-5)

@@ -14,7 +14,7 @@ from fedlight.data import DatasetPartition
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.seeding import generator
 from tests.helpers.half import scaled  # noqa: F401  (a fixture)
-from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
+from tests.helpers.tiny import Clients, Keep, Regression, Samples, quiet_trainer, seeded, weights
 
 
 def fit(tmp_path, model=None, data=None, **settings):
@@ -147,18 +147,6 @@ def test_transfer_hooks_of_the_module_are_used(tmp_path):
 
 
 # --- buffers ---------------------------------------------------------------------------------------------------------
-
-
-class Keep(FedAvg):
-    """Keeps the results of every round."""
-
-    def __init__(self):
-        super().__init__()
-        self.rounds = []
-
-    def aggregate(self, server, results, messages):
-        self.rounds.append(results)
-        return super().aggregate(server, results, messages)
 
 
 def test_statistics_are_averaged_by_samples(tmp_path):

@@ -1,20 +1,20 @@
 """How clients are corrected and how the server aggregates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedlight._checks import check_hyperparameter as check_hyperparameter
-from fedlight.aggregation import weighted_mean
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.base import State as State
+from fedlight.senders import Sender as Sender
 
 Message = dict[str, Tensor]
-"""What a client sends besides its model."""
+"""What a client sends: named tensors, and nothing else."""
 Weighting = Literal["samples", "equal"]
 """Whether clients count by their samples, p_i = n_i / mean(n), or equally, p_i = 1."""
 
@@ -23,19 +23,21 @@ class Algorithm:
     """Base of all federated algorithms; as it stands it is FedAvg with a server learning rate of 1.
 
     An algorithm holds its settings and nothing else. State is explicit: the server's and each client's are named
-    tensors that the methods are handed and return. It owns no loop, device, logger or random generator; sums run
-    over clients in the order given.
+    tensors that the methods are handed and return. It owns no loop, device, logger or random generator.
 
-    The trainer calls, in each round: :meth:`broadcast`, :meth:`objective` per client, :meth:`client_update` per
-    client, :meth:`aggregate`, :meth:`evaluated`.
+    What a client receives and what it sends is all that crosses between it and the server, and ``comm/*_mb`` count it.
+    In each round the server calls :meth:`broadcast`; each client :meth:`objective` and, after its training,
+    :meth:`client_update`; the server :meth:`contribution` for each message, whose results it adds up, and
+    :meth:`aggregate` with the sums. These are exact, so no result depends on the order of the clients.
 
     Attributes:
         perturbation: the perturbation that belongs to the method (FedSAM's SAM), or None where the user may choose.
         buffers: the buffer policy that the method requires, or None.
         needs_lr: whether the method divides by the local learning rate, so that an optimizer must have one.
-        down_vectors: vectors ``[P]`` that the server sends to each client in a round; a fraction where a part of the
-            model stays with the client.
-        up_vectors: vectors ``[P]`` that each client sends to the server in a round.
+        lr_factors: a method that gives, from the number S of a client's local steps, a factor of the learning rate for
+            each of them; None where the rate is the optimizer's.
+        personal: whether a part of the model stays with each client: the sums then hold ``latest_models`` as well,
+            Σ weight·:meth:`latest`, which is for evaluation only.
         mean_by: whether the mean of the clients' models weighs them by samples (McMahan et al. 2017) or equally.
         weighting: what p_i is in the method's corrections; None where they have no p_i.
         num_clients: N; set by :meth:`setup`.
@@ -44,8 +46,8 @@ class Algorithm:
     perturbation: Perturbation | None = None
     buffers: Literal["average", "local", "reset"] | None = None
     needs_lr: bool = False
-    down_vectors: float = 1
-    up_vectors: float = 1
+    lr_factors: Callable[[int], Sequence[float]] | None = None
+    personal: bool = False
     mean_by: Weighting = "samples"
     weighting: Weighting | None = None
     num_clients: int = 0
@@ -64,17 +66,17 @@ class Algorithm:
         """The state of a client that trains for the first time. ``params`` are the server's, for shape and device."""
         return {}
 
-    def broadcast(self, server: State) -> Tensor:
-        """What clients start from, ``[P]``."""
-        return server["params"]
+    def broadcast(self, server: State) -> State:
+        """What every client of the round receives; ``params`` ``[P]`` is what it starts from."""
+        return {"params": server["params"]}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """What is asked of a client whose share of the data is ``weight`` = p_i = n_i / mean(n)."""
-        return LocalObjective(start=self.broadcast(server))
+        return LocalObjective(start=received["params"])
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
-        """The client's new state and what it sends besides its model. ``server`` is the state of the round's start."""
-        return client, {}
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
+        """The client's new state and its message; ``params``, the model that it ended with, is always part of that."""
+        return client, {"params": result.params}
 
     def p(self, weight: float) -> float:
         """p_i of a client whose share of the data is ``weight``, as :attr:`weighting` asks for."""
@@ -84,37 +86,46 @@ class Algorithm:
         """What a client of n_i samples weighs in the method's mean, and so in every view."""
         return 1.0 if self.mean_by == "equal" else float(num_samples)
 
-    def average(self, results: Sequence[ClientResult]) -> Tensor:
-        """The mean of the models that trained in the round, ``[P]``, weighted by :meth:`mean_weight`."""
-        return weighted_mean([r.params for r in results], [self.mean_weight(r.num_samples) for r in results])
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """What is added up over the clients of the round, besides ``update`` and ``weight`` (see :meth:`aggregate`).
 
-    def mean_update(self, results: Sequence[ClientResult]) -> Tensor:
-        """The mean of Δ_i over the clients that trained, ``[P]``, weighted by :meth:`mean_weight`."""
-        return weighted_mean([r.update for r in results], [self.mean_weight(r.num_samples) for r in results])
+        Args:
+            message: what the client sent, and ``update``, Δ_i in float64: ``params`` less what the client received.
+            sender: who sent it.
+        """
+        return {}
 
-    def step(self, params: Tensor, results: Sequence[ClientResult], length: float) -> Tensor:
-        """``params`` moved towards the mean of the models; a length of 1 takes the mean itself, to the bit."""
-        average = self.average(results)
-        return average if length == 1.0 else params + length * (average - params)
+    def aggregate(self, server: State, total: State) -> State:
+        """The server's state after the round.
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
-        """The server's state after the round, from the trained clients' results and messages, in client order."""
-        return {**server, "params": self.average(results)}
+        Args:
+            server: its state before.
+            total: the sums over the clients that trained, in float64: of each :meth:`contribution`, ``update``
+                (Σ weight·Δ_i with :meth:`mean_weight`), ``weight`` (Σ weight), and ``clients``, their number.
+        """
+        return {**server, "params": server["params"] + mean_update(total)}
 
-    def evaluated(self, server: State, results: Sequence[ClientResult]) -> dict[str, Tensor]:
+    def latest(self, received: State, client: State, message: Message) -> Tensor:
+        """The client's model as the server knows it, ``[P]``; view ``all`` is the mean of every client's last one."""
+        return message["params"]
+
+    def evaluated(self, server: State, received: State, total: State) -> dict[str, Tensor]:
         """The weights that are evaluated, by view: ``server`` after aggregation, and the ``selected`` clients' mean.
 
         The trainer adds ``all``, the mean over the latest model of every client, with the same weights.
         """
-        return {"server": server["params"], "selected": self.average(results)}
+        return {"server": server["params"], "selected": received["params"] + mean_update(total)}
 
 
-def mean_gradient(result: ClientResult) -> Tensor:
+def mean_update(total: State) -> Tensor:
+    """The mean of Δ_i over the clients that trained, with the algorithm's weights, ``[P]`` float64."""
+    return total["update"] / total["weight"]
+
+
+def mean_gradient(update: Tensor, lr_sum: float) -> Tensor:
     """−Δ_i/(S·η): the mean of the corrected gradients that a client followed with plain SGD, ``[P]``.
 
     With another optimizer it is the mean step per unit of learning rate. Where the learning rate of the round was 0
     nothing was learned about the gradient, and it is 0.
     """
-    if result.lr_sum == 0:
-        return torch.zeros_like(result.params)
-    return -result.update / result.lr_sum
+    return torch.zeros_like(update) if lr_sum == 0 else -update / lr_sum

@@ -1,11 +1,9 @@
 """FedBN."""
 
-from collections.abc import Sequence
-
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
 
-from fedlight.algorithms.base import Message, State
+from fedlight.algorithms.base import Message, State, mean_update
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.parameters import ParameterLayout
@@ -25,14 +23,14 @@ class FedBN(FedAvg):
     """
 
     buffers = "local"
+    personal = True
 
     def setup(self, num_clients: int, layout: ParameterLayout) -> None:
         """Find the BatchNorm parameters; warn where there are none."""
         super().setup(num_clients, layout)
         mask = layout.mask(lambda info: info.is_batch_norm)
         self._batch_norm = mask.nonzero().flatten()
-        shared = 1 - len(self._batch_norm) / layout.numel
-        self.down_vectors = self.up_vectors = shared
+        self._shared = (~mask).nonzero().flatten()
         if len(self._batch_norm) == 0:
             rank_zero_warn(
                 "algorithm: FedBN keeps BatchNorm parameters local, and the model has none, so all are averaged as in"
@@ -41,28 +39,45 @@ class FedBN(FedAvg):
 
     def init_client(self, params: Tensor) -> State:
         """The BatchNorm parameters, as the server's model was initialised."""
-        return {"batch_norm": self._local(params)}
+        return {"batch_norm": self._of(params, self._batch_norm)}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def broadcast(self, server: State) -> State:
+        """All but the BatchNorm parameters."""
+        return {"params": self._of(server["params"], self._shared)}
+
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Start from the server's model with the client's own BatchNorm parameters."""
-        return LocalObjective(start=self._with_local(self.broadcast(server), client["batch_norm"]))
+        return LocalObjective(start=self._model(received["params"], client["batch_norm"]))
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """Keep the trained BatchNorm parameters."""
-        return {"batch_norm": self._local(result.params)}, {}
+        own = {"batch_norm": self._of(result.params, self._batch_norm)}
+        return own, {"params": self._of(result.params, self._shared)}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def aggregate(self, server: State, total: State) -> State:
         """FedAvg's step for all but the BatchNorm parameters."""
-        after = super().aggregate(server, results, messages)
-        return {**after, "params": self._with_local(after["params"], self._local(server["params"]))}
+        shared = self._of(server["params"], self._shared) + self.server_lr * mean_update(total)
+        return {**server, "params": self._model(shared, self._of(server["params"], self._batch_norm))}
 
-    def evaluated(self, server: State, results: Sequence[ClientResult]) -> dict[str, Tensor]:
+    def latest(self, received: State, client: State, message: Message) -> Tensor:
+        """The client's model with its own BatchNorm parameters, which the server itself never sees."""
+        return self._model(message["params"], client["batch_norm"])
+
+    def evaluated(self, server: State, received: State, total: State) -> dict[str, Tensor]:
         """Both views with the mean of the clients' BatchNorm parameters."""
-        selected = self.average(results)
-        return {"server": self._with_local(server["params"], self._local(selected)), "selected": selected}
+        batch_norm = self._of(total["latest_models"] / total["weight"], self._batch_norm)
+        shared = {
+            "server": self._of(server["params"], self._shared),
+            "selected": received["params"] + mean_update(total),
+        }
+        return {view: self._model(params, batch_norm) for view, params in shared.items()}
 
-    def _local(self, params: Tensor) -> Tensor:
-        return params[self._batch_norm.to(params.device)]
+    def _of(self, params: Tensor, index: Tensor) -> Tensor:
+        return params[index.to(params.device)]
 
-    def _with_local(self, params: Tensor, local: Tensor) -> Tensor:
-        return params.index_copy(0, self._batch_norm.to(params.device), local)
+    def _model(self, shared: Tensor, batch_norm: Tensor) -> Tensor:
+        """The model ``[P]`` of its two parts."""
+        params = shared.new_empty(len(shared) + len(batch_norm))
+        params[self._shared.to(params.device)] = shared
+        params[self._batch_norm.to(params.device)] = batch_norm.to(params.dtype)
+        return params

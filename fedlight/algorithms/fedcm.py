@@ -1,13 +1,10 @@
 """FedCM."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fedlight.aggregation import mean
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter, mean_gradient
-from fedlight.local import ClientResult, LocalObjective
+from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_gradient, mean_update
+from fedlight.local import LocalObjective
 
 
 class FedCM(Algorithm):
@@ -25,7 +22,6 @@ class FedCM(Algorithm):
     """
 
     needs_lr = True
-    down_vectors = 2
     mean_by = "equal"
 
     def __init__(self, alpha: float = 0.1, server_lr: float = 1.0) -> None:
@@ -36,12 +32,20 @@ class FedCM(Algorithm):
         """The model and the momentum m."""
         return {"params": params, "momentum": torch.zeros_like(params)}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
-        """Mix the gradient with m."""
-        momentum = (1 - self.alpha) * server["momentum"]
-        return LocalObjective(start=self.broadcast(server), gradient_scale=self.alpha, linear=momentum)
+    def broadcast(self, server: State) -> State:
+        """The model and m."""
+        return {"params": server["params"], "momentum": server["momentum"]}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
+        """Mix the gradient with m."""
+        momentum = (1 - self.alpha) * received["momentum"]
+        return LocalObjective(start=received["params"], gradient_scale=self.alpha, linear=momentum)
+
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """The mean gradient that the client followed."""
+        return {"gradient": mean_gradient(message["update"], sender.lr_sum)}
+
+    def aggregate(self, server: State, total: State) -> State:
         """The server's step and the new m."""
-        params = self.step(server["params"], results, self.server_lr)
-        return {"params": params, "momentum": mean([mean_gradient(r) for r in results])}
+        params = server["params"] + self.server_lr * mean_update(total)
+        return {"params": params, "momentum": total["gradient"] / total["clients"]}

@@ -1,11 +1,9 @@
 """FedDC."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Message, State, mean_gradient
+from fedlight.algorithms.base import Message, Sender, State, mean_gradient
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.local import ClientResult, LocalObjective
 
@@ -28,8 +26,6 @@ class FedDC(FedDyn):
     """
 
     needs_lr = True
-    down_vectors = 2
-    up_vectors = 2
 
     def init_server(self, params: Tensor) -> State:
         """FedDyn's state and g, the mean of the clients' gradients."""
@@ -39,26 +35,31 @@ class FedDC(FedDyn):
         """FedDyn's state and g_i, the client's gradient."""
         return {**super().init_client(params), "gradient": torch.zeros_like(params)}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def broadcast(self, server: State) -> State:
+        """The model and g."""
+        return {"params": server["params"], "gradient": server["gradient"]}
+
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """FedDyn's, and the gradient corrected by g/p_i − g_i."""
-        start, p = self.broadcast(server), self.p(weight)
+        start, p = received["params"], self.p(weight)
         return LocalObjective(
             start=start,
             anchor=start - client["h"],
             proximal=self.alpha / p,
-            linear=server["gradient"] / p - client["gradient"],
+            linear=received["gradient"] / p - client["gradient"],
         )
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
-        """The new h_i and g_i, and the weighted change of g_i for the server."""
-        p = self.p(result.weight)
-        gradient = client["gradient"] - server["gradient"] / p + mean_gradient(result)
-        change = p * (gradient - client["gradient"])
-        return {"h": client["h"] + result.update, "gradient": gradient}, {"gradient_change": change}
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
+        """The new h_i and g_i, and its change for the server."""
+        change = mean_gradient(result.update, result.lr_sum) - received["gradient"] / self.p(result.weight)
+        state = {"h": client["h"] + result.update, "gradient": client["gradient"] + change}
+        return state, {"params": result.params, "gradient_change": change}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """The weighted change of g_i."""
+        return {"gradient_change": self.p(sender.weight) * message["gradient_change"]}
+
+    def aggregate(self, server: State, total: State) -> State:
         """FedDyn's model, and the new g."""
-        gradient = server["gradient"].clone()
-        for message in messages:
-            gradient.add_(message["gradient_change"], alpha=1 / self.num_clients)
-        return {**super().aggregate(server, results, messages), "gradient": gradient}
+        gradient = server["gradient"] + total["gradient_change"] / self.num_clients
+        return {**super().aggregate(server, total), "gradient": gradient}

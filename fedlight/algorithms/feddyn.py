@@ -1,11 +1,9 @@
 """FedDyn."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter, mean_update
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -41,18 +39,16 @@ class FedDyn(Algorithm):
         """h_i, the sum of the client's updates."""
         return {"h": torch.zeros_like(params)}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Proximal to w − h_i."""
-        start = self.broadcast(server)
+        start = received["params"]
         return LocalObjective(start=start, anchor=start - client["h"], proximal=self.alpha / self.p(weight))
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """Add the client's update to h_i. The server works it out from the model, so nothing more is sent."""
-        return {"h": client["h"] + result.update}, {}
+        return {"h": client["h"] + result.update}, {"params": result.params}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def aggregate(self, server: State, total: State) -> State:
         """The mean model, moved by the mean of h."""
-        h_mean = server["h_mean"].clone()
-        for result in results:
-            h_mean.add_(result.update, alpha=1 / self.num_clients)
-        return {**server, "params": self.average(results) + h_mean, "h_mean": h_mean}
+        h_mean = server["h_mean"] + total["update"] / self.num_clients
+        return {**server, "params": server["params"] + mean_update(total) + h_mean, "h_mean": h_mean}

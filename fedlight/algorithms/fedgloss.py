@@ -1,12 +1,9 @@
 """FedGloSS."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fedlight.aggregation import weighted_mean
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_update
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.perturbations.base import unit
 
@@ -46,24 +43,26 @@ class FedGloSS(Algorithm):
         """The client's dual variable σ_i."""
         return {"dual": torch.zeros_like(params)}
 
-    def broadcast(self, server: State) -> Tensor:
+    def broadcast(self, server: State) -> State:
         """w̃, the perturbed model; w itself in the first round."""
-        return server["params"] + self.rho * unit(server["pseudo_gradient"])
+        return {"params": server["params"] + self.rho * unit(server["pseudo_gradient"])}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """The augmented Lagrangian around w̃."""
-        start = self.broadcast(server)
+        start = received["params"]
         return LocalObjective(start=start, anchor=start, proximal=1 / self.beta, linear=-client["dual"])
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """The new σ_i, which the server works out from the model as well."""
-        return {"dual": client["dual"] - result.update / self.beta}, {}
+        return {"dual": client["dual"] - result.update / self.beta}, {"params": result.params}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """The update with weight 1, for σ."""
+        return {"plain": message["update"]}
+
+    def aggregate(self, server: State, total: State) -> State:
         """The step from the unperturbed model, and the new σ."""
-        dual = server["dual"].clone()
-        for result in results:
-            dual.sub_(result.update, alpha=1 / (self.beta * self.num_clients))
-        pseudo_gradient = -weighted_mean([r.update for r in results], [float(r.num_samples) for r in results])
+        dual = server["dual"] - total["plain"] / (self.beta * self.num_clients)
+        pseudo_gradient = -mean_update(total)
         params = server["params"] - self.server_lr * pseudo_gradient - self.beta * dual
         return {"params": params, "dual": dual, "pseudo_gradient": pseudo_gradient}

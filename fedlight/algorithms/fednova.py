@@ -1,12 +1,7 @@
 """FedNova."""
 
-from collections.abc import Sequence
-
-import torch
-
-from fedlight.algorithms.base import Message, State
+from fedlight.algorithms.base import Message, Sender, State
 from fedlight.algorithms.fedavg import FedAvg
-from fedlight.local import ClientResult
 
 
 class FedNova(FedAvg):
@@ -23,11 +18,13 @@ class FedNova(FedAvg):
     other norms of a_i; the number of steps is used for all.
     """
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """The normalised update, and the steps."""
+        update, weight = message["update"], self.mean_weight(sender.num_samples)
+        steps = update.new_tensor(weight * sender.num_steps)
+        return {"normalised": weight / max(1, sender.num_steps) * update, "steps": steps}
+
+    def aggregate(self, server: State, total: State) -> State:
         """The server's step along the mean of the normalised updates."""
-        total = sum(r.num_samples for r in results)
-        effective_steps = sum(r.num_samples / total * r.num_steps for r in results)
-        step = torch.zeros_like(server["params"])
-        for r in results:
-            step.add_(r.update, alpha=r.num_samples / total / max(1, r.num_steps))
+        effective_steps, step = total["steps"] / total["weight"], total["normalised"] / total["weight"]
         return {**server, "params": server["params"] + self.server_lr * effective_steps * step}

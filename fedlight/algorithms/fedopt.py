@@ -1,6 +1,6 @@
 """Adaptive server optimizers: FedOpt, and FedAvgM, FedAdam, FedYogi, FedAdagrad as its named members."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
-from fedlight.local import ClientResult
+from fedlight.algorithms.base import Algorithm, State, check_hyperparameter, mean_update
 
 _PREFIX = "optimizer."
 _sgd = partial(torch.optim.SGD, lr=1.0)
@@ -60,13 +59,13 @@ class FedOpt(Algorithm):
         room = {name: torch.zeros_like(value) for name, value in _tensors(optimizer, probe).items()}
         return {"params": params, "steps": torch.zeros((), dtype=torch.int64), **room}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def aggregate(self, server: State, total: State) -> State:
         """One step of the server's optimizer."""
         params, optimizer = self._prepare(server["params"])
         if int(server["steps"]) > 0:  # before the first step optimizers keep nothing, and then not always zeros
             state = {k.removeprefix(_PREFIX): v.clone() for k, v in server.items() if k.startswith(_PREFIX)}
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
-        params.grad = -self.mean_update(results)
+        params.grad = -mean_update(total).to(params)
         optimizer.step()
         return {"params": params.detach(), "steps": server["steps"] + 1, **_tensors(optimizer, params)}
 

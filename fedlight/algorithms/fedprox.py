@@ -19,7 +19,7 @@ class FedProx(FedAvg):
         super().__init__(server_lr)
         self.mu = check_hyperparameter("algorithm.mu", mu)
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Proximal to the server's model."""
-        start = self.broadcast(server)
+        start = received["params"]
         return LocalObjective(start=start, anchor=start, proximal=self.mu)

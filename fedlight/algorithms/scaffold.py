@@ -1,11 +1,18 @@
 """SCAFFOLD."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter, mean_gradient
+from fedlight.algorithms.base import (
+    Algorithm,
+    Message,
+    Sender,
+    State,
+    Weighting,
+    check_hyperparameter,
+    mean_gradient,
+    mean_update,
+)
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -26,8 +33,6 @@ class SCAFFOLD(Algorithm):
     """
 
     needs_lr = True
-    down_vectors = 2
-    up_vectors = 2
     mean_by = "equal"
 
     def __init__(self, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
@@ -42,19 +47,24 @@ class SCAFFOLD(Algorithm):
         """The client's control variate c_i."""
         return {"control": torch.zeros_like(params)}
 
-    def objective(self, server: State, client: State, weight: float) -> LocalObjective:
+    def broadcast(self, server: State) -> State:
+        """The model and c."""
+        return {"params": server["params"], "control": server["control"]}
+
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Correct the gradient by c/p_i − c_i."""
-        p = self.p(weight)
-        return LocalObjective(start=self.broadcast(server), linear=server["control"] / p - client["control"])
+        return LocalObjective(start=received["params"], linear=received["control"] / self.p(weight) - client["control"])
 
-    def client_update(self, server: State, client: State, result: ClientResult) -> tuple[State, Message]:
-        """The new c_i, and its weighted change for the server."""
-        control = client["control"] - server["control"] + mean_gradient(result)
-        return {"control": control}, {"control_change": self.p(result.weight) * (control - client["control"])}
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
+        """The new c_i, and its change for the server."""
+        change = mean_gradient(result.update, result.lr_sum) - received["control"]
+        return {"control": client["control"] + change}, {"params": result.params, "control_change": change}
 
-    def aggregate(self, server: State, results: Sequence[ClientResult], messages: Sequence[Message]) -> State:
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """The weighted change of c_i."""
+        return {"control_change": self.p(sender.weight) * message["control_change"]}
+
+    def aggregate(self, server: State, total: State) -> State:
         """The server's step and the new c."""
-        control = server["control"].clone()
-        for message in messages:
-            control.add_(message["control_change"], alpha=1 / self.num_clients)
-        return {"params": self.step(server["params"], results, self.server_lr), "control": control}
+        control = server["control"] + total["control_change"] / self.num_clients
+        return {"params": server["params"] + self.server_lr * mean_update(total), "control": control}

@@ -1,7 +1,7 @@
 """The interface of the engines: how the local trainings of a round are executed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ class LocalTraining:
         collate_fn: its collate function.
         call: calls a hook of the callbacks and of the module, as ``call("on_train_batch_start", batch, index)``.
         compile: whether the engine may compile what it runs.
+        lr_factors: what the algorithm multiplies the learning rate of each local step with, or None.
         clients: clients that this process trains in a round, usually at most.
         example: a client's work, as in the first round, to try things out with.
         state: what clients may change of the module, to be put back after each; None where nothing is.
@@ -55,6 +56,7 @@ class LocalTraining:
     collate_fn: Callable[[Any], Any] | None = None
     call: Callable[..., Any] = field(default=lambda name, *args: None)
     compile: bool = False
+    lr_factors: Callable[[int], Sequence[float]] | None = None
     clients: int = 1
     example: "ClientTask | None" = None
     state: ModuleState | None = None
@@ -132,8 +134,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
-        """Train the clients of one round; results come in the order of the tasks."""
+    def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterable[ClientResult]:
+        """Train the clients of one round, and hand out each result as soon as may be."""
 
     def teardown(self) -> None:  # noqa: B027  (an engine that takes nothing gives nothing back)
         """Give back what :meth:`setup` took; the module's parameters get storage of their own."""

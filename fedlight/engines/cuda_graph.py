@@ -1,7 +1,7 @@
 """The engine that records local steps once, and replays them for several clients side by side."""
 
 import copy
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -83,8 +83,9 @@ class CudaGraph(Engine):
         with preserved_global_rng():
             self._make_slots(training.example)
 
-    def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+    def train(self, round: int, tasks: Iterable[ClientTask]) -> list[ClientResult]:
         """Train the clients, in all slots side by side."""
+        tasks = list(tasks)
         with preserved_global_rng():
             self._record_anew_if_needed()
             jobs = self._jobs(round, tasks)

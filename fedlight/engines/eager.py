@@ -1,6 +1,6 @@
 """The reference engine: one client after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.slot import Slot
@@ -26,7 +26,7 @@ class Eager(Engine):
             self._compiled = CompiledStep(training)
         self._slot = Slot(training, training.module, self._compiled)
 
-    def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+    def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients in the order of the tasks."""
         assert self._slot is not None
         if self._compiled is not None:
@@ -34,11 +34,10 @@ class Eager(Engine):
         elif self._training.state is not None:
             self._training.state.refresh()
         with preserved_global_rng():
-            results = []
             for task in tasks:
                 with named(round, task.client):
-                    results.append(self._slot.train(round, task))
-            return results
+                    result = self._slot.train(round, task)
+                yield result
 
     def teardown(self) -> None:
         """Give the module's parameters storage of their own."""

@@ -1,6 +1,6 @@
 """The optimizer's hyperparameters in every local step of a round, as numbers that are known ahead."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from fedlight.optimizers import Optimization, configure_optimizers
 Values = tuple[dict[str, Any], ...]
 """For each parameter group of the optimizer: its hyperparameters."""
 
+Factors = Callable[[int], Sequence[float]]
+"""From the number of a client's local steps to a factor for each of them."""
+
 _NO_VALUES = {"params", "foreach", "fused", "capturable"}
 
 
@@ -23,18 +26,20 @@ class LocalSchedule:
 
     Args:
         module: whose ``configure_optimizers`` is asked, in every round.
+        factors: what the algorithm multiplies the learning rate of each step with, from the number of steps.
 
     Attributes:
-        varies: whether there are such schedulers, or the optimizer depends on the client; otherwise all steps of a
+        varies: whether steps of a round may differ, or the optimizer depends on the client; otherwise all steps of a
             round have the same values.
     """
 
-    def __init__(self, module: LightningModule) -> None:
-        self._module, trainer = module, module._trainer
+    def __init__(self, module: LightningModule, factors: Factors | None = None) -> None:
+        self._module, self._factors, trainer = module, factors, module._trainer
         if trainer is not None:
             trainer.asked = False  # type: ignore[attr-defined]
         schedulers = configure_optimizers(module).schedulers
-        self.varies = any(s.interval != "round" for s in schedulers) or getattr(trainer, "asked", False)
+        self._scheduled = any(s.interval != "round" for s in schedulers) or getattr(trainer, "asked", False)
+        self.varies = self._scheduled or factors is not None
 
     def values(
         self, lrs: tuple[float, ...] | None, steps_per_epoch: Sequence[int], fresh: Optimization | None = None
@@ -49,7 +54,16 @@ class LocalSchedule:
         Returns:
             As many entries as there are steps; equal neighbours are one object.
         """
-        if not self.varies:
+        values = self._unscaled(lrs, steps_per_epoch, fresh)
+        if self._factors is None:
+            return values
+        factors = self._factors(len(values))
+        return [tuple({**g, "lr": g["lr"] * f} for g in step) for step, f in zip(values, factors, strict=True)]
+
+    def _unscaled(
+        self, lrs: tuple[float, ...] | None, steps_per_epoch: Sequence[int], fresh: Optimization | None
+    ) -> list[Values]:
+        if not self._scheduled:
             constant = _values(fresh or configure_optimizers(self._module))
             if lrs is not None:
                 constant = tuple({**group, "lr": lr} for group, lr in zip(constant, lrs, strict=True))

@@ -55,7 +55,7 @@ class Slot:
         self._transfer = transfer_function(module, self.device)
         self._scaler: torch.amp.GradScaler | None = None
         self._output: dict[str, Tensor] | None = None
-        self.schedule = LocalSchedule(module)
+        self.schedule = LocalSchedule(module, training.lr_factors)
         self.fresh: Optimization
         self.plan: LocalPlan
         self.epoch = self.batch_idx = self.done = 0
@@ -130,7 +130,6 @@ class Slot:
             begin_momentum(self.optimizer)
 
     def _result(self, task: ClientTask, state: State, num_steps: int, lr_sum: float) -> ClientResult:
-        perturbation = self.training.perturbation
         return ClientResult(
             client=task.client,
             start=task.objective.start,
@@ -140,7 +139,7 @@ class Slot:
             num_steps=num_steps,
             lr_sum=lr_sum,
             buffers={name: value.detach().clone() for name, value in self.held.read().items()},
-            perturbation={} if perturbation is None else perturbation.end(state),
+            perturbation=state,
             metrics=(sums := self.log.sums()),
             reductions={name: self.log.reduction(name) for name in sums},
             loss_scale=None if self._scaler is None else float(self._scaler.get_scale()),

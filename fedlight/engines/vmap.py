@@ -1,6 +1,7 @@
 """The engine that trains all clients of a process as one batched program."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -41,7 +42,7 @@ class Vmap(Engine):
         self._parts = WaveParts(
             training=training,
             optimizer=StackedOptimizer(training.module, layout),
-            schedule=LocalSchedule(training.module),
+            schedule=LocalSchedule(training.module, training.lr_factors),
             step=step,
             program=self._program,
             width=self._width,
@@ -54,18 +55,17 @@ class Vmap(Engine):
         if training.example is not None:
             self._try_out(training.example)
 
-    def train(self, round: int, tasks: Sequence[ClientTask]) -> list[ClientResult]:
+    def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
         if is_outdated(self._training, self._values):
             self._programs.clear()
-        results: list[ClientResult] = []
+        tasks = iter(tasks)
         with preserved_global_rng():
-            for i in range(0, len(tasks), self._at_once):
-                together = tasks[i : i + self._at_once]
+            while together := list(islice(tasks, self._at_once)):
                 seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
                 with named(round, *(task.client for task in together)):
-                    results += Wave(round, together, self._parts).run()
-        return results
+                    results = Wave(round, together, self._parts).run()
+                yield from results
 
     def _program(self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str]) -> Program:
         key = (sizes, clients, names, shared)

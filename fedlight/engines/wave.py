@@ -192,7 +192,6 @@ class Wave:
         return out["gradient"][:count]
 
     def _results(self) -> list[ClientResult]:
-        perturbation = self._training.perturbation
         metrics = {name: self._reduce(name, entries) for name, entries in self._logs.items()}
         results = []
         for row, (task, plan, values) in enumerate(zip(self._tasks, self._plans, self._values, strict=True)):
@@ -209,7 +208,7 @@ class Wave:
                     num_steps=plan.num_steps,
                     lr_sum=lr_sum(values, plan.num_steps),
                     buffers={n.removeprefix("buffers/"): v for n, v in own.items() if n.startswith("buffers/")},
-                    perturbation={} if perturbation is None else perturbation.end(state),
+                    perturbation=state,
                     metrics={name: (value[row], weight[row]) for name, (value, weight) in metrics.items()},
                     reductions={name: self._reductions[name] for name in metrics},
                 )

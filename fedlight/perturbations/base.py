@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fedlight.parameters import ParameterLayout
+from fedlight.senders import Sender
 
 State = dict[str, Tensor]
 """What an algorithm or perturbation keeps, for the server or for one client: named tensors."""
@@ -18,13 +19,9 @@ class Perturbation:
 
     Attributes:
         needs_gradient: whether ε depends on the gradient at w, which costs a second pass per step.
-        up_vectors: vectors ``[P]`` that a client sends to the server besides the algorithm's.
-        down_vectors: vectors ``[P]`` that the server sends to a client besides the algorithm's.
     """
 
     needs_gradient: bool = True
-    up_vectors: int = 0
-    down_vectors: int = 0
 
     def setup(self, layout: ParameterLayout) -> None:
         """Called once before training with the order of the parameters in the flat vector."""
@@ -37,8 +34,18 @@ class Perturbation:
         """The state of a client that trains for the first time. ``params`` are the server's, for shape and device."""
         return {}
 
-    def begin(self, server: State, client: State, start: Tensor) -> State:
-        """What the client's steps of this round read and update. ``start`` is where its training starts, ``[P]``."""
+    def broadcast(self, server: State) -> State:
+        """What every client of the round receives besides what the algorithm sends; nothing by default."""
+        return {}
+
+    def begin(self, received: State, client: State, start: Tensor) -> State:
+        """What the client's steps of this round read and update.
+
+        Args:
+            received: all that the client received, also from the algorithm.
+            client: the client's own state.
+            start: where its training starts, ``[P]``.
+        """
         return {}
 
     def epsilon(self, params: Tensor, gradient: Tensor | None, state: State) -> tuple[Tensor, State]:
@@ -51,16 +58,22 @@ class Perturbation:
         """
         raise NotImplementedError(f"{type(self).__name__} must define epsilon")
 
-    def end(self, state: State) -> State:
-        """The part of the round's state that leaves the client (it is what crosses processes); nothing by default."""
-        return {}
+    def client_update(self, client: State, state: State, start: Tensor) -> tuple[State, State]:
+        """The client's own state after the round, and what it sends besides the algorithm's message.
 
-    def client_update(self, server: State, client: State, returned: State, start: Tensor) -> State:
-        """The client's state after the round, from what :meth:`end` returned and where the client started."""
-        return client
+        Args:
+            client: its state before.
+            state: what the last step returned.
+            start: where its training started, ``[P]``.
+        """
+        return client, {}
 
-    def aggregate(self, server: State, returned: list[State]) -> State:
-        """The server's state after the round, from every trained client's :meth:`end`, in client order."""
+    def contribution(self, message: State, sender: Sender) -> State:
+        """What is added up over the clients of the round: by default what they sent."""
+        return message
+
+    def aggregate(self, server: State, total: State) -> State:
+        """The server's state after the round, from the sums of :meth:`contribution` and ``clients``, their number."""
         return server
 
 

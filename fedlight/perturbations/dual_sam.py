@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from fedlight._checks import check_hyperparameter
-from fedlight.aggregation import mean
 from fedlight.perturbations.base import Perturbation, State, unit
 
 
@@ -25,9 +24,6 @@ class DualSAM(Perturbation):
     the authors' implementation ε, whose norm is small beside that of the accumulated μ_i, is left out.
     """
 
-    up_vectors = 1
-    down_vectors = 1
-
     def __init__(self, rho: float = 0.1) -> None:
         self.rho = check_hyperparameter("perturbation.rho", rho)
         self.needs_gradient = self.rho > 0
@@ -40,9 +36,13 @@ class DualSAM(Perturbation):
         """μ_i."""
         return {"dual": torch.zeros_like(params)}
 
-    def begin(self, server: State, client: State, start: Tensor) -> State:
+    def broadcast(self, server: State) -> State:
+        """μ."""
+        return server
+
+    def begin(self, received: State, client: State, start: Tensor) -> State:
         """μ_i and μ."""
-        return {"dual": client["dual"], "perturbation": server["perturbation"]}
+        return {"dual": client["dual"], "perturbation": received["perturbation"]}
 
     def epsilon(self, params: Tensor, gradient: Tensor | None, state: State) -> tuple[Tensor, State]:
         """ε and the new μ_i."""
@@ -55,14 +55,10 @@ class DualSAM(Perturbation):
         )
         return epsilon, {**state, "dual": dual}
 
-    def end(self, state: State) -> State:
-        """μ_i."""
-        return {"dual": state["dual"]}
+    def client_update(self, client: State, state: State, start: Tensor) -> tuple[State, State]:
+        """Keep μ_i, and send it."""
+        return {"dual": state["dual"]}, {"dual": state["dual"]}
 
-    def client_update(self, server: State, client: State, returned: State, start: Tensor) -> State:
-        """Keep μ_i."""
-        return {"dual": returned["dual"]}
-
-    def aggregate(self, server: State, returned: list[State]) -> State:
+    def aggregate(self, server: State, total: State) -> State:
         """μ, along the mean of the clients' dual variables."""
-        return {"perturbation": self.rho * unit(mean([r["dual"] for r in returned]))}
+        return {"perturbation": self.rho * unit(total["dual"] / total["clients"])}

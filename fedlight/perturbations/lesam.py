@@ -31,7 +31,7 @@ class LESAM(Perturbation):
         """The model that the client last received, and whether it has received any."""
         return {"received": torch.zeros_like(params), "has_received": params.new_zeros(())}
 
-    def begin(self, server: State, client: State, start: Tensor) -> State:
+    def begin(self, received: State, client: State, start: Tensor) -> State:
         """ε of this round."""
         direction = client["has_received"] * (client["received"] - start)
         return {"epsilon": self.rho * unit(direction)}
@@ -40,6 +40,6 @@ class LESAM(Perturbation):
         """The ε that the round began with."""
         return state["epsilon"], state
 
-    def client_update(self, server: State, client: State, returned: State, start: Tensor) -> State:
-        """Remember the model that the client received."""
-        return {"received": start, "has_received": torch.ones_like(client["has_received"])}
+    def client_update(self, client: State, state: State, start: Tensor) -> tuple[State, State]:
+        """Remember the model that the client received; nothing is sent."""
+        return {"received": start, "has_received": torch.ones_like(client["has_received"])}, {}

@@ -13,6 +13,12 @@ def linear_layout():
     return ParameterLayout.of(nn.Linear(3, 1).double())
 
 
+def add(total, terms):
+    """Add what a client contributes."""
+    for name, term in terms.items():
+        total[name] = total.get(name, 0) + term
+
+
 class Driver:
     """A federated experiment with as little as possible around the algorithm.
 
@@ -46,33 +52,43 @@ class Driver:
 
     def round(self, selected, lr):
         algorithm, perturbation = self.algorithm, self.perturbation
-        results, messages, returned = [], [], []
+        received = algorithm.broadcast(self.server)
+        if perturbation is not None:
+            received = {**received, **perturbation.broadcast(self.server_perturbation)}
+        total, total_perturbation = {"clients": 0}, {"clients": 0}
+        self.up, self.down = 0, sum(v.numel() for v in received.values())
         for i in selected:
             params = self.server["params"]
             state = self.clients[i] if i in self.clients else algorithm.init_client(params)
-            result = self.local(i, state, lr)
-            self.clients[i], message = algorithm.client_update(self.server, state, result)
-            results.append(result)
-            messages.append(message)
-            returned.append(result.perturbation)
+            result = self.local(i, received, state, lr)
+            self.clients[i], message = algorithm.client_update(received, state, result)
+            up = sum(v.numel() for v in message.values())
+            message = {**message, "update": message["params"] - received["params"]}
+            weight = algorithm.mean_weight(result.num_samples)
+            add(total, {"update": weight * message["update"], "weight": torch.tensor(weight, dtype=torch.float64)})
+            add(total, {"latest_models": weight * algorithm.latest(received, self.clients[i], message), "clients": 1})
+            add(total, algorithm.contribution(message, result.sender))
+            sent = {}
             if perturbation is not None:
                 before = self.clients_perturbation.get(i) or perturbation.init_client(params)
-                self.clients_perturbation[i] = perturbation.client_update(
-                    self.server_perturbation, before, result.perturbation, result.start
+                self.clients_perturbation[i], sent = perturbation.client_update(
+                    before, result.perturbation, result.start
                 )
-        self.server = algorithm.aggregate(self.server, results, messages)
+                add(total_perturbation, {**perturbation.contribution(sent, result.sender), "clients": 1})
+            self.up = up + sum(v.numel() for v in sent.values())
+        self.server = algorithm.aggregate(self.server, total)
         if perturbation is not None:
-            self.server_perturbation = perturbation.aggregate(self.server_perturbation, returned)
-        self.evaluated = algorithm.evaluated(self.server, results)
+            self.server_perturbation = perturbation.aggregate(self.server_perturbation, total_perturbation)
+        self.evaluated = algorithm.evaluated(self.server, received, total)
         return self.server["params"]
 
-    def local(self, i, state, lr):
+    def local(self, i, received, state, lr):
         problem, perturbation = self.problem, self.perturbation
-        objective = self.algorithm.objective(self.server, state, float(problem.weights[i]))
+        objective = self.algorithm.objective(received, state, float(problem.weights[i]))
         w, kept = objective.start.clone(), {}
         if perturbation is not None:
             before = self.clients_perturbation.get(i) or perturbation.init_client(w)
-            kept = perturbation.begin(self.server_perturbation, before, objective.start)
+            kept = perturbation.begin(received, before, objective.start)
         for _ in range(problem.steps[i]):
             gradient, kept = local_gradient(
                 w, lambda v, first: self.hessians[i] @ (v - self.centers[i]), objective, perturbation, kept, None
@@ -86,5 +102,5 @@ class Driver:
             weight=float(problem.weights[i]),
             num_steps=problem.steps[i],
             lr_sum=lr * problem.steps[i],
-            perturbation={} if perturbation is None else perturbation.end(kept),
+            perturbation=kept,
         )

@@ -33,7 +33,6 @@ from fedlight.algorithms import (
     FedYogi,
     MoFedSAM,
 )
-from fedlight.local import ClientResult
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.algorithms.driver import Driver, linear_layout
 from tests.algorithms.twins import Problem
@@ -54,7 +53,7 @@ def test_fedprox_without_its_term_is_fedavg():
 def test_scaffold_with_zero_controls_is_fedavg():
     class WithoutControls(Scaffold):
         def client_update(self, server, client, result):
-            return client, {"control_change": torch.zeros_like(result.params)}
+            return client, {"params": result.params, "control_change": torch.zeros_like(result.params)}
 
     problem = equal_sizes()
     assert_same(Driver(WithoutControls(), problem).run(), Driver(FedAvg(), problem).run())
@@ -65,7 +64,7 @@ def test_feddc_with_zero_gradients_is_feddyn():
         def client_update(self, server, client, result):
             state, _ = super().client_update(server, client, result)
             zero = torch.zeros_like(result.params)
-            return {**state, "gradient": zero}, {"gradient_change": zero}
+            return {**state, "gradient": zero}, {"params": result.params, "gradient_change": zero}
 
     assert_same(Driver(WithoutGradients(0.2)).run(), Driver(FedDyn(0.2)).run(), atol=0)
 
@@ -101,9 +100,8 @@ def test_fedavgm_with_a_plain_mean_and_no_momentum_is_fedcm_without_momentum():
 def first_step(algorithm, update):
     """How far the server moves in its first round, for a mean update [P]."""
     start = torch.zeros(len(update), dtype=torch.float64)
-    update = torch.tensor(update, dtype=torch.float64)
-    result = ClientResult(0, start, start + update, num_samples=3, weight=1.0, num_steps=1, lr_sum=0.1)
-    return algorithm.aggregate(algorithm.init_server(start), [result], [{}])["params"]
+    total = {"update": 3 * torch.tensor(update, dtype=torch.float64), "weight": torch.tensor(3.0), "clients": 1}
+    return algorithm.aggregate(algorithm.init_server(start), total)["params"]
 
 
 @pytest.mark.parametrize("start", [0.0, 0.25])
@@ -137,7 +135,10 @@ def test_the_selected_clients_are_weighted_as_the_methods_own_mean_is(name):
     from tests.algorithms.test_algorithm_twins import layout_for
 
     driver = Driver(getattr(algorithms, name)(), Problem(rounds=((0, 1, 2),), lrs=(0.1,)), layout=layout_for(name))
-    before = {i: driver.local(i, driver.algorithm.init_client(driver.server["params"]), 0.1).params for i in range(3)}
+    received, own = driver.algorithm.broadcast(driver.server), driver.algorithm.init_client(driver.server["params"])
+    if driver.perturbation is not None:
+        received = {**received, **driver.perturbation.broadcast(driver.server_perturbation)}
+    before = {i: driver.local(i, received, own, 0.1).params for i in range(3)}
     driver.run()
     n = torch.tensor((10.0, 25.0, 55.0) if WEIGHTED[name] == "samples" else (1.0, 1.0, 1.0), dtype=torch.float64)
     mean = sum(k * before[i] for i, k in enumerate(n / n.sum()))
@@ -258,7 +259,8 @@ def test_fedopt_takes_any_optimizer_of_torch(name):
     twin = torch.nn.Parameter(torch.tensor(driver.problem.start))
     optimizer = make([twin])
     for selected, lr in zip(driver.problem.rounds, driver.problem.lrs, strict=True):
-        results = [driver.local(i, {}, lr) for i in selected]
+        received = driver.algorithm.broadcast(driver.server)
+        results = [driver.local(i, received, {}, lr) for i in selected]
         n = torch.tensor([float(r.num_samples) for r in results], dtype=torch.float64)
         twin.grad = -(n / n.sum()) @ torch.stack([r.update for r in results])
         optimizer.step()
@@ -281,7 +283,7 @@ def test_fedbn_evaluates_with_the_mean_of_the_clients_batch_norm():
     torch.testing.assert_close(driver.evaluated["server"][2:], mean)
     torch.testing.assert_close(driver.evaluated["selected"][2:], mean)
     assert torch.equal(driver.evaluated["server"][:2], driver.server["params"][:2])
-    assert driver.algorithm.down_vectors == driver.algorithm.up_vectors == 0.5
+    assert driver.down / 4 == driver.up / 4 == 0.5
     assert driver.algorithm.buffers == "local"
 
 

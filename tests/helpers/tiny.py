@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from fedlight.algorithms import FedAvg
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.trainer import FederatedTrainer
@@ -124,3 +125,20 @@ def weights(module: nn.Module) -> Tensor:
     """All parameters and floating-point buffers of a module in one vector."""
     tensors = [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]
     return torch.cat([t.detach().reshape(-1) for t in tensors]).clone()
+
+
+class Keep(FedAvg):
+    """FedAvg that keeps the results of every round."""
+
+    def __init__(self):
+        super().__init__()
+        self.rounds, self._now = [], []
+
+    def client_update(self, received, client, result):
+        self._now.append(result)
+        return super().client_update(received, client, result)
+
+    def aggregate(self, server, total):
+        self.rounds.append(self._now)
+        self._now = []
+        return super().aggregate(server, total)

@@ -59,7 +59,8 @@ def test_lesam_points_from_the_model_received_now_to_the_one_before():
     first = lesam.init_client(vector(0.0, 0.0))
     state = lesam.begin({}, first, vector(3.0, 4.0))
     assert torch.equal(state["epsilon"], vector(0.0, 0.0))  # nothing was received before
-    client = lesam.client_update({}, first, lesam.end(state), vector(3.0, 4.0))
+    client, sent = lesam.client_update(first, state, vector(3.0, 4.0))
+    assert sent == {}
     epsilon, _ = lesam.epsilon(vector(8.0, 8.0), None, lesam.begin({}, client, vector(0.0, 8.0)))
     close(epsilon, vector(0.3, -0.4))
     assert not lesam.needs_gradient
@@ -72,8 +73,10 @@ def test_dual_sam_moves_the_dual_variable_in_every_step():
     epsilon, state = dual.epsilon(vector(0.0, 0.0), vector(5.0, 5.0), dual.begin(server, client, vector(0.0, 0.0)))
     close(epsilon, vector(0.3, 0.4))
     close(state["dual"], vector(0.3, -0.6))
-    close(dual.client_update(server, client, dual.end(state), vector(0.0, 0.0))["dual"], vector(0.3, -0.6))
-    after = dual.aggregate(server, [{"dual": vector(2.0, 5.0)}, {"dual": vector(4.0, 3.0)}])
+    for tensors in dual.client_update(client, state, vector(0.0, 0.0)):  # what is kept, and what is sent
+        assert list(tensors) == ["dual"]
+        close(tensors["dual"], vector(0.3, -0.6))
+    after = dual.aggregate(server, {"dual": vector(6.0, 8.0), "clients": 2})
     close(after["perturbation"], vector(0.3, 0.4))
 
 
@@ -193,7 +196,7 @@ def test_vmap_over_clients_gives_what_each_client_gets(cls):
     params, gradients, starts = (torch.randn(3, 2, generator=rng, **TENSOR) for _ in range(3))
     server = perturbation.init_server(params[0])
     clients = [perturbation.init_client(params[0]) for _ in range(3)]
-    clients = [perturbation.client_update(server, c, perturbation.end(perturbation.begin(server, c, p)), p)
+    clients = [perturbation.client_update(c, perturbation.begin(server, c, p), p)[0]
                for c, p in zip(clients, params, strict=True)]  # fmt: skip
     states = [perturbation.begin(server, c, s) for c, s in zip(clients, starts, strict=True)]
     stacked = {name: torch.stack([s[name] for s in states]) for name in states[0]}

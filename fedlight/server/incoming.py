@@ -1,0 +1,219 @@
+"""What comes in from the clients of a round: checked, added up as it comes, and let go of."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from fedlight.local import ClientResult
+from fedlight.perturbations.base import State
+from fedlight.server.sums import ExactSums, in_range, stack_terms
+
+_AT_ONCE = 2**20
+"""Entries that wait to be added together: small vectors cost a call each, large ones memory."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one client's training amounts to, in figures.
+
+    Attributes:
+        client: its index.
+        used: whether its message was added; otherwise something in it was NaN, infinite or huge.
+        weight: its weight in the mean of the round.
+        square: ‖Δ_i‖².
+        num_steps: local steps that it took.
+        up_bytes: size of its message.
+        loss_scale: the scale that 16-bit mixed precision ended with.
+        metrics: logged sums, as ``name -> (weighted sum, weight)``.
+        reductions: how each logged name is combined.
+    """
+
+    client: int
+    used: bool
+    weight: float
+    square: Any
+    num_steps: int
+    up_bytes: int
+    loss_scale: float | None
+    metrics: Mapping[str, tuple[Any, Any]]
+    reductions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int) -> "Report":
+        """The report of a result."""
+        counts = result.client, True, weight, square, result.num_steps, up_bytes
+        return cls(*counts, result.loss_scale, result.metrics, result.reductions)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A client's message on its way into the sums.
+
+    Attributes:
+        report: its figures.
+        terms: what is added up, by name.
+        maxima: integers of which the server keeps the largest, by name.
+        rows: the client's state after the round, by part; kept only if the message is used.
+    """
+
+    report: Report
+    terms: State
+    maxima: State
+    rows: dict[str, State]
+
+
+@dataclass
+class Incoming:
+    """The sums of one round.
+
+    Args:
+        keep: keeps a client's new state.
+        share_rows: whether other processes must keep the rows of this one's clients, too.
+    """
+
+    keep: Callable[[int, dict[str, State]], None]
+    share_rows: bool = False
+    sums: ExactSums = field(default_factory=ExactSums)
+    maxima: State = field(default_factory=dict)
+    reports: list[Report] = field(default_factory=list)
+    _rows: dict[int, dict[str, State]] = field(default_factory=dict)
+    _waiting: list[Entry] = field(default_factory=list)
+    _entries: int = 0
+
+    def add(self, entry: Entry) -> None:
+        """Take a message in; with others of the same names, if it is small."""
+        if self._waiting and self._waiting[0].terms.keys() != entry.terms.keys():
+            self.flush()
+        self._waiting.append(entry)
+        self._entries += sum(term.numel() for term in entry.terms.values())
+        if self._entries >= _AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add what waits. What cannot be added leaves no trace but its report."""
+        waiting, self._waiting, self._entries = self._waiting, [], 0
+        if not waiting:
+            return
+        stacked = stack_terms([entry.terms for entry in waiting])
+        good = in_range(stacked)
+        if not all(good):
+            stacked = {name: values[torch.tensor(good, device=values.device)] for name, values in stacked.items()}
+        if any(good):
+            self.sums.add(stacked)
+        # As Python numbers: what is kept of each client must be small, and lie among other small things.
+        self.reports += _as_numbers([replace(e.report, used=used) for e, used in zip(waiting, good, strict=True)])
+        for entry, used in zip(waiting, good, strict=True):
+            if not used:
+                continue
+            for name, value in entry.maxima.items():
+                self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+            self.keep(entry.report.client, entry.rows)
+            if self.share_rows:
+                self._rows[entry.report.client] = entry.rows
+
+    def finish(self, fabric: Fabric, stop: int = 0) -> int:
+        """Complete the sums over all processes, in one reduction; the largest ``stop``.
+
+        Reports come in the order of the clients afterwards.
+        """
+        self.flush()
+        if fabric.world_size > 1:
+            shapes = {name: part.shape for name, part in self.sums.parts.items()}
+            own = (self.reports, shapes, self.sums.terms, {k: v.cpu() for k, v in self.maxima.items()}, stop)
+            everyone: list[Any] = [None] * fabric.world_size
+            torch.distributed.all_gather_object(everyone, own)
+            self._take_over_rows(fabric)
+            self.reports = [report for reports, *_ in everyone for report in reports]
+            self.sums.terms = sum(terms for _, _, terms, _, _ in everyone)
+            self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
+            for _, _, _, maxima, _ in everyone:
+                for name, value in maxima.items():
+                    mine = self.maxima.get(name)
+                    there = value.to(fabric.device)
+                    self.maxima[name] = there if mine is None else torch.maximum(mine, there)
+            stop = max(s for *_, s in everyone)
+        self.reports.sort(key=lambda report: report.client)
+        return stop
+
+    def _take_over_rows(self, fabric: Fabric) -> None:
+        rows = {i: {p: {k: v.cpu() for k, v in s.items()} for p, s in r.items()} for i, r in self._rows.items()}
+        everyone: list[Any] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(everyone, rows)
+        for rank, found in enumerate(everyone):
+            for client, row in found.items() if rank != fabric.global_rank else ():
+                self.keep(client, row)
+
+    def _reduce(self, shapes: dict[str, torch.Size], fabric: Fabric) -> None:
+        names, device = sorted(shapes), fabric.device
+        mine = [self.sums.parts.get(n, torch.zeros(shapes[n], dtype=torch.float64, device=device)) for n in names]
+        if not names:
+            return
+        together = torch.cat([part.reshape(-1) for part in mine])
+        torch.distributed.all_reduce(together)
+        parts = torch.split(together, [part.numel() for part in mine])
+        self.sums.parts = {n: part.view(shapes[n]) for n, part in zip(names, parts, strict=True)}
+
+
+def _as_numbers(reports: Sequence[Report]) -> list[Report]:
+    """Reports whose figures are Python numbers, brought from the device together."""
+    tensors = [v for r in reports for v in (r.square, *(x for pair in r.metrics.values() for x in pair))]
+    numbers = iter(torch.stack([torch.as_tensor(v).double().reshape(()) for v in tensors]).tolist())
+    return [
+        replace(r, square=next(numbers), metrics={name: (next(numbers), next(numbers)) for name in r.metrics})
+        for r in reports
+    ]
+
+
+def round_metrics(reports: Sequence[Report], mean_update: Tensor) -> dict[str, Tensor | float]:
+    """What the clients logged, reduced over them by samples seen, how many trained, and their drift.
+
+    ``clients/drift`` is how far the clients' models lie from their mean, as a root mean square over the clients:
+    sqrt(mean‖Δ_i‖² − ‖mean Δ‖²), with the weights of the algorithm's own mean.
+
+    Args:
+        reports: of every client of the round.
+        mean_update: the mean of Δ_i, ``[P]`` float64.
+    """
+    used = [report for report in reports if report.used]
+    total = math.fsum(report.weight for report in used)
+    square = math.fsum(report.weight * report.square for report in used) / total
+    figures: dict[str, Tensor | float] = {
+        "clients/trained": len(used),
+        "clients/left_out": len(reports) - len(used),
+        "clients/drift": math.sqrt(max(0.0, square - float(mean_update.square().sum()))),
+    }
+    return {**_reduced(used), **figures}
+
+
+def _reduced(reports: Sequence[Report]) -> dict[str, float]:
+    """What the clients logged, over all of them."""
+    logged: dict[str, list[tuple[float, float]]] = {}
+    reductions: dict[str, str] = {}
+    for report in reports:
+        reductions |= report.reductions
+        for name, sums in report.metrics.items():
+            logged.setdefault(name, []).append(sums)
+    out: dict[str, float] = {}
+    for name, entries in logged.items():
+        values, weights = [v for v, _ in entries], [w for _, w in entries]
+        reduction = reductions.get(name, "mean")
+        if reduction in ("min", "max"):
+            out[name] = min(values) if reduction == "min" else max(values)
+        else:
+            total = _sum(values)
+            seen = _sum(weights)
+            out[name] = total if reduction == "sum" else total / seen if seen else math.nan
+    return out
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The exact sum, rounded once; what a module may log that has none, as in floating point."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)

@@ -1,0 +1,146 @@
+"""What stands between what a client would send and what the server receives."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from fedlight.perturbations.base import State
+
+
+class Transform:
+    """Base of all transforms: as it stands it changes nothing.
+
+    Transforms are links of a chain. Each one takes a vector, hands a vector on to the next (of another length or data
+    type, if it likes), and puts tensors beside it that the server needs to undo it; what the last one hands on and all
+    that lies beside it is what crosses, and ``comm/up_mb`` counts it. Of a client's model its update Δ_i goes through
+    the chain, and of what an algorithm sends besides, each tensor by itself.
+
+    A transform holds its settings and nothing else: its methods are handed what a client keeps for it, and return it.
+
+    Attributes:
+        stage: where in a chain it may stand, smaller numbers first: 0 bounds, 1 leaves out, 2 rounds.
+        update_only: whether it makes no sense for anything but a model's update.
+    """
+
+    stage: int = 0
+    update_only: bool = False
+
+    def init_client(self, vector: Tensor) -> State:
+        """What a client keeps for a vector before it sends it for the first time."""
+        return {}
+
+    def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
+        """On the client.
+
+        Args:
+            vector: what the link before hands on, ``[n]``.
+            own: what the client keeps for this vector.
+            rng: where random numbers come from, on the CPU.
+
+        Returns:
+            What is handed on, what lies beside it, and what the client keeps if the server uses the message.
+        """
+        return vector, {}, own
+
+    def decode(self, vector: Tensor, beside: State, length: int) -> Tensor:
+        """On the server: ``[length]`` of what :meth:`encode` handed on and put beside it."""
+        return vector
+
+
+def check_chain(transforms: Sequence[Transform]) -> None:
+    """Refuse an order that makes no sense.
+
+    Raises:
+        MisconfigurationException: naming the right order, or what is no transform.
+    """
+    for transform in transforms:
+        if not isinstance(transform, Transform):
+            raise MisconfigurationException(f"trainer.transforms holds {transform!r}, which is no Transform.")
+    if any(after.stage < before.stage for before, after in pairwise(transforms)):
+        right = sorted(transforms, key=lambda t: t.stage)
+        found, names = ([type(t).__name__ for t in chain] for chain in (transforms, right))
+        raise MisconfigurationException(
+            f"trainer.transforms={found}: what bounds an update comes before what leaves out entries, and what rounds"
+            f" comes last. Write {names}."
+        )
+
+
+def check_messages(transforms: Sequence[Transform], who: str, sent: Iterable[str], beside: Iterable[str]) -> None:
+    """Refuse what a chain cannot be applied to.
+
+    Args:
+        transforms: the chain.
+        who: the algorithm.
+        sent: names of what it sends.
+        beside: names of what a perturbation sends.
+
+    Raises:
+        MisconfigurationException: naming the transform, what it meets, and what to do.
+    """
+    extra = sorted(set(sent) - {"params"})
+    for transform in transforms:
+        name = type(transform).__name__
+        if beside:
+            raise MisconfigurationException(
+                f"trainer.transforms: {name} works on updates, and the perturbation of {who} sends"
+                f" {', '.join(sorted(beside))}, which is none. Use another perturbation, or no transforms."
+            )
+        if transform.update_only and extra:
+            raise MisconfigurationException(
+                f"trainer.transforms: {name} bounds a model's update, and {who} sends {', '.join(extra)} as well, whose"
+                " size is another. Use an algorithm that sends its model alone (FedAvg, FedDyn), or leave it out."
+            )
+
+
+def send(
+    transforms: Sequence[Transform], received: State, message: State, own: Mapping[str, Tensor], rng: torch.Generator
+) -> tuple[State, int, State]:
+    """Send a client's message.
+
+    Args:
+        transforms: the chain.
+        received: what the client received, with the ``params`` that it started from.
+        message: what it would send, with the ``params`` that it ended with.
+        own: what the client keeps for the chain.
+        rng: where random numbers come from.
+
+    Returns:
+        The message as the server receives it, the bytes that crossed, and what the client keeps.
+    """
+    arrived, crossed, kept = dict(message), 0, dict[str, Tensor]()
+    for name in sorted(message):
+        start = received["params"] if name == "params" else None
+        vector = message[name] if start is None else message[name] - start
+        state = {k.removeprefix(f"{name}/"): v for k, v in own.items() if k.startswith(f"{name}/")}
+        sent, size, state = _through(transforms, vector, state, rng)
+        crossed += size
+        kept |= {f"{name}/{k}": v for k, v in state.items()}
+        if sent is not vector:
+            arrived[name] = sent if start is None else start + sent
+    return arrived, crossed, kept
+
+
+def _through(
+    transforms: Sequence[Transform], vector: Tensor, own: Mapping[str, Tensor], rng: torch.Generator
+) -> tuple[Tensor, int, State]:
+    """What arrives of a vector ``[n]`` (itself where no link changed it), the bytes, and what the client keeps."""
+    sent, crossed, kept, steps = vector, 0, dict[str, Tensor](), []
+    for position, transform in enumerate(transforms):
+        prefix = f"{position}/"
+        state = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
+        length = sent.numel()
+        sent, beside, state = transform.encode(sent, state or transform.init_client(sent), rng)
+        kept |= {prefix + k: v for k, v in state.items()}
+        crossed += _size(beside.values())
+        steps.append((transform, beside, length))
+    crossed += _size([sent])
+    for transform, beside, length in reversed(steps):
+        sent = transform.decode(sent, beside, length)
+    return sent, crossed, kept
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
