@@ -21,8 +21,8 @@ from torch import nn
 
 from fedlight import MAN, Classifier, FederatedTrainer, ImageData, algorithms
 from fedlight.data import DirichletClients
-from fedlight.loggers import read_metrics
 from fedlight.models import MLP
+from fedlight.run.loggers import read_metrics
 
 # Where the default, which is that of much longer image training, does not suit 30 rounds of 5 steps.
 SETTINGS = {

@@ -31,12 +31,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlight.callbacks.man import MAN
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.loggers import read_metrics
+from fedlight.penalties.man import MAN
 from fedlight.perturbations.sam import SAM
+from fedlight.run.loggers import read_metrics
 from fedlight.trainer import FederatedTrainer
 
 BATCH = 50

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from fedlight.trainer import FederatedTrainer
 
 ROWS = 100_000

@@ -15,8 +15,8 @@ from rich.table import Table
 from fedlight import MAN, Classifier, FederatedTrainer, HessianSpectrum, ImageData
 from fedlight.analysis.pictures import draw_density
 from fedlight.data import DirichletClients
-from fedlight.loggers import read_metrics
 from fedlight.models import MLP
+from fedlight.run.loggers import read_metrics
 
 METHODS = {"FedAvg": 0.0, "FedAvg+MAN": 0.15}
 

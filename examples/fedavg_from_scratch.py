@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedlight import ImageData
 from fedlight.data import IID
-from fedlight.sampling import draw_subset
 from fedlight.seeding import generator
+from fedlight.server.sampling import draw_subset
 
 SEED, ROUNDS, CLIENTS, PER_ROUND, EPOCHS, LR, ZETA = 0, 5, 10, 4, 2, 0.1, 0.15
 

@@ -1,23 +1,28 @@
 """fedlight: federated learning experiments on PyTorch Lightning and Fabric."""
 
 import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlight import algorithms, callbacks, data, engines, models, perturbations, sampling
+    from fedlight import algorithms, callbacks, data, engines, models, penalties, perturbations, transforms
     from fedlight.algorithms.base import Algorithm
     from fedlight.algorithms.fedavg import FedAvg
     from fedlight.algorithms.fedprox import FedProx
     from fedlight.callbacks.checkpoint import Checkpoint
     from fedlight.callbacks.hessian import HessianSpectrum
     from fedlight.callbacks.landscape import LossLandscape
-    from fedlight.callbacks.man import MAN
-    from fedlight.callbacks.penalty import Penalty
     from fedlight.callbacks.progress import RoundProgress
     from fedlight.data import DatasetPartition, FederatedDataModule, ImageData
     from fedlight.local import ClientResult, LocalObjective
     from fedlight.models import Classifier
+    from fedlight.penalties.base import Penalty
+    from fedlight.penalties.man import MAN
     from fedlight.perturbations.base import Perturbation
+    from fedlight.server import sampling
     from fedlight.trainer import FederatedTrainer
 
 __version__ = "0.1.0"
@@ -51,8 +56,10 @@ __all__ = [
     "data",
     "engines",
     "models",
+    "penalties",
     "perturbations",
     "sampling",
+    "transforms",
 ]
 
 # Loaded when they are asked for: `from fedlight import MAN` loads what MAN needs, and nothing of the trainer.
@@ -70,18 +77,52 @@ _WHERE = {
     "ImageData": "data",
     "LocalObjective": "local",
     "LossLandscape": "callbacks.landscape",
-    "MAN": "callbacks.man",
-    "Penalty": "callbacks.penalty",
+    "MAN": "penalties.man",
+    "Penalty": "penalties.base",
     "Perturbation": "perturbations.base",
     "RoundProgress": "callbacks.progress",
 }
+
+# Where modules of 0.1 are: their old paths go on working in YAML files, programs and the settings of checkpoints.
+MOVED = {
+    "callbacks.man": "penalties.man",
+    "callbacks.penalty": "penalties.base",
+    "checkpoint": "run.checkpoint",
+    "clients": "server.clients",
+    "evaluation": "run.evaluation",
+    "federation": "server.federation",
+    "loggers": "run.loggers",
+    "optimizers": "module.optimizers",
+    "parameters": "module.parameters",
+    "run_folder": "run.folder",
+    "sampling": "server.sampling",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds a module of 0.1 under its old path: the same object as under its new one."""
+
+    def find_spec(self, fullname: str, *args: object) -> ModuleSpec | None:
+        package, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if package == __name__ and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = importlib.import_module(f"{__name__}.{MOVED[spec.name.partition('.')[2]]}")
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = module.__spec__.loader_state if module.__spec__ else None
+
+
+sys.meta_path.append(_Moved())
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
     elif name in __all__:
-        value = importlib.import_module(f"{__name__}.{name}")
+        value = importlib.import_module(f"{__name__}.{MOVED.get(name, name)}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

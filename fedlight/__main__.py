@@ -8,7 +8,7 @@ import sys
 
 def main() -> None:
     """Run the command line; its help is printed from a cache where it can be."""
-    from fedlight._help import print_help
+    from fedlight.cli.help import print_help
 
     if not print_help(sys.argv[1:], _run):
         _run()
@@ -17,7 +17,7 @@ def main() -> None:
 def _run() -> None:
     # Nothing of what is loaded is garbage: looking for some takes a fifth of the time of loading it.
     gc.disable()
-    from fedlight.cli import main as run
+    from fedlight.cli.command import main as run
 
     gc.freeze()
     atexit.register(gc.unfreeze)  # modules of extensions are let go of at the end

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedlight.perturbations.base import Perturbation, State
-from fedlight.senders import Sender as Sender
+from fedlight.server.senders import Sender as Sender
 
 
 @dataclass(frozen=True)

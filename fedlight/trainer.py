@@ -10,21 +10,21 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 
-from fedlight._interface import TrainerInterface
-from fedlight._session import Session
 from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.run import analyze
-from fedlight.clients import Where
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine
-from fedlight.evaluation import Stage
-from fedlight.federation import BufferPolicy, View
-from fedlight.loggers import LoggerName
 from fedlight.perturbations.base import Perturbation
-from fedlight.sampling import Sampler, Uniform, balance
+from fedlight.run.evaluation import Stage
+from fedlight.run.interface import TrainerInterface
+from fedlight.run.loggers import LoggerName
+from fedlight.run.session import Session
 from fedlight.seeding import generator
+from fedlight.server.clients import Where
+from fedlight.server.federation import BufferPolicy, View
+from fedlight.server.sampling import Sampler, Uniform, balance
 from fedlight.transforms.base import Transform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "32", "bf16", "16", "64"]

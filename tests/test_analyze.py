@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import MAN, HessianSpectrum
 from fedlight.analysis import records, run, survey
-from fedlight.cli import main
+from fedlight.cli.command import main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 QUICK = {"top_k": 1, "density": False, "float64": True, "verbose": False}

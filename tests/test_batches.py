@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
-from fedlight._logging import batch_size
 from fedlight.analysis.batches import analysis_batches
+from fedlight.penalties.batches import batch_size
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
 
 Pair = namedtuple("Pair", ["x", "y"])

@@ -24,11 +24,11 @@ from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.callbacks.man import MAN
-from fedlight.checkpoint import load_checkpoint, save_checkpoint
-from fedlight.loggers import read_metrics
 from fedlight.models import MLP, Classifier
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
+from fedlight.run.checkpoint import load_checkpoint, save_checkpoint
+from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SIZES = (6, 12, 8, 3)
@@ -417,7 +417,7 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.go, self.written = threading.Event(), []
-        monkeypatch.setattr("fedlight.checkpoint.atomic_write", self)
+        monkeypatch.setattr("fedlight.run.checkpoint.atomic_write", self)
 
     def __call__(self, path, content):
         self.go.wait(60)
@@ -468,7 +468,7 @@ def test_what_fails_while_training_goes_on_stops_the_run(tmp_path, monkeypatch):
         tried.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedlight.checkpoint.atomic_write", full)
+    monkeypatch.setattr("fedlight.run.checkpoint.atomic_write", full)
     rounds = []
 
     def at_end(round):

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 import fedlight.__main__
-import fedlight.cli
-from fedlight.cli import FederatedCLI, main
+import fedlight.cli.command
+from fedlight.cli.command import FederatedCLI, main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -145,7 +145,7 @@ def test_the_command_is_installed_and_runs_as_a_module():
 
     scripts = [e for e in entry_points(group="console_scripts") if e.name == "fedlight"]
     assert all(script.value == "fedlight.__main__:main" for script in scripts)
-    assert Path(fedlight.cli.__file__).with_name("__main__.py").exists()
+    assert Path(fedlight.__file__).with_name("__main__.py").exists()
     assert issubclass(PackageNotFoundError, ImportError)
 
 
@@ -186,7 +186,7 @@ def test_a_module_in_the_current_folder_is_found_by_the_console_script(tmp_path)
 @pytest.mark.parametrize("safe", [False, True])
 def test_the_current_folder_comes_first_as_with_python_m_unless_that_is_forbidden(tmp_path, monkeypatch, safe):
     found = []
-    monkeypatch.setattr(fedlight.cli, "main", lambda: found.append(sys.path[0]))
+    monkeypatch.setattr(fedlight.cli.command, "main", lambda: found.append(sys.path[0]))
     monkeypatch.setattr(sys, "path", ["the script's folder", *sys.path])
     monkeypatch.setattr(sys, "flags", SimpleNamespace(safe_path=safe))
     fedlight.__main__._run()
@@ -319,7 +319,7 @@ def test_an_exception_in_a_client_names_round_and_client(capsys):
     assert re.fullmatch(r"This happened in round 1, client \d.", caught.value.__notes__[0])
     error = ValueError("ours")
     error.add_note("This happened in round 1, client 2.")
-    assert fedlight.cli._fail(error) == 2
+    assert fedlight.cli.command._fail(error) == 2
     assert capsys.readouterr().err.endswith("fedlight: error: ours\nThis happened in round 1, client 2.\n")
 
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
-from fedlight.clients import ClientStore, DiskClientStore, client_store
+from fedlight.server.clients import ClientStore, DiskClientStore, client_store
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 
 

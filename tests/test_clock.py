@@ -5,7 +5,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.profilers import Profiler, SimpleProfiler
 
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 PARTS = ("train", "wait", "aggregate", "evaluate")

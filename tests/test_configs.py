@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from fedlight.cli import FederatedCLI
-from fedlight.loggers import read_metrics
+from fedlight.cli.command import FederatedCLI
+from fedlight.run.loggers import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedlight.evaluation import evaluating
-from fedlight.sampling import RoundRobin
+from fedlight.run.evaluation import evaluating
+from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
 
 
@@ -83,7 +83,7 @@ def test_clients_are_evaluated_on_their_own_data(tmp_path):
     ],
 )
 def test_how_often_clients_are_evaluated(tmp_path, settings, rounds):
-    from fedlight.loggers import read_metrics
+    from fedlight.run.loggers import read_metrics
 
     trainer = quiet_trainer(tmp_path, max_rounds=5, **settings)
     trainer.fit(Accurate(), PerClient())
@@ -100,7 +100,7 @@ def test_many_clients_are_evaluated_at_the_end_only(tmp_path):
         def client_val_dataset(self, client):
             return self.client_dataset(client)
 
-    from fedlight.loggers import read_metrics
+    from fedlight.run.loggers import read_metrics
 
     trainer = quiet_trainer(tmp_path, max_rounds=3)
     trainer.fit(Accurate(), Many(sizes=(2,) * 201))

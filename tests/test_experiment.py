@@ -15,16 +15,16 @@ from torch.utils.data import Dataset, Subset
 import fedlight.algorithms
 import fedlight.data
 import fedlight.perturbations
-from fedlight._experiment import differences, plain
-from fedlight._plugins import discover
 from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedopt import FedOpt
-from fedlight.callbacks.man import MAN
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
 from fedlight.data.pooled import PooledData
 from fedlight.models import MLP, Classifier
+from fedlight.penalties.man import MAN
 from fedlight.perturbations.base import Perturbation
+from fedlight.plugins import discover
+from fedlight.run.experiment import differences, plain
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded
 
 PLUGINS = [

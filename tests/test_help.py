@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import fedlight
-from fedlight import _help
-from fedlight._help import print_help
+from fedlight.cli import help as _help
+from fedlight.cli.help import print_help
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,7 +116,7 @@ def test_the_package_loads_nothing_before_it_is_asked():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
     first, modules = out.splitlines()[0], out.splitlines()[1].split()
     assert first == f"False {fedlight.__version__}"
-    assert "fedlight.callbacks.man" in modules
+    assert "fedlight.penalties.man" in modules
     assert "fedlight.trainer" not in modules
 
 

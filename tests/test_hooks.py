@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelSummary
 from lightning.pytorch.core.hooks import CheckpointHooks, ModelHooks
 
-from fedlight._hooks import _REFUSED_MODULE, BATCH_HOOKS, SUPPORTED
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.module.hooks import _REFUSED_MODULE, BATCH_HOOKS, SUPPORTED
 from fedlight.perturbations import SAM
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 

@@ -8,10 +8,10 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
-from fedlight import checkpoint as writing
-from fedlight import loggers
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.loggers import MetricsCSV, close_loggers, make_loggers, read_metrics
+from fedlight.run import checkpoint as writing
+from fedlight.run import loggers
+from fedlight.run.loggers import MetricsCSV, close_loggers, make_loggers, read_metrics
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 

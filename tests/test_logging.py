@@ -6,10 +6,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
-from fedlight._logging import LogCollector, collecting_logs
-from fedlight.callbacks.penalty import Penalty
-from fedlight.sampling import RoundRobin
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.penalties.base import Penalty
 from fedlight.seeding import generator
+from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, quiet_trainer
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MinMetric
 
-from fedlight._module_state import ModuleState, untouched
+from fedlight.module.state import ModuleState, untouched
 from fedlight.perturbations import SAM
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
@@ -153,7 +153,7 @@ def test_an_iterator_that_moves_is_refused_by_name(tmp_path, make):
 
 
 def test_what_is_too_large_to_copy_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr("fedlight._module_state._COPIED", 0)
+    monkeypatch.setattr("fedlight.module.state._COPIED", 0)
     module = Everything()
     module.big = torch.zeros(10**5)
     with pytest.raises(MisconfigurationException, match="model: self.big changes"), untouched(module):
@@ -312,6 +312,6 @@ def test_a_late_teacher_without_a_copy_ends_the_run_by_name(tmp_path, monkeypatc
                 self.teacher.weight.data.mul_(0.9)
             return super().training_step(batch, batch_idx)
 
-    monkeypatch.setattr("fedlight._module_state._COPIED", 0)
+    monkeypatch.setattr("fedlight.module.state._COPIED", 0)
     with pytest.raises(MisconfigurationException, match=r"model: self.teacher.weight changes while a client trains"):
         quiet_trainer(tmp_path).fit(Late(), Clients())

@@ -1,11 +1,11 @@
 """What a method is called, from its parts and from a trainer."""
 
 from fedlight import FederatedTrainer
-from fedlight._arguments import dotted
-from fedlight._names import method_name
 from fedlight.algorithms import FedAvg, FedDyn, FedSAM
 from fedlight.callbacks import MAN
+from fedlight.cli.arguments import dotted
 from fedlight.perturbations import SAM
+from fedlight.run.names import method_name
 
 
 def test_the_parts_are_joined():

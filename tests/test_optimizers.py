@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from fedlight.algorithms.fedavg import FedAvg
-from fedlight.optimizers import RoundSchedule, configure_optimizers
+from fedlight.module.optimizers import RoundSchedule, configure_optimizers
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 

@@ -134,3 +134,49 @@ print("\\n".join(failed))
     command = [sys.executable, "-W", "ignore", "-c", code, *names]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.strip() == ""
+
+
+def imported(tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules of the package that one imports anywhere: in functions and for type checkers, too."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else name.rpartition(".")[0] for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & known
+
+
+def circles(imports: dict[str, set[str]]) -> set[str]:
+    """What is left when modules that import nothing of the rest are taken away, again and again."""
+    left = dict(imports)
+    while free := {name for name, uses in left.items() if not uses & left.keys() - {name}}:
+        left = {name: uses for name, uses in left.items() if name not in free}
+    while unused := left.keys() - {used for name, uses in left.items() for used in uses - {name}}:
+        left = {name: uses for name, uses in left.items() if name not in unused}
+    return set(left)
+
+
+def dotted_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_the_check_of_circles_finds_them():
+    uses = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
+    assert circles(uses) == {"b", "c"}
+    code = "if TYPE_CHECKING:\n    from a.b import C\ndef f():\n    import d\n    from a import b"
+    assert imported(ast.parse(code), {"a", "a.b", "d"}) == {"a.b", "d"}
+
+
+def test_penalties_can_be_lifted_out():
+    trees = {dotted_name(path): ast.parse(path.read_text()) for path in MODULES}
+    theirs = {name: imported(tree, set(trees)) for name, tree in trees.items() if name.startswith("fedlight.penalties")}
+    assert all(used.startswith("fedlight.penalties") for uses in theirs.values() for used in uses)
+
+
+@pytest.mark.parametrize("old", sorted(fedlight.MOVED))
+def test_old_paths_of_modules_lead_to_the_new_ones(old):
+    module = importlib.import_module(f"fedlight.{old}")
+    assert module is importlib.import_module(f"fedlight.{fedlight.MOVED[old]}")
+    assert module.__spec__.name == module.__name__ == f"fedlight.{fedlight.MOVED[old]}"

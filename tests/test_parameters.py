@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fedlight.parameters import FlatParameters, ParameterLayout, flat_parameters, load_flat_parameters
+from fedlight.module.parameters import FlatParameters, ParameterLayout, flat_parameters, load_flat_parameters
 from tests.helpers.tiny import seeded
 
 

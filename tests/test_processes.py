@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from fedlight._processes import lost_process, raised_in
-from fedlight.checkpoint import load_checkpoint
-from fedlight.clients import DiskClientStore
+from fedlight.run.checkpoint import load_checkpoint
+from fedlight.run.processes import lost_process, raised_in
+from fedlight.server.clients import DiskClientStore
 from tests.helpers import processes
 from tests.helpers.runif import RunIf
 

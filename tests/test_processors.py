@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedlight import _processors
-from fedlight._processors import LARGE_STEP, Workload, share_cores, step_flop
-from fedlight.loggers import read_metrics
+from fedlight.run import processors as _processors
+from fedlight.run.loggers import read_metrics
+from fedlight.run.processors import LARGE_STEP, Workload, share_cores, step_flop
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded
 
@@ -138,9 +138,9 @@ def test_the_command_starts_a_process_per_core(tmp_path):
     """The same bits as in one process, as all of them have one thread."""
     code = tmp_path / "fedlight"  # the name by which a command is known
     code.write_text(
-        "import fedlight._processors as p, os\n"
+        "import fedlight.run.processors as p, os\n"
         "p._WORTH_S, p.available_cores = float(os.environ['WORTH']), lambda: 2\n"
-        "from fedlight.cli import main\n"
+        "from fedlight.cli.command import main\n"
         "main()\n"
     )
     one, quiet = run(tmp_path / "one", code, WORTH="1e9", OMP_NUM_THREADS="1")
@@ -153,7 +153,7 @@ def test_the_command_starts_a_process_per_core(tmp_path):
 @pytest.mark.parametrize("how", ["-c", "-"])
 def test_a_program_without_a_file_is_told_that_it_cannot_be_started_again(how):
     code = (
-        "from fedlight._setup import make_fabric\n"
+        "from fedlight.run.setup import make_fabric\n"
         "make_fabric(dict(accelerator='cpu', devices=2, num_nodes=1, strategy='auto', precision='32-true'))"
     )
     words = [sys.executable, "-c", code] if how == "-c" else [sys.executable, "-"]

@@ -12,18 +12,18 @@ from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import TensorDataset
 
-from fedlight._resume import keep_config, record_changes
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.callbacks.man import MAN
-from fedlight.cli import main
+from fedlight.cli.command import main
 from fedlight.data import IID, DatasetPartition, DirichletClients
-from fedlight.loggers import read_metrics
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
 from fedlight.report.runs import read_run
-from fedlight.sampling import Bernoulli
+from fedlight.run.loggers import read_metrics
+from fedlight.run.resume import keep_config, record_changes
+from fedlight.server.sampling import Bernoulli
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 from tests.test_cli import QUIET, TINY
 

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.run_folder import RunFolder, atomic_write, versions
+from fedlight.run.folder import RunFolder, atomic_write, versions
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 

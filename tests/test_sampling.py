@@ -6,7 +6,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.sampling import (
+from fedlight.seeding import generator
+from fedlight.server.sampling import (
     Bernoulli,
     RoundRobin,
     Sampler,
@@ -16,7 +17,6 @@ from fedlight.sampling import (
     expected_clients,
     resolve_clients_per_round,
 )
-from fedlight.seeding import generator
 
 
 def draws(sampler, num_clients=20, k=5, rounds=2000, sizes=None):

@@ -10,8 +10,8 @@ import threading
 import pytest
 import torch
 
-from fedlight._signals import deferred_signals
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
+from fedlight.run.signals import deferred_signals
 from tests.helpers.interrupted import CASES, ROUNDS
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights

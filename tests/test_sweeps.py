@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlight.cli import FederatedCLI
-from fedlight.loggers import read_metrics
+from fedlight.cli.command import FederatedCLI
+from fedlight.run.loggers import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"), key=lambda path: path.stem)

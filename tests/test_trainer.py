@@ -13,9 +13,9 @@ from fedlight.algorithms.fedopt import FedAdam
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.engines.slot import Slot
-from fedlight.sampling import Bernoulli, RoundRobin, draw_subset
+from fedlight.engines.client_loop import Slot
 from fedlight.seeding import generator
+from fedlight.server.sampling import Bernoulli, RoundRobin, draw_subset
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, Samples, quiet_trainer, weights
 
 

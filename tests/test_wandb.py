@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fedlight.cli import FederatedCLI
+from fedlight.cli.command import FederatedCLI
 from fedlight.data import DatasetPartition
 from fedlight.models import MLP, Classifier
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from fedlight._plugins import discover
 from fedlight.algorithms.base import Algorithm, Message
+from fedlight.plugins import discover
 
 _found = discover(sys.modules[__name__], Algorithm)
 globals().update(_found)

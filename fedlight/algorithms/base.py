@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedlight._checks import check_hyperparameter as check_hyperparameter
+from fedlight.checks import check_hyperparameter as check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
-from fedlight.parameters import ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.base import State as State
-from fedlight.senders import Sender as Sender
+from fedlight.server.senders import Sender as Sender
 
 Message = dict[str, Tensor]
 """What a client sends: named tensors, and nothing else."""

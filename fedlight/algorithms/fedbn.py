@@ -6,7 +6,7 @@ from torch import Tensor
 from fedlight.algorithms.base import Message, State, mean_update
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import ClientResult, LocalObjective
-from fedlight.parameters import ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 
 
 class FedBN(FedAvg):

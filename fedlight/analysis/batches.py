@@ -10,9 +10,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from fedlight._logging import batch_size
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
+from fedlight.penalties.batches import batch_size
 from fedlight.seeding import derive_seed, generator
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fedlight._logging import batch_size
 from fedlight.analysis.memory import free_memory, graph_bytes
+from fedlight.penalties.batches import batch_size
 
 Block = tuple[int, ...]
 """Positions of parameters: the rows and columns of the Hessian that belong to them."""

@@ -13,7 +13,7 @@ from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
 from fedlight.analysis.layers import layer_blocks
 from fedlight.analysis.pictures import draw_density, draw_eigenvalues
 from fedlight.analysis.result import HessianResult
-from fedlight.loggers import tell
+from fedlight.run.loggers import tell
 
 Rows = Sequence[Mapping[str, float]]
 

@@ -14,10 +14,10 @@ from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, federated_subject
 from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.run_folder import writing
+from fedlight.run.folder import writing
 
 if TYPE_CHECKING:
-    from fedlight._session import Session
+    from fedlight.run.session import Session
     from fedlight.trainer import FederatedTrainer
 
 
@@ -76,7 +76,7 @@ def analyze(
     Returns:
         The figures by view.
     """
-    from fedlight._session import Session
+    from fedlight.run.session import Session
 
     measurement = Measurement(
         "analyze", top_k, density, trace, layerwise, on, max_samples, views, float64, sam_rho, tolerance, seed
@@ -139,7 +139,7 @@ def _write(
     results: Mapping[str, HessianResult], subject: Subject, session: "Session", folder: Path, stem: str
 ) -> list[Path]:
     """Files and pictures of the measurement."""
-    from fedlight.loggers import read_metrics
+    from fedlight.run.loggers import read_metrics
 
     records.save(results, folder / "hessian", stem)
     plots, round = folder / "plots", session.trainer.current_round - 1

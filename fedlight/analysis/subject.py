@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fedlight.analysis.memory import free_memory
 from fedlight.analysis.task import TaskLoss
-from fedlight.parameters import load_flat_parameters, load_tensors
+from fedlight.module.parameters import load_flat_parameters, load_tensors
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -129,7 +129,7 @@ def federated_subject(trainer: "FederatedTrainer") -> Subject:
 
 def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
     """The module of a stock Lightning Trainer, with the datasets behind its loaders."""
-    from fedlight.engines.step import transfer_function
+    from fedlight.module.step import transfer_function
 
     def dataset(loaders: Any, key: str) -> Dataset[Any]:
         loader = loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders

@@ -22,7 +22,7 @@ from fedlight.analysis.operators import HessianOperator, NonFiniteLossError
 from fedlight.analysis.pictures import draw_contour, draw_line, draw_surface
 from fedlight.analysis.subject import DataName, Subject, Weights
 from fedlight.analysis.task import TaskLoss
-from fedlight.checkpoint import check_state_dict, load_checkpoint
+from fedlight.run.checkpoint import check_state_dict, load_checkpoint
 from fedlight.seeding import generator, preserved_global_rng, seed_global_rng
 
 Directions = Literal["random", "eigenvectors"]

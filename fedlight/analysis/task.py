@@ -15,11 +15,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlight._float32 import float32_products
-from fedlight._logging import LogCollector, collecting_logs
-from fedlight._module_state import ModuleState
-from fedlight._penalized_step import penalized_step
 from fedlight.analysis.diagnosis import differentiable_once, explain
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.state import ModuleState
+from fedlight.penalties.step import penalized_step
+from fedlight.run.float32 import float32_products
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 
@@ -135,8 +135,9 @@ def _copied(module: nn.Module) -> LightningModule:
     clone = copy.deepcopy(module, _shared_attributes(module))
     clone._trainer, clone._fabric = module._trainer, module._fabric  # what training_step may ask for
     step = penalized_step(clone)
-    for penalty in [] if step is None else step.penalties:
-        penalty.detach(clone)
+    if step is not None:
+        for penalty in step.penalties:
+            step.remove(penalty)
     return clone
 
 

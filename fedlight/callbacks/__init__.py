@@ -2,7 +2,7 @@
 
 from fedlight.callbacks.hessian import HessianSpectrum
 from fedlight.callbacks.landscape import LossLandscape
-from fedlight.callbacks.man import MAN
-from fedlight.callbacks.penalty import PenalizedStep, Penalty, penalized_step
+from fedlight.penalties.base import PenalizedStep, Penalty, penalized_step
+from fedlight.penalties.man import MAN
 
 __all__ = ["MAN", "HessianSpectrum", "LossLandscape", "Penalty", "PenalizedStep", "penalized_step"]

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
-from fedlight._names import preferred_metric, smaller_is_better
 from fedlight.callbacks._rounds import RoundCallback
-from fedlight.checkpoint import CheckpointWriter, save_checkpoint
+from fedlight.run.checkpoint import CheckpointWriter, save_checkpoint
+from fedlight.run.names import preferred_metric, smaller_is_better
 
 
 class Checkpoint(RoundCallback):

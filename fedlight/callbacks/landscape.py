@@ -67,7 +67,7 @@ class LossLandscape(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate and draw."""
-        from fedlight.loggers import log_picture
+        from fedlight.run.loggers import log_picture
 
         folder = output_folder(trainer)
         if folder is None:

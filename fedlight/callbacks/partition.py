@@ -5,8 +5,8 @@ from typing import Any
 
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.data.picture import partition_csv, save_partition_picture
-from fedlight.loggers import log_picture
-from fedlight.run_folder import atomic_write
+from fedlight.run.folder import atomic_write
+from fedlight.run.loggers import log_picture
 
 
 class PartitionPicture(RoundCallback):

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fedlight._module_state import ModuleState
 from fedlight.local import ClientResult, GradientClip, LocalObjective
+from fedlight.module.state import ModuleState
 from fedlight.perturbations.base import Perturbation, State
 
 

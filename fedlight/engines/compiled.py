@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure
 
-from fedlight._logging import LogCollector
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.programs import ClientStep, Program, numbered
-from fedlight.engines.requirements import cannot, check_recordable, explain, is_outdated, values_of_step
-from fedlight.engines.step import Batch
+from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
+from fedlight.engines.vmap.programs import ClientStep, Program, numbered
 from fedlight.local import LocalObjective
-from fedlight.parameters import ParameterLayout
+from fedlight.module.logs import LogCollector
+from fedlight.module.parameters import ParameterLayout
+from fedlight.module.step import Batch
 from fedlight.perturbations.base import State
 
 _ENGINE = "eager with trainer.compile=true"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
-from fedlight.engines.slot import Slot
+from fedlight.engines.client_loop import Slot
 from fedlight.local import ClientResult
 from fedlight.seeding import preserved_global_rng
 

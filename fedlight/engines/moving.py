@@ -6,7 +6,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fedlight._module_state import ModuleState, attributes_of
+from fedlight.module.state import ModuleState, attributes_of
 
 
 class Moving:

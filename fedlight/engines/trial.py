@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from fedlight._module_state import attributes_of, untouched
 from fedlight.engines.base import Findings, LocalTraining
-from fedlight.engines.slot import Slot
-from fedlight.engines.step import Batch
+from fedlight.engines.client_loop import Slot
 from fedlight.local import LocalObjective
+from fedlight.module.state import attributes_of, untouched
+from fedlight.module.step import Batch
 from fedlight.perturbations.base import State
 
 STEPS = 3

@@ -3,8 +3,8 @@
 import sys
 from typing import Any
 
-from fedlight._plugins import discover
 from fedlight.perturbations.base import Perturbation
+from fedlight.plugins import discover
 
 _found = discover(sys.modules[__name__], Perturbation)
 globals().update(_found)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fedlight._checks import check_hyperparameter
-from fedlight.parameters import ParameterLayout
+from fedlight.checks import check_hyperparameter
+from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State, unit
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fedlight.parameters import ParameterLayout
-from fedlight.senders import Sender
+from fedlight.module.parameters import ParameterLayout
+from fedlight.server.senders import Sender
 
 State = dict[str, Tensor]
 """What an algorithm or perturbation keeps, for the server or for one client: named tensors."""

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fedlight._checks import check_hyperparameter
+from fedlight.checks import check_hyperparameter
 from fedlight.perturbations.base import Perturbation, State, unit
 
 

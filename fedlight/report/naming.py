@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedlight._names import CENTRAL, method_name
+from fedlight.run.names import CENTRAL, method_name
 
 SEEDS = ("seed_everything", "data.init_args.seed")
 """Keys in which the runs of one method and setting differ."""
@@ -179,7 +179,7 @@ def _penalties(callbacks: list[Any]) -> list[tuple[str, dict[str, Any]]]:
 @functools.cache
 def _is_penalty(class_path: str) -> bool:
     """Whether a callback adds to the loss; one that cannot be imported here is taken not to."""
-    from fedlight.callbacks.penalty import Penalty
+    from fedlight.penalties.base import Penalty
 
     module, _, name = class_path.rpartition(".")
     try:

@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 
-from fedlight._names import smaller_is_better
 from fedlight.report.document import Cell, Table, cells
 from fedlight.report.groups import Group, Stat, Study, gain
 from fedlight.report.naming import differing, show
+from fedlight.run.names import smaller_is_better
 
 _DASH = "–"
 _COLUMNS = {

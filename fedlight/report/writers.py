@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedlight.report.document import Cell, Document, Heading, Picture, Table, Text
-from fedlight.run_folder import atomic_write, writing
+from fedlight.run.folder import atomic_write, writing
 
 _CSS = """
 body { font: 15px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; color: #111; background: #fff;

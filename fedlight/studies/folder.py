@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fedlight.run_folder import atomic_write, versions, writing
+from fedlight.run.folder import atomic_write, versions, writing
 from fedlight.studies.plan import PlannedRun, folder_name
 from fedlight.studies.study import Study
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from fedlight._plugins import discover
+from fedlight.plugins import discover
 from fedlight.transforms.base import Transform
 
 _found = discover(sys.modules[__name__], Transform)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fedlight.local import ClientResult, local_gradient
-from fedlight.parameters import ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 from tests.algorithms.twins import Problem
 
 

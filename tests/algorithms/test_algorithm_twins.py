@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedlight import algorithms
-from fedlight.parameters import ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.algorithms import twins
 from tests.algorithms.driver import Driver

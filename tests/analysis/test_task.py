@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from fedlight._logging import LogCollector, collecting_logs
 from fedlight.analysis import HessianOperator, NoSecondDerivativeError, TaskLoss, hessian_operator, measure_hessian
 from fedlight.callbacks import MAN
+from fedlight.module.logs import LogCollector, collecting_logs
 from tests.analysis.cases import Task, mlp
 
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3

@@ -20,7 +20,7 @@ from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgr
 from fedlight.analysis import records
 from fedlight.callbacks.partition import PartitionPicture
 from fedlight.data.arrays import ArrayDataset
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ from lightning.pytorch.callbacks import (
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fedlight import _hooks
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.module import hooks as _hooks
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from fedlight.callbacks import MAN, penalized_step
-from fedlight.callbacks.man import mean_square
+from fedlight.penalties.man import mean_square
 from tests.callbacks.nets import Lit, batches, formula, gradient, is_untouched, norms
 
 BATCH = batches(1)[0]

@@ -38,7 +38,7 @@ def run(*arguments, model=WithData, data=None, **kwargs):
     return LightningCLI(model, data, args=list(arguments), **settings)
 
 
-@pytest.mark.parametrize("name", ["MAN", "fedlight.callbacks.MAN", "fedlight.callbacks.man.MAN"])
+@pytest.mark.parametrize("name", ["MAN", "fedlight.callbacks.MAN", "fedlight.penalties.man.MAN"])
 def test_on_the_command_line(name):
     cli = run("fit", f"--trainer.callbacks+={name}", "--trainer.callbacks.zeta=0.3")
     assert cli.trainer.callback_metrics.keys() == {"train/penalty", "man/net.relu", "man/net.tanh"}

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.callbacks import MAN
-from fedlight.engines import programs
-from fedlight.engines.cuda_graph import CudaGraph
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap import programs
 from fedlight.perturbations.sam import SAM
 from tests.callbacks.nets import is_untouched
 from tests.engines.tape import Tape

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
-from fedlight._layers import NAMES, SQUASHING, is_activation
 from fedlight.callbacks import MAN, penalized_step
+from fedlight.penalties.layers import NAMES, SQUASHING, is_activation
 from tests.callbacks.nets import Batches, Lit, Net, Recorder, batches, formula, gradient, is_untouched, silent_trainer
 
 BATCH = batches(1)[0]
@@ -261,7 +261,7 @@ def test_a_loss_and_a_metric_are_no_layers(messages):
 def messages(monkeypatch):
     """What is said."""
     said = []
-    monkeypatch.setattr("fedlight._observation.rank_zero_info", said.append)
+    monkeypatch.setattr("fedlight.penalties.observation.rank_zero_info", said.append)
     return said
 
 

@@ -21,7 +21,7 @@ class Trained(nn.Module):
 def messages(monkeypatch):
     """What is said."""
     said = []
-    monkeypatch.setattr("fedlight._observation.rank_zero_info", said.append)
+    monkeypatch.setattr("fedlight.penalties.observation.rank_zero_info", said.append)
     return said
 
 

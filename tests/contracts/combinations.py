@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fedlight.algorithms
-from fedlight._plugins import discover
 from fedlight.algorithms.base import Algorithm
-from fedlight.callbacks.man import MAN
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, SAM, Perturbation
-from fedlight.sampling import Sampler
+from fedlight.plugins import discover
+from fedlight.server.sampling import Sampler
 from fedlight.trainer import FederatedTrainer
 
 ALGORITHMS = discover(fedlight.algorithms, Algorithm)

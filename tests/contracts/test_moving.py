@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.engines.cuda_graph import CudaGraph
+from fedlight.engines.cuda_graph.engine import CudaGraph
 from tests.contracts.moving import MODULES, run
 from tests.contracts.test_contracts import REPOSITORY, _one_thread, assert_same_bits  # noqa: F401
 from tests.engines.tape import Tape

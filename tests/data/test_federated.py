@@ -21,7 +21,7 @@ from torch.utils.data import (
     random_split,
 )
 
-from fedlight.cli import FederatedCLI
+from fedlight.cli.command import FederatedCLI
 from fedlight.data import ArrayDataset, DatasetPartition, DirichletClients, Federated, ImageData, NaturalGroups
 from fedlight.data.dataset_partition import find_targets
 from tests.helpers.tiny import Regression, Samples, quiet_trainer, seeded, weights

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, Subset, default_collate
 
 from fedlight.analysis.batches import analysis_batches
 from fedlight.data.reading import read_batches
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 from tests.helpers.processes import DrawingClients, Measured
 from tests.helpers.tiny import Drawing, quiet_trainer, seeded, weights

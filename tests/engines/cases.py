@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from fedlight.trainer import FederatedTrainer
 
 EQUAL = (8, 8, 8, 8)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedlight.engines.recorder import Recorder
+from fedlight.engines.cuda_graph.recorder import Recorder
 
 
 class _Tape(TorchDispatchMode):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedlight.engines.cuda_graph import CudaGraph
-from fedlight.engines.vmap import Vmap
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap.engine import Vmap
 from tests.contracts.combinations import combinations, outcome, run
 from tests.engines.tape import Tape
 

@@ -6,10 +6,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 import fedlight.algorithms as algorithms
-from fedlight.callbacks.man import MAN
-from fedlight.engines import programs
-from fedlight.engines.cuda_graph import CudaGraph
-from fedlight.engines.vmap import Vmap
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap import programs
+from fedlight.engines.vmap.engine import Vmap
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM, DualSAM
 from tests.engines import cases
 from tests.engines.tape import Tape

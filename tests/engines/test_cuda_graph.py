@@ -9,15 +9,15 @@ from lightning.pytorch import Callback
 from torch import optim
 
 import fedlight.algorithms as algorithms
-from fedlight.callbacks.man import MAN
 from fedlight.data.arrays import _Storage
-from fedlight.engines.cuda_graph import MOST_SLOTS, CudaGraph, plan_slots, share
-from fedlight.engines.graph_slot import GraphSlot
-from fedlight.engines.recorder import Recorder
-from fedlight.engines.segments import LONGEST, Segment, segments
-from fedlight.engines.slot import Slot
-from fedlight.federation import Federation
+from fedlight.engines.client_loop import Slot
+from fedlight.engines.cuda_graph.client_loop import GraphSlot
+from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots, share
+from fedlight.engines.cuda_graph.recorder import Recorder
+from fedlight.engines.cuda_graph.segments import LONGEST, Segment, segments
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
+from fedlight.server.federation import Federation
 from tests.engines import cases
 from tests.engines.tape import Tape
 from tests.helpers.half import scaled  # noqa: F401  (a fixture)

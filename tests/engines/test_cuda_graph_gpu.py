@@ -5,8 +5,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import optim
 
-from fedlight.callbacks.man import MAN
-from fedlight.engines.cuda_graph import CudaGraph
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
 from tests.engines import cases
 from tests.engines.test_cuda_graph import CASES, HALF, MOMENTUM, assert_same, begin_with_scale, train

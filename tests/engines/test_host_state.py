@@ -8,8 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset
 
-from fedlight.engines import programs
-from fedlight.engines.cuda_graph import CudaGraph
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap import programs
 from tests.engines import cases
 from tests.engines.tape import Tape
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedlight.engines.recorder import CudaRecorder, Recorder
+from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
 
 
 class FakeGenerator:

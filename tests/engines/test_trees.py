@@ -10,8 +10,8 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.engines.cuda_graph import CudaGraph
-from fedlight.engines.vmap import Vmap
+from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap.engine import Vmap
 from tests.engines import cases
 from tests.engines.tape import Tape
 
@@ -155,7 +155,7 @@ def test_what_a_recorded_engine_cannot_read_is_named(make, collate_fn, train):
 
 @pytest.mark.parametrize("name", ["three tensors", "read: dict"])
 def test_a_compiled_step_takes_any_tree(name, train, monkeypatch):
-    monkeypatch.setattr("fedlight.engines.programs.BACKEND", "eager")
+    monkeypatch.setattr("fedlight.engines.vmap.programs.BACKEND", "eager")
     expected, _ = train("eager", MAKE[name])
     found, _ = train("eager", MAKE[name], compile=True)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

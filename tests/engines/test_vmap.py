@@ -12,11 +12,12 @@ from torch import nn, optim
 from torchmetrics import MeanMetric
 
 import fedlight.algorithms as algorithms
-from fedlight.callbacks.man import MAN
-from fedlight.engines import programs, vmap
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.requirements import check_recordable
-from fedlight.engines.vmap import Vmap
+from fedlight.engines.recordable import check_recordable
+from fedlight.engines.vmap import engine as vmap
+from fedlight.engines.vmap import programs
+from fedlight.engines.vmap.engine import Vmap
+from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
 
@@ -96,14 +97,14 @@ def test_a_traced_program_gives_the_same_bits(tmp_path, monkeypatch):
 
 def test_the_clients_may_be_split_into_waves(tmp_path, monkeypatch):
     expected, _ = cases.train(tmp_path, "vmap")
-    monkeypatch.setattr("fedlight.engines.vmap._ENTRIES", 700)  # two clients of 310 parameters
+    monkeypatch.setattr("fedlight.engines.vmap.engine._ENTRIES", 700)  # two clients of 310 parameters
     found, _ = cases.train(tmp_path, "vmap")
     torch.testing.assert_close(found, expected)
 
 
 def test_reading_ahead_in_small_pieces_changes_nothing(tmp_path, monkeypatch):
     expected, _ = cases.train(tmp_path, "vmap")
-    monkeypatch.setattr("fedlight.engines.wave._GATHERED_BYTES", 1)
+    monkeypatch.setattr("fedlight.engines.vmap.clients._GATHERED_BYTES", 1)
     found, _ = cases.train(tmp_path, "vmap")
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 

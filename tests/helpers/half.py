@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.precision import MixedPrecision
 
-from fedlight import _session
+from fedlight.run import session as _session
 
 
 class OnCPU(MixedPrecision):

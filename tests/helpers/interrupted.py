@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.cli import main
+from fedlight.cli.command import main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 ROUNDS = 6

@@ -19,8 +19,8 @@ from torch import nn
 from torchmetrics import MeanMetric, MeanSquaredError
 
 from fedlight.algorithms.scaffold import SCAFFOLD
-from fedlight.loggers import read_metrics
 from fedlight.perturbations import SAM
+from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Drawing, Regression, quiet_trainer, weights
 
 SIZES = (6, 12, 8, 3, 7)

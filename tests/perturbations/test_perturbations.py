@@ -9,7 +9,7 @@ from torch import nn
 
 from fedlight import perturbations
 from fedlight.local import LocalObjective, local_gradient
-from fedlight.parameters import ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from fedlight.perturbations.base import unit
 

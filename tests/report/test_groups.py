@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fedlight._arguments import dotted
+from fedlight.cli.arguments import dotted
 from fedlight.report.groups import Stat, gain, group_runs
 from fedlight.report.naming import Method, setting_of
 from fedlight.report.runs import Run, find_runs

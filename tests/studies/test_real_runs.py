@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlight.cli import main as fedlight
-from fedlight.loggers import read_metrics
+from fedlight.cli.command import main as fedlight
+from fedlight.run.loggers import read_metrics
 from fedlight.studies.command import main as run_study
 
 REPOSITORY = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli import FederatedCLI
-from fedlight.cli import main as fedlight
+from fedlight.cli.command import FederatedCLI
+from fedlight.cli.command import main as fedlight
 from fedlight.report.naming import Method
 from fedlight.studies.command import main as run_study
 from fedlight.studies.command import selected

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from tests.studies.wandb_server import WandbServer
 
 REPOSITORY = Path(__file__).parents[2]

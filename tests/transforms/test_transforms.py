@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import algorithms
 from fedlight.algorithms import SCAFFOLD, FedAvg, FedDC, FedDyn, FedSMOO
-from fedlight.loggers import read_metrics
+from fedlight.run.loggers import read_metrics
 from fedlight.transforms import ClipUpdate, Quantize, TopK, Transform
 from fedlight.transforms.base import check_chain, send
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights

@@ -1,0 +1,211 @@
+"""The command line: ``fedlight fit|validate|test|analyze``, and ``study`` and ``report`` about many runs."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import fedlight
+import fedlight.callbacks
+import fedlight.models
+import fedlight.perturbations
+import fedlight.transforms  # all of these, so that their classes are known by their short names
+from fedlight.algorithms.base import Algorithm
+from fedlight.cli.arguments import dotted, yaml_argument
+from fedlight.cli.messages import readable, suggestions
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.partition import Partitioner
+from fedlight.perturbations.base import Perturbation
+from fedlight.run.folder import atomic_write, writing
+from fedlight.run.loggers import tell
+from fedlight.run.processes import raised_in
+from fedlight.run.resume import keep_config
+from fedlight.run.signals import exit_by_signal
+from fedlight.server.sampling import Sampler
+from fedlight.trainer import FederatedTrainer
+from fedlight.transforms.base import Transform
+
+
+class FederatedArgumentParser(LightningArgumentParser):
+    """Reads values as sweep agents write them, and says briefly what it cannot read, with the nearest name."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse arguments; ``--key=None`` is ``--key=null``."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([yaml_argument(a) for a in given], *others, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message with a suggestion, and exit with 2."""
+        hints = suggestions(message, self._known_keys(), _class_names())
+        super().error("\n  ".join([readable(message), *hints]), ex)
+
+    def print_usage(self, file: Any = None) -> None:
+        """One line: the whole list, which ``--help`` gives, would hide the message."""
+        print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
+
+    def _known_keys(self) -> set[str]:
+        parsers = [p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values()]
+        return {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
+
+
+def _class_names() -> dict[str, str]:
+    """The classes that are known by short names, and the key that each belongs under."""
+    bases = (Algorithm, Perturbation, FederatedDataModule, LightningModule, Callback, Sampler, Partitioner, Optimizer)
+    keys = ["algorithm", "perturbation", "data", "model", "trainer.callbacks+", "trainer.sampler", "data.partitioner"]
+    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger", "trainer.transforms+"]
+    both = zip(keys, (*bases, LRScheduler, Logger, Transform), strict=True)
+    return {c.__name__: key for key, base in both for c in _subclasses(base) if not c.__name__.startswith("_")}
+
+
+def _subclasses(base: type) -> set[type]:
+    children: list[type] = base.__subclasses__()
+    return {base}.union(*(_subclasses(child) for child in children))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the complete configuration to the run's folder, and hands it to the loggers."""
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` when a fit begins."""
+        if stage == "fit" and not trainer._session.resumed:
+            self._write(trainer)
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Write it when a run is continued, now that nothing stands against that; what was there before is kept."""
+        if trainer._session.resumed:
+            self._write(trainer)
+
+    def _write(self, trainer: Any) -> None:
+        if trainer.log_dir is None or not trainer.is_global_zero:
+            return
+        path, config = Path(trainer.log_dir) / "config.yaml", self.config.clone()
+        if path.exists():
+            if trainer.current_round >= trainer.max_rounds:
+                return
+            # How a run was continued is no part of what it is.
+            config["ckpt_path"], config["trainer.allow_changes"] = None, False
+        text = self.parser.dump(config, skip_none=False, skip_link_targets=False)
+        with writing(path.parent):
+            if path.exists():
+                keep_config(path.parent, trainer.current_round, path.read_text() == text)
+            atomic_write(path, text.encode())
+        # By dotted keys: a sweep's parameter `algorithm` would take the place of all below `algorithm`.
+        logged = dotted(yaml.safe_load(text))
+        tell(trainer.loggers, lambda logger: logger.log_hyperparams(logged))
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI for :class:`~fedlight.trainer.FederatedTrainer`, with ``algorithm`` and ``perturbation`` beside it.
+
+    ``seed_everything`` is the seed of the whole experiment (0 by default). It differs from LightningCLI where
+    ``ckpt_path`` is concerned: the model comes from the configuration alone.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True, **kwargs: Any) -> None:
+        defaults: dict[str, Any] = {
+            "model_class": LightningModule,
+            "datamodule_class": FederatedDataModule,
+            "subclass_mode_model": "model_class" not in kwargs,
+            "subclass_mode_data": "datamodule_class" not in kwargs,
+            "trainer_class": FederatedTrainer,
+            "save_config_callback": SaveConfig,
+            "seed_everything_default": 0,
+            "parser_class": FederatedArgumentParser,
+            "auto_configure_optimizers": False,
+            "parser_kwargs": {"epilog": "Many runs: fedlight study --help, fedlight report --help."},
+        }
+        given = sys.argv[1:] if args is None else args
+        known = self.subcommands()
+        if isinstance(given, list) and given and given[0] in known:  # the parser of each takes a while to build
+            self.subcommands = lambda: {given[0]: known[given[0]]}  # type: ignore[method-assign]
+        super().__init__(args=args, run=run, **{**defaults, **kwargs})
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, and the arguments of the trainer's methods that the CLI fills in."""
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "analyze")}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``trainer``, ``algorithm``, ``perturbation``, ``model`` and ``data``."""
+        skip: set[str | int] = {"algorithm", "perturbation", "seed"}
+        parser.add_class_arguments(self.trainer_class, "trainer", instantiate=False, sub_configs=True, skip=skip)
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"})
+        parser.add_subclass_arguments(Algorithm, "algorithm", required=False)
+        parser.add_subclass_arguments(Perturbation, "perturbation", required=False)
+        parser.set_defaults({"algorithm": {"class_path": "fedlight.algorithms.fedavg.FedAvg"}})
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
+
+    def _parse_ckpt_path(self) -> None:
+        """The model comes from the configuration; a checkpoint of another model is refused by the trainer."""
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if seed is not False and not 0 <= int(seed) < 2**32:
+            raise MisconfigurationException(f"seed_everything={seed} must be at least 0 and below 2**32.")
+        super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer with the algorithm, the perturbation and the seed."""
+        parts = {key: self._get(self.config_init, key) for key in ("algorithm", "perturbation")}
+        seed = self._get(self.config, "seed_everything")
+        return super().instantiate_trainer(**parts, seed=0 if seed is False else int(seed), **kwargs)
+
+
+def main(args: ArgsType = None) -> None:
+    """The console script. Exit codes: 2 for bad input, 1 for any other failure, 130 for Ctrl-C, 143 for SIGTERM.
+
+    A run that a sweep agent stops with SIGTERM ends by that signal, as agents take any exit code for a failure.
+    """
+    given = sys.argv[1:] if args is None else args
+    try:
+        if isinstance(given, list) and given[:1] in (["study"], ["report"]):
+            sys.exit(_about_runs(given[0])(given[1:]))
+        FederatedCLI(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
+            exit_by_signal(signal.SIGTERM)
+        raise
+    except (MisconfigurationException, ValueError, TypeError, FloatingPointError, ConnectionError) as error:
+        found = _ours(error)
+        if found is None:
+            raise
+        sys.exit(_fail(found))
+
+
+def _about_runs(command: str) -> Callable[[list[str]], int]:
+    """The commands that train nothing themselves, so that nothing that trains has to be built."""
+    if command == "study":
+        from fedlight.studies.command import main
+    else:
+        from fedlight.report.command import main
+    return main
+
+
+def _ours(error: BaseException | None) -> BaseException | None:
+    """What fedlight raised on purpose, so that its message says all: the error, or one that another was made of."""
+    while error is not None:
+        if isinstance(error, MisconfigurationException) or raised_in(error).split(".")[0] == fedlight.__name__:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _fail(error: BaseException) -> int:
+    print("\n".join([f"fedlight: error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return 1 if isinstance(error, FloatingPointError | ConnectionError) else 2

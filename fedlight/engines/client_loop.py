@@ -1,0 +1,299 @@
+"""One place to train clients in: a module with flat buffers, and the local loop around the local step."""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from fedlight.data.arrays import ArrayDataset
+from fedlight.data.reading import read_batches
+from fedlight.engines.base import ClientTask, LocalTraining
+from fedlight.engines.data_order import LocalPlan, local_plan
+from fedlight.engines.fused_optimizers import begin_momentum, float32, fuse
+from fedlight.engines.hyperparameters import LocalSchedule, Values, lr_sum, set_values
+from fedlight.engines.moving import Moving
+from fedlight.local import ClientResult, LocalObjective, local_gradient
+from fedlight.module.hooks import overrides
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.optimizers import Optimization, about, configure_optimizers
+from fedlight.module.own_step import OwnStep
+from fedlight.module.parameters import FlatParameters
+from fedlight.module.step import Batch, step_loss
+from fedlight.module.step import call_step as call_step
+from fedlight.module.step import transfer_function as transfer_function
+from fedlight.perturbations.base import State
+from fedlight.seeding import derive_seed, generator, seed_global_rng
+
+if TYPE_CHECKING:
+    from fedlight.engines.compiled import CompiledStep
+
+
+class Slot:
+    """Trains one client at a time on a module whose parameters and gradients are flat.
+
+    Args:
+        training: what all local trainings share.
+        module: the module to train in; the slot rebinds its parameters until :meth:`release`.
+        compiled: gives the gradient of full batches, where that is wanted.
+    """
+
+    def __init__(
+        self, training: LocalTraining, module: LightningModule, compiled: "CompiledStep | None" = None
+    ) -> None:
+        self._compiled = compiled
+        self.training, self.module = training, module
+        self.device = training.fabric.device
+        self.flat = FlatParameters(module)
+        self.held = Moving(module, training.findings.moving, training.state)
+        self.buffers = self.held.tensors
+        self.log = LogCollector(self.device)
+        self._precision = training.fabric.strategy.precision
+        self._transfer = transfer_function(module, self.device)
+        self._scaler: torch.amp.GradScaler | None = None
+        self._output: dict[str, Tensor] | None = None
+        self.schedule = LocalSchedule(module, training.lr_factors)
+        self.fresh: Optimization
+        self.plan: LocalPlan
+        self.epoch = self.batch_idx = self.done = 0
+        self._own_step = overrides(module, "optimizer_step")
+        self.own: OwnStep
+        self.optimizer: Optimizer
+        self._fused = False
+
+    def release(self) -> None:
+        """Give the module's parameters storage of their own."""
+        self.flat.release()
+
+    def train(self, round: int, task: ClientTask) -> ClientResult:
+        """Train one client for one round, step by step."""
+        with about(self.module, task.client, self):
+            return self._train(round, task)
+
+    def _train(self, round: int, task: ClientTask) -> ClientResult:
+        training = self.training
+        self.plan = plan = local_plan(round, task.client, task.dataset, training)
+        seed_global_rng(derive_seed(training.seed, "local", round, task.client))
+        self.epoch = self.batch_idx = self.done = 0
+        self._begin(task)
+        state, steps = dict(task.perturbation), list(plan.steps_per_epoch)
+        values = self.schedule.values(task.lrs, steps, self.fresh)
+        objective = task.objective if self._compiled is None else task.objective.with_tensors()
+        now = None
+        with collecting_logs(self.module, self.log):
+            training.call("on_client_start", task.client)
+            for epoch, batches in enumerate(self._epochs(round, task, plan)):
+                self.epoch = epoch
+                training.call("on_train_epoch_start")
+                self.flat.check()
+                for step in batches:
+                    if values[self.done] is not now:
+                        now = self._set_values(values[self.done])
+                    state, skip = self._step(objective, step, state)
+                    if skip:  # the schedules count the steps that were taken
+                        steps[epoch] = self.done - sum(steps[:epoch])
+                        values = self.schedule.values(task.lrs, steps)
+                        break
+                self.log.batch_size = sum(end - begin for begin, end in plan.epochs[epoch])
+                training.call("on_train_epoch_end")
+            training.call("on_client_end", task.client)
+        self.flat.check()
+        self.held.finish()
+        lrs = sum(self.own.lrs) if self._own_step else lr_sum(values, self.done)
+        result = self._result(task, state, self.done, lrs)
+        self.held.forget()
+        return result
+
+    def _set_values(self, values: Values) -> Values:
+        set_values(self.optimizer, values)
+        if self._fused:
+            for group in self.optimizer.param_groups:
+                group["lr"] = float32(group["lr"])
+        return values
+
+    def _begin(self, task: ClientTask) -> None:
+        self.log.reset()
+        with torch.no_grad():
+            self.flat.params.copy_(task.objective.start)
+        self.held.write(task.buffers)
+        self.fresh = configure_optimizers(self.module)
+        self.optimizer = self.fresh.optimizer
+        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        self.own = OwnStep(self.module, self.optimizer, self._update)
+        # What can be recorded in a CUDA graph is what is run without one, too: that gives the same bits.
+        self._fused = self.device.type == "cuda" and fuse(self.optimizer, self.device)
+        if getattr(self._precision, "scaler", None) is not None:
+            self._scaler = torch.amp.GradScaler(self.device.type, init_scale=task.loss_scale)
+            begin_momentum(self.optimizer)
+
+    def _result(self, task: ClientTask, state: State, num_steps: int, lr_sum: float) -> ClientResult:
+        return ClientResult(
+            client=task.client,
+            start=task.objective.start,
+            params=self.flat.params.clone(),
+            num_samples=len(task.dataset),  # type: ignore[arg-type]
+            weight=task.weight,
+            num_steps=num_steps,
+            lr_sum=lr_sum,
+            buffers={name: value.detach().clone() for name, value in self.held.read().items()},
+            perturbation=state,
+            metrics=(sums := self.log.sums()),
+            reductions={name: self.log.reduction(name) for name in sums},
+            loss_scale=None if self._scaler is None else float(self._scaler.get_scale()),
+        )
+
+    def _epochs(self, round: int, task: ClientTask, plan: LocalPlan) -> Iterator[Iterator[list[Batch]]]:
+        """For each local epoch, the groups of batches that make one optimizer step."""
+        read = batch_reader(round, task, plan, self.training, self._transfer, self._precision.convert_input)
+        accumulate = self.training.accumulate_grad_batches
+        for epoch in range(len(plan.epochs)):
+            yield _groups(read(epoch), accumulate)
+
+    def _step(self, objective: LocalObjective, batches: list[Batch], state: State) -> tuple[State, bool]:
+        """One local step on the batches of one optimizer step; true where a hook asks to skip the epoch's rest."""
+        call = self.training.call
+        for batch, self.batch_idx in batches:
+            if call("on_train_batch_start", batch, self.batch_idx):
+                return state, True
+        if self._own_step:
+            states = [state]
+
+            def gradient() -> Tensor | None:
+                states.append(self._set_gradient(objective, batches, state))
+                return None if self._output is None else self._output["loss"]
+
+            self.own(self.batch_idx, gradient)
+            state = states[-1]
+        else:
+            state = self._set_gradient(objective, batches, state)
+            self._update()
+        self.done += 1
+        for batch, index in batches:
+            call("on_train_batch_end", self._output, batch, index)
+        return state, False
+
+    def _set_gradient(self, objective: LocalObjective, batches: list[Batch], state: State) -> State:
+        """Let the parameters have the gradient of a step."""
+        call, optimizer = self.training.call, self.optimizer
+        call("on_before_zero_grad", optimizer)
+        if self._compiled is not None and self._compiled.takes(batches):
+            gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
+        else:
+            gradient, state = local_gradient(
+                self.flat.params,
+                lambda point, first: self._gradient(batches, point, first),
+                objective,
+                self.training.perturbation,
+                state,
+                self.training.clip,
+            )
+        if gradient is not self.flat.grad:
+            self.flat.grad.copy_(gradient)
+        call("on_before_optimizer_step", optimizer)
+        return state
+
+    def _update(self) -> None:
+        if self._scaler is None:
+            self.optimizer.step()
+        else:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+
+    def _zero_grad(self, set_to_none: bool = True) -> None:
+        self.flat.grad.zero_()  # gradients stay views of one vector
+
+    def _gradient(self, batches: list[Batch], point: Tensor, first: bool) -> Tensor:
+        """∇(loss + penalties) at a point ``[P]``, the mean over the step's batches."""
+        here = self.flat.params
+        backup = None if point is here else here.clone()
+        if backup is not None:
+            here.copy_(point)
+        self.flat.grad.zero_()
+        kept = None if first else {name: value.detach().clone() for name, value in self.held.read().items()}
+        attributes = None if kept is None else self.held.attributes()
+        for batch, index in batches:
+            self._backward(batch, index, 1 / len(batches), first)
+        if attributes is not None:
+            attributes.restore()
+        if kept is not None:  # running statistics move in the first pass only
+            self.held.write(kept)
+        if backup is not None:
+            here.copy_(backup)
+        self._unscale(last=backup is not None or not self._two_passes)
+        return self.flat.grad
+
+    @property
+    def _two_passes(self) -> bool:
+        perturbation = self.training.perturbation
+        return perturbation is not None and perturbation.needs_gradient
+
+    def _unscale(self, last: bool) -> None:
+        if self._scaler is None:
+            return
+        if last:  # the scaler looks for overflow here, once per optimizer step
+            self._scaler.unscale_(self.optimizer)
+        else:
+            self.flat.grad.div_(self._scaler.scale(torch.ones((), device=self.device)))
+
+    def _backward(self, batch: Any, index: int, share: float, first: bool) -> None:
+        call = self.training.call
+        with self._precision.forward_context():
+            loss = step_loss(self.module, self.log, batch, index, first)
+        if loss is None:
+            return
+        if first:
+            self._output = {"loss": loss.detach()}
+        if share != 1:
+            loss = loss * share
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
+        call("on_before_backward", loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        call("on_after_backward")
+
+
+def batch_reader(
+    round: int,
+    task: ClientTask,
+    plan: LocalPlan,
+    training: LocalTraining,
+    transfer: Callable[[Any], Any],
+    convert: Callable[[Any], Any],
+) -> Callable[[int], Iterator[Batch]]:
+    """A function that yields the batches of one local epoch, on the device."""
+    dataset: Dataset[Any] = task.dataset
+    if isinstance(dataset, ArrayDataset):
+        dataset = dataset.near(training.fabric.device)
+        draws = dataset.draw(len(plan.order), generator(training.seed, "augment", round, task.client))
+        order = plan.order.to(training.fabric.device)
+        draws = {name: value.to(training.fabric.device) for name, value in draws.items()}
+
+        def gathered(epoch: int) -> Iterator[Batch]:
+            for index, (begin, end) in enumerate(plan.epochs[epoch]):
+                part = {name: value[begin:end] for name, value in draws.items()}
+                yield convert(transfer(dataset.batch(order[begin:end], part))), index
+
+        return gathered
+
+    def loaded(epoch: int) -> Iterator[Batch]:
+        batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
+        seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
+        read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
+        for index, batch in enumerate(read):
+            yield convert(transfer(batch)), index
+
+    return loaded
+
+
+def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    group: list[Batch] = []
+    for batch in batches:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

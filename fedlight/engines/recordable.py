@@ -1,0 +1,122 @@
+"""What an engine that records the local step once, instead of running it anew each time, can not do."""
+
+import traceback
+from collections.abc import Callable, Iterator
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torchmetrics import Metric
+
+from fedlight.data.arrays import ArrayDataset
+from fedlight.engines.base import LocalTraining
+from fedlight.module.hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
+from fedlight.module.state import ModuleState
+from fedlight.module.step import TRANSFER_HOOKS
+from fedlight.penalties.step import penalized_step
+
+_CLIENT_HOOKS = ("on_client_start", "on_client_end")
+
+
+def check_recordable(training: LocalTraining, engine: str) -> None:
+    """Refuse by name what would have to happen in Python in every step.
+
+    Raises:
+        MisconfigurationException: naming the hook, the dataset or the precision, and what to do instead.
+    """
+    for reason in _reasons(training, engine):
+        raise cannot(engine, reason)
+
+
+def cannot(engine: str, reason: str) -> MisconfigurationException:
+    """The error for an engine that cannot do the work."""
+    return MisconfigurationException(f"trainer.engine={engine}: {reason}. Use trainer.engine=eager.")
+
+
+def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
+    overridden: Callable[[str], list[str]] = getattr(training.call, "overridden", lambda name: [])
+    for hook in (*BATCH_HOOKS, *EPOCH_HOOKS, *_CLIENT_HOOKS):
+        if owners := overridden(hook):
+            yield f"{owners[0]} overrides {hook}, which has no place in a recorded local step"
+    for hook in (*TRANSFER_HOOKS, "optimizer_step"):
+        if overrides(training.module, hook):
+            yield f"{type(training.module).__name__} overrides {hook}, which has no place in a recorded local step"
+    dataset = None if training.example is None else training.example.dataset
+    if dataset is not None and not isinstance(dataset, ArrayDataset):
+        yield (
+            f"the clients' data is a {type(dataset).__name__}, read sample by sample; it takes tensors in memory (or"
+            " what fits there: samples of tensors of one shape, without random numbers) and no data.collate_fn"
+        )
+    findings, step = training.findings, f"{type(training.module).__name__}.training_step"
+    for read in findings.read:
+        yield f"{step} reads {read}, which a recorded step would freeze"
+    for generator in findings.drawn:
+        yield f"{step} draws from {generator}, and a recorded step would freeze what it drew"
+    for name in findings.changed:
+        metric = _inside(name, _metrics(training.module))
+        if metric is not None:
+            yield f"training_step updates the metric {metric!r}, which would mix the clients"
+        yield f"{step} changes {name}, which a recorded step would freeze"
+    if findings.replaced and engine == "cuda_graph":
+        yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
+    scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
+    if scaled and (engine != "cuda_graph" or training.compile):
+        yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
+
+
+def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
+    """What the module did that cannot be recorded, and where.
+
+    Args:
+        error: what it led to.
+        module: the module.
+        otherwise: what to say where the reason is not known.
+    """
+    text = str(error).strip()
+    reason = otherwise
+    if any(sign in text for sign in ("data-dependent", ".item()", "synchronizing CUDA", "stream is capturing")):
+        reason = "branches on the value of a tensor, or takes it to Python"
+    elif "in-place" in text or "inplace" in text:
+        reason = "changes a tensor in place that the clients share"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    where = f", at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+    first = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+    return f"training_step of {type(module).__name__} {reason} ({first}){where}"
+
+
+def _is_library(filename: str) -> bool:
+    places = (
+        "/torch/",
+        "/lightning/",
+        "/fedlight/engines/",
+        "/fedlight/callbacks/",
+        "/fedlight/_penalized_step.py",
+        "/fedlight/_observation.py",
+    )
+    return any(place in filename for place in places)
+
+
+def values_of_step(training: LocalTraining) -> ModuleState:
+    """What penalties and perturbation are set to, which a recorded step has frozen."""
+    step = penalized_step(training.module)
+    owners = {f"penalty {i}": vars(p) for i, p in enumerate([] if step is None else step.penalties)}
+    return ModuleState(
+        owners | ({} if training.perturbation is None else {"perturbation": vars(training.perturbation)})
+    )
+
+
+def is_outdated(training: LocalTraining, values: ModuleState) -> bool:
+    """Whether what a recorded step has frozen has changed since it was last asked: then it must be recorded anew."""
+    states = [values] if training.state is None else [values, training.state]
+    metrics = _metrics(training.module)  # they count in validation, and no step may use them
+    changes = [name for state in states if not state.unchanged() for name in state.changes()]
+    for state in states:
+        state.refresh()
+    return any(_inside(name, metrics) is None for name in changes)
+
+
+def _metrics(module: LightningModule) -> list[str]:
+    return [name for name, m in module.named_modules() if isinstance(m, Metric)]
+
+
+def _inside(name: str, metrics: list[str]) -> str | None:
+    return next((metric for metric in metrics if name.startswith(f"self.{metric}.")), None)

@@ -1,0 +1,293 @@
+"""Clients that train side by side in the vmap engine: their rows, their batches, their steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+from fedlight.data.arrays import ArrayDataset
+from fedlight.engines.base import ClientTask, LocalTraining
+from fedlight.engines.data_order import local_plan, same_storage
+from fedlight.engines.hyperparameters import LocalSchedule, lr_sum
+from fedlight.engines.recordable import cannot
+from fedlight.engines.vmap.programs import ClientStep, Program, numbered
+from fedlight.engines.vmap.stacked_optimizers import Block, StackedOptimizer
+from fedlight.local import ClientResult
+from fedlight.module.optimizers import about
+from fedlight.seeding import generator
+
+_GATHERED_BYTES = 2**27
+"""Batches are read ahead, as many as fit into so many bytes."""
+
+
+Batch = list[Tensor]
+"""The tensors of a batch, as inputs and targets."""
+
+
+@dataclass(frozen=True)
+class WaveParts:
+    """What all waves of an engine share.
+
+    Attributes:
+        training: what all local trainings share.
+        optimizer: steps the rows.
+        schedule: its hyperparameters.
+        step: one client's step.
+        program: gives the program for (sizes of the micro-batches, clients, inputs, inputs that clients share).
+        width: for how many clients the program is made that runs micro-batches of these sizes for some clients.
+    """
+
+    training: LocalTraining
+    optimizer: StackedOptimizer
+    schedule: LocalSchedule
+    step: ClientStep
+    program: Callable[[tuple[int, ...], int, tuple[str, ...], frozenset[str]], Program]
+    width: Callable[[tuple[int, ...], int], int]
+
+
+@dataclass
+class _Group:
+    """Clients whose step has micro-batches of the same sizes."""
+
+    sizes: tuple[int, ...]
+    rows: list[int] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
+
+
+class Wave:
+    """The local training of some clients in one round.
+
+    Rows are sorted by number of steps, the longest first: in every step the clients that still train are the first
+    rows.
+
+    Args:
+        round: the round.
+        tasks: what the clients have to do.
+        parts: what all waves share.
+    """
+
+    def __init__(self, round: int, tasks: Sequence[ClientTask], parts: WaveParts) -> None:
+        self._parts, self._training = parts, parts.training
+        plans = [local_plan(round, task.client, task.dataset, parts.training) for task in tasks]
+        keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
+        order = sorted(range(len(tasks)), key=lambda i: keys[i])
+        self._rank = [order.index(i) for i in range(len(tasks))]
+        self._tasks, self._plans = [tasks[i] for i in order], [plans[i] for i in order]
+        self._keys = [keys[i] for i in order]
+        self._steps = [plan.steps(parts.training.accumulate_grad_batches) for plan in self._plans]
+        self._data = _Data(round, self._tasks, [plan.order for plan in self._plans], parts.training)
+        parts.step.spec, *others = [dataset.storage.spec for dataset in self._data.datasets]
+        if any(spec != parts.step.spec for spec in others):
+            raise cannot("vmap", "the clients' batches are not made alike")
+        self._stack()
+        self._logs: dict[str, list[tuple[slice | Tensor, Tensor, Tensor]]] = {}
+        self._reductions: dict[str, str] = {}
+
+    def run(self, steps: int | None = None) -> list[ClientResult]:
+        """Train; ``steps`` stops early. Results come in the order of the tasks."""
+        total = len(self._steps[0])
+        self._parts.optimizer.begin(self._rows["params"], self._blocks())
+        for step, groups in self._read(total if steps is None else min(steps, total)):
+            gradient = self._gradient(groups)
+            self._parts.optimizer.step(step, gradient)
+        results = self._results()
+        return [results[row] for row in self._rank]
+
+    def _stack(self) -> None:
+        """The clients' inputs: one row each, or one for all where it is the same tensor."""
+        objectives = [task.objective for task in self._tasks]
+        start = objectives[0].start
+        named: dict[str, list[Tensor]] = {}
+        if any(o.proximal != 0 for o in objectives):
+            named["anchor"] = [o.start if o.anchor is None else o.anchor for o in objectives]
+            named["proximal"] = [start.new_tensor(o.proximal) for o in objectives]
+        if any(o.linear is not None for o in objectives):
+            named["linear"] = [torch.zeros_like(start) if o.linear is None else o.linear for o in objectives]
+        if any(o.gradient_scale != 1 for o in objectives):
+            named["scale"] = [start.new_tensor(o.gradient_scale) for o in objectives]
+        for part in ("state", "buffers"):
+            states = [task.perturbation if part == "state" else task.buffers for task in self._tasks]
+            named |= {f"{part}/{name}": [state[name] for state in states] for name in states[0]}
+        self._rows: dict[str, Tensor] = {"params": torch.stack([o.start for o in objectives])}
+        self._shared: dict[str, Tensor] = {}
+        for name, values in named.items():
+            changing = self._parts.step.changing
+            changes = name.startswith("buffers/") or changing is None or name in changing
+            if not changes and all(value is values[0] for value in values):
+                self._shared[name] = values[0]
+            else:
+                self._rows[name] = torch.stack(values)
+
+    def _blocks(self) -> list[Block]:
+        """Rows with the same hyperparameters in every step."""
+        schedule, begin, blocks = self._parts.schedule, 0, []
+        for _, same in groupby(self._keys, key=lambda key: (key[1] if schedule.varies else (), key[2])):
+            count = len(list(same))
+            with about(self._training.module, self._tasks[begin].client):
+                values = schedule.values(self._tasks[begin].lrs, self._plans[begin].steps_per_epoch)
+            blocks.append(Block(begin, begin + count, values))
+            begin += count
+        self._values = [block.values for block in blocks for _ in range(block.begin, block.end)]
+        return blocks
+
+    def _groups(self, step: int) -> list[_Group]:
+        groups: dict[tuple[int, ...], _Group] = {}
+        for row, steps in enumerate(self._steps):
+            if step >= len(steps):
+                break  # and so have all that follow
+            begin, sizes = steps[step]
+            group = groups.setdefault(sizes, _Group(sizes))
+            group.rows.append(row)
+            group.begins.append(begin)
+        return list(groups.values())
+
+    def _read(self, total: int) -> Iterator[tuple[int, list[tuple[_Group, Batch]]]]:
+        """Each step's groups with their batches, ``[A, n, ...]``."""
+        ahead = self._data.samples_ahead
+        step = 0
+        while step < total:
+            block: list[list[_Group]] = []
+            samples = 0
+            while step + len(block) < total and (not block or samples < ahead):
+                block.append(self._groups(step + len(block)))
+                samples += sum(sum(g.sizes) * len(g.rows) for g in block[-1])
+            batches = self._data.read([group for groups in block for group in groups])
+            for groups in block:
+                yield step, [(group, next(batches)) for group in groups]
+                step += 1
+
+    def _gradient(self, groups: list[tuple[_Group, Batch]]) -> Tensor:
+        """Run a step's programs; the gradient ``[A, P]`` of the A clients that still train."""
+        if len(groups) == 1:
+            return self._run(*groups[0], slice(len(groups[0][0].rows)))
+        params = self._rows["params"]
+        gradient = params.new_empty(sum(len(group.rows) for group, _ in groups), params.shape[1])
+        for group, batch in groups:
+            rows = torch.tensor(group.rows, device=params.device)
+            gradient[rows] = self._run(group, batch, rows)
+        return gradient
+
+    def _run(self, group: _Group, batch: Batch, rows: slice | Tensor) -> Tensor:
+        """Run one program on some rows, keep what it changed, and return their gradients."""
+        count = len(group.rows)
+        width = self._parts.width(group.sizes, count)
+        source = rows
+        if width > count:  # a compiled program has its size: the first client fills the places that are left
+            padded = [*range(count), *[0] * (width - count)]
+            source = torch.tensor([group.rows[i] for i in padded], device=batch[0].device)
+            batch = [leaf[padded] for leaf in batch]
+        named = {name: value[source] for name, value in self._rows.items()}
+        named |= {**self._shared, **numbered(batch)}
+        program = self._parts.program(group.sizes, width, tuple(named), frozenset(self._shared))
+        out = program(named)
+        self._reductions |= program.reductions
+        for name, value in out.items():
+            kind, _, log = name.partition("/")
+            if kind in ("state", "buffers"):
+                self._rows[name][rows] = value[:count]
+            elif kind == "value":
+                self._logs.setdefault(log, []).append((rows, value[:count], out[f"weight/{log}"][:count]))
+        return out["gradient"][:count]
+
+    def _results(self) -> list[ClientResult]:
+        metrics = {name: self._reduce(name, entries) for name, entries in self._logs.items()}
+        results = []
+        for row, (task, plan, values) in enumerate(zip(self._tasks, self._plans, self._values, strict=True)):
+            # Copies: a row that is kept must not keep the whole matrix.
+            own = {name: value[row].clone() for name, value in self._rows.items()}
+            state = {n.removeprefix("state/"): v for n, v in {**self._shared, **own}.items() if n.startswith("state/")}
+            results.append(
+                ClientResult(
+                    client=task.client,
+                    start=task.objective.start,
+                    params=own["params"],
+                    num_samples=len(task.dataset),  # type: ignore[arg-type]
+                    weight=task.weight,
+                    num_steps=plan.num_steps,
+                    lr_sum=lr_sum(values, plan.num_steps),
+                    buffers={n.removeprefix("buffers/"): v for n, v in own.items() if n.startswith("buffers/")},
+                    perturbation=state,
+                    metrics={name: (value[row], weight[row]) for name, (value, weight) in metrics.items()},
+                    reductions={name: self._reductions[name] for name in metrics},
+                )
+            )
+        return results
+
+    def _reduce(self, name: str, entries: list[tuple[slice | Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What every client logged under a name: ``(Σ or extremum [K], Σ weight [K])``."""
+        reduction, clients = self._reductions[name], len(self._tasks)
+        first = entries[0][1]
+        if all(len(value) == clients for _, value, _ in entries):
+            values, weights = torch.stack([v for _, v, _ in entries]), torch.stack([w for _, _, w in entries])
+            total = values.sum(0) if reduction in ("mean", "sum") else getattr(values, f"a{reduction}")(0)
+            return total, weights.sum(0)
+        start = {"min": float("inf"), "max": -float("inf")}.get(reduction, 0.0)
+        total, weight_sum = first.new_full((clients,), start), first.new_zeros(clients)
+        for rows, value, weight in entries:
+            add = torch.add if reduction in ("mean", "sum") else getattr(torch, f"{reduction}imum")
+            total[rows] = add(total[rows], value)
+            weight_sum[rows] += weight
+        return total, weight_sum
+
+
+class _Data:
+    """Reads the batches of several clients at once.
+
+    Args:
+        round: the round.
+        tasks: the clients, by row.
+        orders: the positions in each client's dataset in the order of use, ``[total]`` each.
+        training: what all local trainings share.
+    """
+
+    def __init__(
+        self, round: int, tasks: Sequence[ClientTask], orders: Sequence[Tensor], training: LocalTraining
+    ) -> None:
+        device = training.fabric.device
+        self._convert = training.fabric.strategy.precision.convert_input
+        self.datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
+        self._orders = [order.to(device) for order in orders]
+        draws = [
+            dataset.draw(len(order), generator(training.seed, "augment", round, task.client))
+            for dataset, order, task in zip(self.datasets, orders, tasks, strict=True)
+        ]
+        self._draws = [{name: value.to(device) for name, value in own.items()} for own in draws]
+        self._offsets = [0, *accumulate(len(order) for order in orders)]
+        first = self.datasets[0]
+        self._pooled = first.pooled() if all(same_storage(d, first) for d in self.datasets) else None
+        if self._pooled is not None:
+            both = zip(self.datasets, self._orders, strict=True)
+            self._positions = torch.cat([dataset.positions(order) for dataset, order in both])
+            self._all_draws = {name: torch.cat([own[name] for own in self._draws]) for name in self._draws[0]}
+        self.samples_ahead = max(
+            1, _GATHERED_BYTES // max(1, sum(4 * leaf[:1].numel() for leaf in first.storage.leaves))
+        )
+
+    def read(self, groups: Sequence[_Group]) -> Iterator[Batch]:
+        """The batches ``[A, n, ...]`` of some groups; all those of one size are read together."""
+        cells: dict[int, list[tuple[int, int]]] = {}
+        for group in groups:
+            cells.setdefault(sum(group.sizes), []).extend(zip(group.rows, group.begins, strict=True))
+        read = {n: self._gather(pairs, n) for n, pairs in cells.items()}
+        used = dict.fromkeys(cells, 0)
+        for group in groups:
+            n, count = sum(group.sizes), len(group.rows)
+            yield [leaf[used[n] : used[n] + count] for leaf in read[n]]
+            used[n] += count
+
+    def _gather(self, pairs: Sequence[tuple[int, int]], n: int) -> Batch:
+        if self._pooled is None:
+            parts = [self._one(row, slice(begin, begin + n)) for row, begin in pairs]
+            leaves = [torch.cat(same) for same in zip(*parts, strict=True)]
+        else:
+            begins = torch.tensor([self._offsets[row] + begin for row, begin in pairs], device=self._positions.device)
+            index = (begins[:, None] + torch.arange(n, device=begins.device)).flatten()
+            draws = {name: value[index] for name, value in self._all_draws.items()}
+            leaves = self._pooled.leaves(self._positions[index], draws)
+        return [leaf.unflatten(0, (len(pairs), n)) for leaf in self._convert(leaves)]
+
+    def _one(self, row: int, part: slice) -> Batch:
+        draws = {name: value[part] for name, value in self._draws[row].items()}
+        return self.datasets[row].leaves(self._orders[row][part], draws)

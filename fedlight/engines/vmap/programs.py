@@ -1,0 +1,232 @@
+"""The local step of many clients as one program: `local_gradient` under ``torch.func``, traced and compiled."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import rank_zero_warn
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.func import functional_call, grad, vmap
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from fedlight.engines.base import LocalTraining
+from fedlight.local import LocalObjective, local_gradient
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.parameters import ParameterLayout
+from fedlight.module.step import step_loss
+from fedlight.penalties.step import penalized_step
+from fedlight.perturbations.base import State
+from fedlight.seeding import preserved_global_rng
+
+Logs = dict[str, tuple[Tensor, Tensor]]
+"""What was logged, by name: sum or extremum, and weight."""
+
+TRACE_AFTER = 50
+"""A program that runs more often than this is traced: that takes as long as about so many runs save."""
+
+BACKEND = "inductor"
+"""What compiles traced programs."""
+
+
+class _Caller(nn.Module):
+    """Lets ``functional_call`` reach ``training_step``."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, log: LogCollector, batch: Any, index: int, first: bool) -> Tensor:
+        loss = step_loss(self.module, log, batch, index, first)
+        if loss is None:
+            raise TypeError("training_step returned None; every step needs a loss")
+        return loss.reshape(())
+
+
+class ClientStep:
+    """One client's local step as a pure function of named tensors.
+
+    Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), optionally ``anchor``, ``proximal``, ``linear`` and
+    ``scale`` of the objective, ``state/<name>`` of the perturbation and ``buffers/<name>``. Outputs: ``gradient``
+    ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``, ``weight/<name>`` of the logs.
+
+    Args:
+        training: what all local trainings share.
+        layout: order of the parameters.
+
+    Attributes:
+        spec: what a batch is made of.
+        reductions: how what was logged is combined, by name; known after a call.
+        changing: those of ``state/`` that steps change; known after a call, None before.
+    """
+
+    def __init__(self, training: LocalTraining, layout: ParameterLayout) -> None:
+        self._training, self._layout = training, layout
+        self._module = training.module
+        self._caller = _Caller(training.module)
+        self._precision = training.fabric.strategy.precision
+        self.spec: TreeSpec  # set before the first call
+        self.reductions: dict[str, str] = {}
+        self.changing: set[str] | None = None
+
+    def __call__(self, sizes: tuple[int, ...], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The step on a batch that consists of micro-batches of these sizes."""
+        log = LogCollector(named["params"].device)
+        buffers, logs = _part(named, "buffers/"), Logs()
+        leaves = [leaf.split(list(sizes)) for leaf in _part(named, "batch/").values()]  # type: ignore[no-untyped-call]
+        batches = [tree_unflatten(list(parts), self.spec) for parts in zip(*leaves, strict=True)]
+
+        def loss(params: State, held: State, first: bool) -> tuple[Tensor, tuple[State, Logs]]:
+            inner = {f"module.{name}": value for name, value in params.items()}
+            inner |= {f"module.{name}": value.clone() for name, value in held.items()}
+            terms = []
+            for batch in batches:
+                with self._precision.forward_context():
+                    term = functional_call(self._caller, inner, (log, batch, 0, first))
+                terms.append(term if len(batches) == 1 else term * (1 / len(batches)))
+            after = {name: inner[f"module.{name}"] for name in held}
+            # What was logged belongs to this transform: it can leave it only as its result, and must not stay behind.
+            logged = log.sums()
+            log.reset()
+            return torch.stack(terms).sum(), (after, logged)
+
+        def gradient(point: Tensor, first: bool) -> Tensor:
+            nonlocal buffers, logs
+            grads, aux = grad(loss, has_aux=True)(self._layout.views(point), buffers, first)
+            buffers, logs = aux if first else (buffers, logs)
+            return torch.cat([g.reshape(-1) for g in grads.values()])
+
+        before = state = _part(named, "state/")
+        objective = LocalObjective(
+            start=named["params"],
+            anchor=named.get("anchor"),
+            proximal=named.get("proximal", 0.0),
+            linear=named.get("linear"),
+            gradient_scale=named.get("scale", 1.0),
+        )
+        with collecting_logs(self._module, log):
+            g, state = local_gradient(
+                named["params"], gradient, objective, self._training.perturbation, state, self._training.clip
+            )
+        if (step := penalized_step(self._module)) is not None:
+            step.forget()
+        out = {f"state/{k}": v for k, v in state.items() if v is not before.get(k)}
+        self.changing = set(out)
+        out |= {"gradient": g} | {f"buffers/{k}": v for k, v in buffers.items()}
+        self.reductions = {name: log.reduction(name) for name in logs}
+        out |= {f"value/{k}": value for k, (value, _) in logs.items()}
+        return out | {f"weight/{k}": weight for k, (_, weight) in logs.items()}
+
+
+def numbered(leaves: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The tensors of a batch by the names that :class:`ClientStep` reads."""
+    return {f"batch/{i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def _part(named: Mapping[str, Tensor], prefix: str) -> State:
+    return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+
+class Program:
+    """The local step of several clients at once, for one set of shapes.
+
+    It begins as ``torch.func.vmap`` of the step. When it has been used often it is traced into a plain list of tensor
+    operations, which give the same bits without Python's part of the work.
+
+    Args:
+        step: one client's step.
+        sizes: its micro-batches.
+        names: the inputs, in order.
+        shared: those that all clients share, and which so have no leading dimension; None for one client alone, whose
+            inputs and outputs have none either.
+        compile: compile what is traced, at the first call; otherwise trace after some calls.
+    """
+
+    def __init__(
+        self,
+        step: ClientStep,
+        sizes: tuple[int, ...],
+        names: Sequence[str],
+        shared: frozenset[str] | None,
+        compile: bool,
+    ) -> None:
+        self._names, self._compile = tuple(names), compile
+        self._outputs: tuple[str, ...] = ()
+        self.reductions: dict[str, str] = {}
+        self._uses = 0
+
+        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+            out = step(sizes, dict(zip(names, tensors, strict=True)))
+            self._outputs, self.reductions = tuple(out), step.reductions
+            return tuple(out.values())
+
+        self._function: Callable[..., tuple[Tensor, ...]] = one
+        if shared is not None:
+            in_dims = tuple(None if name in shared else 0 for name in names)
+            self._function = vmap(one, in_dims=in_dims, randomness="different")
+
+    def __call__(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run it: inputs ``[A, ...]`` by name, outputs ``[A, ...]`` by name."""
+        tensors = [named[name] for name in self._names]
+        self._uses += 1
+        if self._uses == (1 if self._compile else TRACE_AFTER):
+            self._function = self._traced(tensors)
+        with torch.no_grad():
+            outputs = self._function(*tensors)
+        return dict(zip(self._outputs, outputs, strict=True))
+
+    def _traced(self, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+        with preserved_global_rng():
+            traced = simplified(make_fx(self._function)(*tensors))
+            if not self._compile:
+                return traced.forward
+            compiled = torch.compile(traced, dynamic=False, backend=BACKEND)
+            try:
+                compiled(*tensors)
+            except Exception as error:
+                rank_zero_warn(f"trainer.compile: runs uncompiled, as compiling failed: {_first_line(error)}")
+                return traced.forward
+            return compiled
+
+
+_MAY_DO_NOTHING = {
+    torch.ops.aten.expand.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.slice.Tensor,
+}
+
+
+def simplified(traced: GraphModule) -> GraphModule:
+    """Leave out operations that do nothing and those that are there twice, a third of what vmap produces."""
+    graph = traced.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    pure = not any(node.target._schema.is_mutable for node in calls if isinstance(node.target, OpOverload))
+    seen: dict[tuple[Any, str, str], Node] = {}
+    for node in calls:
+        if not isinstance(node.target, OpOverload):
+            continue
+        if node.target in _MAY_DO_NOTHING and _same_layout(node, node.args[0]):
+            twin = node.args[0]
+        elif pure and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            twin = seen.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        else:
+            continue
+        if twin is not node:
+            node.replace_all_uses_with(twin)
+            graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def _same_layout(one: Node, other: Any) -> bool:
+    a, b = one.meta.get("val"), other.meta.get("val")
+    return a is not None and b is not None and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,282 @@
+"""Which hooks of module and callbacks a federated run calls, and which it refuses."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
+from lightning.pytorch.utilities import rank_zero_info
+
+from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.callbacks.progress import RoundProgress
+from fedlight.run.folder import optional
+
+FIT_HOOKS = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end")
+EPOCH_HOOKS = ("on_train_epoch_start", "on_train_epoch_end")
+BATCH_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+ROUND_HOOKS = ("on_round_start", "on_client_start", "on_client_end", "on_round_metrics", "on_round_end")
+EVALUATION_HOOKS = tuple(
+    f"on_{stage}_{when}"
+    for stage in ("validation", "test")
+    for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
+)
+CHECKPOINT_HOOKS = ("on_save_checkpoint", "on_load_checkpoint")
+SUPPORTED = {
+    *(*FIT_HOOKS, *EPOCH_HOOKS, *BATCH_HOOKS, *ROUND_HOOKS, *EVALUATION_HOOKS, *CHECKPOINT_HOOKS),
+    *("setup", "teardown", "configure_model", "configure_callbacks", "on_exception"),
+}
+"""Hooks that are called with the arguments that Lightning gives them (and the round hooks, which are ours)."""
+
+_REFUSED_MODULE = {
+    "optimizer_zero_grad": "gradients are views of one vector that the engine clears",
+    "backward": "the engine runs the backward pass, once or twice per step",
+    "configure_gradient_clipping": "use trainer.gradient_clip_val",
+    "configure_sharded_model": "models are not sharded",
+    "on_validation_model_eval": "the trainer sets the mode",
+    "on_validation_model_train": "the trainer sets the mode",
+    "on_test_model_eval": "the trainer sets the mode",
+    "on_test_model_train": "the trainer sets the mode",
+}
+_REFUSED_CALLBACKS = {
+    "StochasticWeightAveraging": "it replaces optimizer and loop of a plain Trainer",
+    "WeightAveraging": "the server averages; use algorithm",
+    "OnExceptionCheckpoint": "last.ckpt is written as the run goes on",
+    "GradientAccumulationScheduler": "use trainer.accumulate_grad_batches",
+    "BatchSizeFinder": "set data.batch_size",
+    "LearningRateFinder": "set the learning rate in configure_optimizers",
+    "BaseFinetuning": "parameters cannot be unfrozen while they are one flat vector",
+    "ModelPruning": "parameters cannot be replaced while they are one flat vector",
+    "SpikeDetection": "clients whose update is not finite are left out",
+}
+_EPOCH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **{"on_train_epoch_start": ("on_round_start", ()), "on_train_batch_start": ("on_round_start", (None, 0))},
+    **{"on_train_batch_end": ("on_round_trained", (None, None, 0)), "on_train_epoch_end": ("on_round_trained", ())},
+}
+_BY_ROUND = {
+    **dict.fromkeys(("LearningRateMonitor", "DeviceStatsMonitor", "Timer"), _EPOCH),
+    "EarlyStopping": {"on_train_epoch_end": ("on_round_end", ())},
+}
+"""Lightning's callbacks to which a round is a batch and an epoch: when which hooks are called instead, with what."""
+_LOOKING = ("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor")
+"""Lightning's callbacks that log to the loggers themselves, a step at a time: here that joins the row of the round."""
+
+
+_BASES = {
+    *("LightningModule", "ModelHooks", "DataHooks", "CheckpointHooks", "HyperparametersMixin"),
+    *("Callback", "Module", "object", "_DeviceDtypeModuleMixin"),
+}
+_PACKAGES = {"lightning", "pytorch_lightning", "torch", "builtins"}
+
+
+def overrides(instance: object, name: str) -> bool:
+    """Whether ``instance`` defines the method ``name`` anew, on itself or in a class below Lightning's base classes."""
+    if name in vars(instance):
+        return True
+    for cls in type(instance).__mro__:
+        if name in vars(cls):
+            return not (cls.__name__ in _BASES and cls.__module__.split(".")[0] in _PACKAGES)
+    return False
+
+
+def check_module(module: LightningModule) -> None:
+    """Refuse by name what federated training cannot honour.
+
+    Raises:
+        MisconfigurationException: naming the hook or setting and what to do instead.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"model: {name} sets automatic_optimization=False; manual optimization cannot be federated. Return the loss"
+            " from training_step and remove it."
+        )
+    for required in ("training_step", "configure_optimizers"):
+        if not overrides(module, required):
+            raise MisconfigurationException(f"model: {name} does not define {required}.")
+    for hook, instead in _REFUSED_MODULE.items():
+        if overrides(module, hook):
+            raise MisconfigurationException(f"model: {name} overrides {hook}, which is not supported: {instead}.")
+
+
+def check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse by name Lightning's callbacks that drive a plain Trainer's loop.
+
+    Raises:
+        MisconfigurationException: naming the callback and what to do instead.
+    """
+    for callback in callbacks:
+        if (name := _lightnings(callback, _REFUSED_CALLBACKS)) is not None:
+            raise MisconfigurationException(
+                f"trainer.callbacks: {name} does not work in federated training: {_REFUSED_CALLBACKS[name]}."
+            )
+
+
+def _lightnings(callback: Callback, names: Iterable[str]) -> str | None:
+    """Which of these classes of Lightning a callback is of."""
+    theirs = [cls.__name__ for cls in type(callback).__mro__ if cls.__module__.split(".")[0] in _PACKAGES]
+    return next((name for name in theirs if name in names), None)
+
+
+def _moved(callback: Callback) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    return _BY_ROUND.get(_lightnings(callback, _BY_ROUND) or "", {})
+
+
+def in_federated_terms(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks, with ours in place of those of Lightning that write checkpoints or draw progress; a line for each.
+
+    There is one ``best.ckpt``: that of the first which monitors something.
+    """
+    out: list[Callback] = []
+    for callback in callbacks:
+        kind, ours = _lightnings(callback, ("ModelCheckpoint", "ProgressBar")), callback
+        if kind == "ModelCheckpoint":
+            monitor = getattr(callback, "monitor", None)
+            ours = Checkpoint(monitor, None if monitor is None else getattr(callback, "mode", None))
+        elif kind is not None:
+            ours = RoundProgress()
+        there = next((i for i, c in enumerate(out) if kind is not None and type(c) is type(ours)), None)
+        if there is None:
+            out.append(ours)
+        elif getattr(out[there], "monitor", True) is None:
+            out[there] = ours
+        if kind is not None:
+            what = f"Checkpoint(monitor={ours.monitor!r})" if isinstance(ours, Checkpoint) else "RoundProgress"
+            does = (
+                "in place of" if there is None or out[there] is ours else "there is one already, so nothing comes for"
+            )
+            rank_zero_info(
+                f"trainer.callbacks: fedlight's {what}, which counts rounds: {does} {type(callback).__name__}."
+            )
+    return out
+
+
+def with_module_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> list[Callback]:
+    """The trainer's callbacks and those of the module's ``configure_callbacks``, which replace others of their type.
+
+    Those that write checkpoints come late, as in Lightning, so that they save what the others did in the round. Only
+    those that draw or print come after them: no round is lost in a run that is killed meanwhile.
+    """
+    own: list[Callback] = []
+    if overrides(module, "configure_callbacks"):
+        found = module.configure_callbacks()
+        own = in_federated_terms([found] if isinstance(found, Callback) else found)
+    together = [c for c in callbacks if type(c) not in {type(o) for o in own}] + own
+    return sorted(together, key=lambda c: (bool(getattr(c, "optional_hooks", ())), isinstance(c, Checkpoint)))
+
+
+class _Looking:
+    """The trainer as a callback that only looks sees it: what it logs is kept for the row of the round."""
+
+    def __init__(self, trainer: Any, callback: Callback) -> None:
+        self._trainer, self._row = trainer, dict[str, float]()
+        # Where a learning rate is looked at in every step and every epoch, once in a round is enough.
+        self.should_update_logs = getattr(callback, "logging_interval", "step") == "step"
+        self.loggers, self._logger_connector, self.group_separator = [self], self, "/"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        return [replace(config, interval="epoch") for config in self._trainer.lr_scheduler_configs]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._row.update(metrics)
+
+    def take(self) -> dict[str, float]:
+        row, self._row = self._row, {}
+        return row
+
+
+class Hooks:
+    """Calls a hook on every callback and on the module that override it; the look-up is done once.
+
+    A callback may name ``optional_hooks``, in which it draws or prints: what fails there does not end the run.
+
+    Args:
+        trainer: handed to the callbacks.
+        module: the module.
+        callbacks: the callbacks, in order.
+        profiler: told of every call, under Lightning's names.
+
+    Attributes:
+        audience: each callback, and the trainer as it sees it.
+    """
+
+    def __init__(
+        self, trainer: Any, module: LightningModule, callbacks: list[Callback], profiler: Profiler | None = None
+    ) -> None:
+        # cProfile, which AdvancedProfiler uses, cannot run inside itself, and most hooks run inside a part of a round.
+        passes = profiler is None or isinstance(profiler, PassThroughProfiler | AdvancedProfiler)
+        self._profiler = None if passes else profiler
+        self._module, self._callbacks = module, callbacks
+        self.audience: list[tuple[Callback, Any]] = [
+            (c, trainer if _lightnings(c, _LOOKING) is None else _Looking(trainer, c)) for c in callbacks
+        ]
+        self._table: dict[str, list[Callable[..., Any]]] = {}
+
+    def overridden(self, name: str) -> list[str]:
+        """Class names of the callbacks, and of the module, that override a hook."""
+        owners = [type(c).__name__ for c in self._callbacks if overrides(c, name) and name not in _moved(c)]
+        return owners + ([type(self._module).__name__] if overrides(self._module, name) else [])
+
+    def __call__(self, name: str, *args: Any) -> bool:
+        """Call the hook; true if any returned -1, which in Lightning skips the rest of the epoch."""
+        if self._table.get(name) == []:  # several are called in every local step, and hardly anyone overrides them
+            return False
+        return any(r == -1 for r in self._call(name, *args) if isinstance(r, int))
+
+    def collect(self, name: str, *args: Any) -> dict[str, Any]:
+        """Call the hook, and join the dictionaries that it returns."""
+        return {k: v for found in self._call(name, *args) if found is not None for k, v in found.items()}
+
+    def module_only(self, name: str, *args: Any) -> None:
+        """Call the module's own hook."""
+        if overrides(self._module, name):
+            getattr(self._module, name)(*args)
+
+    def _call(self, name: str, *args: Any) -> list[Any]:
+        if name not in self._table:
+            self._table[name] = self._bind(name)
+        return [fn(*args) for fn in self._table[name]]
+
+    def _bind(self, name: str) -> list[Callable[..., Any]]:
+        bound: list[Callable[..., Any]] = []
+        for callback, trainer in self.audience:
+            moved = _moved(callback)
+            hooks = {own: args for own, (event, args) in moved.items() if event == name}
+            if name not in moved:
+                hooks[name] = ()
+            for hook, args in hooks.items():
+                if overrides(callback, hook):
+                    call: Callable[..., Any] = partial(getattr(callback, hook), trainer, self._module, *args)
+                    if name in getattr(callback, "optional_hooks", ()):
+                        call = optional(callback, f"trainer.callbacks: {type(callback).__name__}")(call)
+                    bound.append(self._profiled(call, f"[Callback]{callback.state_key}.{hook}"))
+            if name == "on_round_metrics" and isinstance(trainer, _Looking):
+                bound.append(trainer.take)
+        if overrides(self._module, name):
+            own = getattr(self._module, name)
+            bound.append(self._profiled(own, f"[LightningModule]{type(self._module).__name__}.{name}"))
+        return bound
+
+    def _profiled(self, call: Callable[..., Any], action: str) -> Callable[..., Any]:
+        if self._profiler is None:
+            return call
+        profile = self._profiler.profile
+
+        def profiled(*args: Any) -> Any:
+            with profile(action):
+                return call(*args)
+
+        return profiled

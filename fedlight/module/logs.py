@@ -1,0 +1,177 @@
+"""What a module's ``self.log`` collects during local training and evaluation."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchmetrics import Metric
+
+LOSS = "train/loss"
+"""The task loss, which the engine itself records."""
+_REDUCTIONS = {"mean", "sum", "min", "max"}
+_ALONE = {"sync_on_compute": False, "dist_sync_on_step": False, "_to_sync": False}
+
+
+class LogCollector:
+    """Reduces what is logged, on the device and without looking at a value.
+
+    A mean is kept as ``(Σ value·batch_size, Σ batch_size)``; sums, minima and maxima as themselves. A torchmetrics
+    ``Metric`` is kept as a reference; :meth:`sums` computes it, with the weight of the samples that it has seen, and
+    resets it.
+
+    Attributes:
+        batch_size: the weight of what is logged without a ``batch_size`` of its own.
+        dtype: what values are summed in; float64 values stay float64.
+        enabled: whether :meth:`log` records; it does not in the second pass of a step.
+        prog_bar: names that were logged with ``prog_bar=True``.
+        alone: whether this process works on data of its own: torchmetrics then computes from what it has seen here,
+            and does not wait for the other processes.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", alone: bool = True) -> None:
+        self.device, self.alone = torch.device(device), alone
+        self.dtype = torch.float32
+        self.batch_size = 1
+        self.enabled = True
+        self.prog_bar: set[str] = set()
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reductions: dict[str, str] = {}
+        self._metrics: dict[str, Metric] = {}
+        self._seen: dict[str, float] = {}
+
+    def reset(self) -> None:
+        """Forget all values."""
+        self._sums.clear()
+        self._forget_metrics()
+
+    def _forget_metrics(self) -> None:
+        for metric in self._metrics.values():
+            metric.reset()
+        self._metrics.clear()
+        self._seen.clear()
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Stands in for ``LightningModule.log``, with its signature.
+
+        Every value is reduced over the batches, epochs and clients of a round: there is one row of metrics per round,
+        so ``on_step`` and ``on_epoch`` make no difference.
+        """
+        if not self.enabled or name == LOSS:
+            return
+        if prog_bar:
+            self.prog_bar.add(name)
+        weight = self.batch_size if batch_size is None else batch_size
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+            self._seen[name] = self._seen.get(name, 0) + weight
+            return
+        if isinstance(value, dict):
+            raise ValueError(f"self.log({name!r}, {{...}}) is not possible; use self.log_dict for a dictionary.")
+        reduction = self._reduction(name, reduce_fx)
+        self.add(name, self._scalar(name, value), weight, reduction)
+
+    def _scalar(self, name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):  # filled in on the device: a copy from here would wait for it
+            return torch.full((), float(value), dtype=self.dtype, device=self.device)
+        tensor = value.detach().to(self.device)
+        if tensor.numel() != 1:
+            raise ValueError(f"self.log({name!r}, ...) takes one number, found a tensor of shape {list(tensor.shape)}.")
+        tensor = tensor.reshape(())
+        return tensor if tensor.dtype == torch.float64 else tensor.to(self.dtype)
+
+    def add(self, name: str, value: Tensor, weight: float, reduction: str = "mean") -> None:
+        """Add a scalar tensor with a weight to a name."""
+        value = value * weight if reduction == "mean" else value.clone()
+        self.merge(name, value, torch.full_like(value, float(weight)), reduction)
+
+    def merge(self, name: str, value: Tensor, weight: Tensor, reduction: str = "mean") -> None:
+        """Add what another collector's :meth:`sums` gave for a name."""
+        self._reductions[name] = reduction
+        old = self._sums.get(name)
+        if old is not None:
+            weight = old[1] + weight
+            combine = {"min": torch.minimum, "max": torch.maximum}.get(reduction, torch.add)
+            value = combine(old[0], value)
+        self._sums[name] = (value, weight)
+
+    def _reduction(self, name: str, reduce_fx: str | Callable[..., Any]) -> str:
+        named = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "custom")
+        if named not in _REDUCTIONS:
+            raise MisconfigurationException(
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not supported: use one of {sorted(_REDUCTIONS)}."
+            )
+        return named
+
+    def sums(self, keep: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+        """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
+        found = dict(self._sums)
+        for name, metric in self._metrics.items():
+            with _attributes([metric] if self.alone else [], _ALONE):
+                value = self._scalar(name, metric.compute())
+            found[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
+            self._reductions[name] = "mean"
+        if not keep:
+            self._sums = dict(found)
+            self._forget_metrics()
+        return found
+
+    def take(self) -> dict[str, tuple[Tensor, Tensor, str]]:
+        """Values that were logged since the last call, with their reductions; metrics stay for :meth:`sums`."""
+        taken = {name: (value, weight, self._reductions[name]) for name, (value, weight) in self._sums.items()}
+        self._sums.clear()
+        return taken
+
+    def reduction(self, name: str) -> str:
+        """How values of a name are combined."""
+        return self._reductions.get(name, "mean")
+
+    def compute(self, keep: bool = False) -> dict[str, Tensor]:
+        """The reduced values: scalar tensors on the device; ``keep`` leaves the metrics as they are."""
+        out: dict[str, Tensor] = {}
+        for name, (total, weight) in self.sums(keep).items():
+            out[name] = total / weight if self.reduction(name) == "mean" else total
+        return out
+
+
+@contextmanager
+def collecting_logs(module: LightningModule, collector: LogCollector) -> Iterator[LogCollector]:
+    """Send ``module.log`` and ``module.log_dict``, and those of its child modules, to ``collector``."""
+    loggers = [m for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "log")]
+    metrics = [m for m in module.modules() if isinstance(m, Metric)] if collector.alone else []
+    with _attributes(loggers, {"log": collector.log}), _attributes(metrics, _ALONE):
+        yield collector
+
+
+@contextmanager
+def _attributes(objects: Sequence[Any], values: dict[str, Any]) -> Iterator[None]:
+    """Set attributes of each object, and give the object its own back."""
+    before = [{k: vars(o)[k] for k in values if k in vars(o)} for o in objects]
+    for o in objects:
+        vars(o).update(values)
+    try:
+        yield
+    finally:
+        for o, old in zip(objects, before, strict=True):
+            for key in values:
+                vars(o).pop(key, None)
+            vars(o).update(old)

@@ -1,0 +1,271 @@
+"""What a module's ``configure_optimizers`` returns, and schedules that step once a round."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from fedlight.module.hooks import overrides
+
+_INTERVALS = ("step", "epoch", "round")
+
+
+@dataclass
+class ScheduledLR(LRSchedulerConfig):
+    """A learning-rate scheduler and when it steps, as in Lightning's ``lr_scheduler`` dictionary.
+
+    ``interval`` is ``"step"`` (optimizer steps), ``"epoch"`` (local epochs), both counted from the start of a
+    client's round, or ``"round"`` (communication rounds).
+    """
+
+    def step(self, metrics: dict[str, Any] | None = None, evaluated: bool = True) -> None:
+        """Advance the schedule; one of a plateau needs the monitored metric, and waits for an evaluation.
+
+        Raises:
+            MisconfigurationException: if the monitored metric was not logged, unless ``strict`` is false.
+        """
+        if not self.reduce_on_plateau:
+            self.scheduler.step()  # type: ignore[call-arg]
+        elif metrics is not None and self.monitor in metrics:
+            self.scheduler.step(float(metrics[self.monitor]))  # type: ignore[arg-type]
+        elif evaluated:
+            what = (
+                f"model.configure_optimizers: {type(self.scheduler).__name__} monitors {self.monitor!r}, which was not"
+                f" logged. Logged are {sorted(metrics or {})}."
+            )
+            if self.strict:
+                raise MisconfigurationException(what)
+            rank_zero_warn(f"{what} The learning rate stays.")
+
+
+@dataclass
+class Optimization:
+    """One optimizer and its schedulers."""
+
+    optimizer: Optimizer
+    schedulers: list[ScheduledLR] = field(default_factory=list)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group; NaN where the optimizer has none."""
+        return float(self.optimizer.param_groups[0].get("lr", float("nan")))
+
+    def set_lrs(self, lrs: tuple[float, ...]) -> None:
+        """Set the learning rate of each parameter group."""
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+
+    def advance(self, interval: str, count: int, metrics: dict[str, Any] | None = None, evaluated: bool = True) -> None:
+        """Step the schedulers of an interval whose frequency divides ``count``, which counts from 1."""
+        for scheduled in self.schedulers:
+            if scheduled.interval == interval and count % scheduled.frequency == 0:
+                scheduled.step(metrics, evaluated)
+
+
+@contextmanager
+def about(module: LightningModule, client: int, slot: Any = None) -> Iterator[None]:
+    """Inside, the names of the module's trainer speak of a client, and of the step that a slot is taking."""
+    given = module._trainer
+    trainer: Any = getattr(given, "watched", given)  # what a schedule depends on is known for each client
+    if not hasattr(trainer, "now"):
+        yield
+        return
+    before, trainer.now, module._trainer = trainer.now, (client, slot), trainer
+    try:
+        yield
+    finally:
+        trainer.now, module._trainer = before, given
+
+
+def configure_optimizers(module: LightningModule) -> Optimization:
+    """Call the module's ``configure_optimizers`` and read what it returns.
+
+    Raises:
+        MisconfigurationException: if there is not exactly one optimizer, or a scheduler entry is not understood.
+    """
+    found = module.configure_optimizers()
+    optimizers, schedulers = _split(found)
+    if len(optimizers) != 1:
+        raise MisconfigurationException(
+            f"model.configure_optimizers of {type(module).__name__} returned {len(optimizers)} optimizers; federated"
+            " training needs exactly one. Put the parameters into groups of one optimizer."
+        )
+    optimizer = optimizers[0]
+    if isinstance(optimizer, LBFGS):
+        raise MisconfigurationException("model.configure_optimizers: LBFGS evaluates its own closure; use another one.")
+    return Optimization(optimizer, [_scheduled(s, optimizer, module) for s in schedulers])
+
+
+def _split(found: Any) -> tuple[list[Optimizer], list[Any]]:
+    if found is None:
+        return [], []
+    if isinstance(found, Optimizer):
+        return [found], []
+    if isinstance(found, dict):
+        scheduler = found.get("lr_scheduler")
+        if scheduler is None:
+            return [found["optimizer"]], []
+        config = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+        return [found["optimizer"]], [{"monitor": found.get("monitor"), **config}]
+    if isinstance(found, list | tuple):
+        if len(found) == 2 and isinstance(found[0], list | tuple):
+            return list(found[0]), list(found[1]) if isinstance(found[1], list | tuple) else [found[1]]
+        if all(isinstance(o, Optimizer) for o in found):
+            return list(found), []
+        if all(isinstance(o, dict) for o in found):
+            pairs = [_split(o) for o in found]
+            return [o for p in pairs for o in p[0]], [s for p in pairs for s in p[1]]
+    raise MisconfigurationException(f"model.configure_optimizers returned {found!r}, which is not understood.")
+
+
+def _scheduled(entry: Any, optimizer: Optimizer, module: LightningModule) -> ScheduledLR:
+    where = f"model.configure_optimizers of {type(module).__name__}"
+    config = dict(entry) if isinstance(entry, dict) else {"scheduler": entry}
+    if unknown := sorted(config.keys() - _KEYS):
+        rank_zero_warn(f"{where}: lr_scheduler keys {unknown} mean nothing, as in Lightning.")
+    config = {key: value for key, value in config.items() if key in _KEYS}
+    if "scheduler" not in config:
+        raise MisconfigurationException(f"{where}: the lr_scheduler dictionary {entry} needs the key 'scheduler'.")
+    scheduled = ScheduledLR(**{"reduce_on_plateau": isinstance(config["scheduler"], ReduceLROnPlateau), **config})
+    if scheduled.interval not in _INTERVALS:
+        raise MisconfigurationException(
+            f"{where}: lr_scheduler interval {scheduled.interval!r} must be one of {_INTERVALS}."
+        )
+    if getattr(scheduled.scheduler, "optimizer", optimizer) is not optimizer:
+        raise MisconfigurationException(f"{where}: a scheduler belongs to an optimizer that was not returned.")
+    if scheduled.reduce_on_plateau:
+        name = type(scheduled.scheduler).__name__
+        if scheduled.monitor is None:
+            raise MisconfigurationException(f"{where}: {name} needs a `monitor`, the name of a logged metric.")
+        if scheduled.interval == "step":
+            raise MisconfigurationException(
+                f"{where}: {name} cannot take interval 'step': metrics are known once a round. Use 'round'."
+            )
+        scheduled.interval = "round"
+    return scheduled
+
+
+_KEYS = set(LRSchedulerConfig.__dataclass_fields__)
+
+
+def check_schedules(module: LightningModule, sizes: Sequence[int], trainer: Any) -> None:
+    """Take every schedule through a client's round, or all rounds, without training.
+
+    Clients differ in size: the largest and the smallest are looked at.
+
+    Raises:
+        MisconfigurationException: if a schedule ends before (``OneCycleLR`` does); if the module's own
+            ``lr_scheduler_step`` does anything but ``scheduler.step()``.
+    """
+    for size in {max(sizes), min(n for n in sizes if n)}:
+        with about(module, sizes.index(size)):
+            steps, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+            epochs = trainer.local_epochs or math.ceil(steps * trainer.accumulate_grad_batches / batches)
+            optimization = configure_optimizers(module)
+        module.zero_grad(set_to_none=True)
+        optimization.optimizer.step()  # changes nothing; schedulers warn if their optimizer never stepped
+        for scheduled in optimization.schedulers:
+            count = {"step": steps, "epoch": epochs, "round": trainer.max_rounds}[scheduled.interval]
+            _check_schedule(module, scheduled, count)
+
+
+def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int) -> None:
+    scheduler, calls, metric = scheduled.scheduler, list[Any](), 1.0 if scheduled.reduce_on_plateau else None
+    name, step, steps = type(scheduler).__name__, scheduler.step, range(count // scheduled.frequency)
+    if overrides(module, "lr_scheduler_step"):
+        scheduler.step = lambda *args, **named: calls.append((*args, *named.values()))  # type: ignore[method-assign]
+        module.lr_scheduler_step(scheduler, metric)
+        scheduler.step = step  # type: ignore[method-assign]
+        if calls not in ([()], [(metric,)]):
+            raise MisconfigurationException(
+                f"model: {type(module).__name__}.lr_scheduler_step gives {name}.step {calls}; a schedule can only count"
+                " its own steps, with scheduler.step(). Return one that does."
+            )
+    for done in steps if metric is None else ():
+        try:
+            scheduled.step()
+        except ValueError as error:
+            whole = "trainer.max_rounds" if scheduled.interval == "round" else "a client's round"
+            raise MisconfigurationException(
+                f"model.configure_optimizers of {type(module).__name__}: {name} ends after {done} {scheduled.interval}s"
+                f", and {whole} has up to {count}: {error} For a schedule of local steps take"
+                " total_steps=self.trainer.estimated_stepping_batches and interval 'step'."
+            ) from error
+
+
+class RoundSchedule:
+    """The learning rates of each round, from the module's schedulers whose interval is ``"round"``.
+
+    Clients build a fresh optimizer every round; this one object carries the schedule across rounds.
+
+    Attributes:
+        lr: the learning rate of the first parameter group in the current round.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        module.zero_grad(set_to_none=True)
+        self._optimization = configure_optimizers(module)
+        # Without gradients this changes nothing; schedulers warn if their optimizer never stepped.
+        self._optimization.optimizer.step()
+        self._schedulers = [s for s in self._optimization.schedulers if s.interval == "round"]
+        for scheduled in (s for s in self._schedulers if s.reduce_on_plateau):
+            name = type(scheduled.scheduler).__name__
+            rank_zero_info(f"{name} steps after each round that is evaluated, by the round's {scheduled.monitor!r}.")
+        self.has_lr = all("lr" in g for g in self._optimization.optimizer.param_groups)
+
+    @property
+    def parts(self) -> tuple[list[Optimizer], list[ScheduledLR]]:
+        """The optimizer and its schedules, as lists."""
+        return [self._optimization.optimizer], self._optimization.schedulers
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the first parameter group."""
+        return self._optimization.lr
+
+    @property
+    def lrs(self) -> tuple[float, ...] | None:
+        """The learning rate of every group in this round; None where no schedule counts rounds."""
+        if not self._schedulers:
+            return None
+        return tuple(float(g["lr"]) for g in self._optimization.optimizer.param_groups)
+
+    def advance(self, rounds: int, metrics: dict[str, Any], evaluated: bool = True) -> None:
+        """Step after a round.
+
+        Args:
+            rounds: how many are now complete.
+            metrics: the round's row.
+            evaluated: whether the round ended with an evaluation.
+        """
+        self._optimization.advance("round", rounds, metrics, evaluated)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Learning rates and scheduler states, as plain values."""
+        groups = [g.get("lr") for g in self._optimization.optimizer.param_groups]
+        states = [{k: v for k, v in s.scheduler.state_dict().items() if _is_plain(v)} for s in self._schedulers]
+        return {"lrs": [None if lr is None else float(lr) for lr in groups], "schedulers": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        for scheduled, saved in zip(self._schedulers, state["schedulers"], strict=True):
+            scheduled.scheduler.load_state_dict({**scheduled.scheduler.state_dict(), **saved})
+        for group, lr in zip(self._optimization.optimizer.param_groups, state["lrs"], strict=True):
+            if lr is not None:
+                group["lr"] = lr
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return all(_is_plain(v) for v in value)
+    if type(value) is dict:  # of the schedulers that a SequentialLR or ChainedScheduler holds
+        return all(_is_plain(v) for v in value.values())
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,116 @@
+"""Penalties: what is added to the task loss, in any trainer, with no change to the module."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from fedlight.penalties.step import PenalizedStep, penalized_step, unwrapped
+from fedlight.penalties.term import Term
+
+if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
+    _CallbackBase = Callback
+else:
+    # Lightning's twin package has a `Callback` of its own. Its Trainer takes any, its CLI asks for a subclass. The twin
+    # is not imported for that: doing so redirects Lightning's messages to the twin's logger.
+    class _CallbackBase(Callback, sys.modules["pytorch_lightning"].Callback):
+        """A callback of both packages."""
+
+
+__all__ = ["PenalizedStep", "Penalty", "penalized_step"]
+
+
+class Penalty(_CallbackBase, Term):
+    """A term that is added to the loss which ``training_step`` returns. Base class; MAN is one.
+
+    A new penalty is a subclass with a :meth:`penalty`. Where it is a function of what layers put out, :meth:`observe`
+    names these layers and :meth:`measure` says what to keep of an output::
+
+        class LogitNorm(Penalty):
+            def __init__(self, weight: float = 0.01) -> None:
+                self.weight = weight
+
+            def observe(self, module):
+                return {"head": module.head}
+
+            def measure(self, output):
+                return output.square().mean()
+
+            def penalty(self, module, measured):
+                return self.weight * sum(measured.values())
+
+    As a callback it acts during ``fit`` and leaves nothing behind. Without a trainer, :meth:`attach` it to a module
+    whose ``training_step`` returns the loss, or use ``with penalty.attached(module):``. The penalty itself holds no
+    state of a module: one object can serve several, and copies of a module share it.
+    """
+
+    def attach(self, module: nn.Module) -> PenalizedStep:
+        """Add the penalty to what ``module.training_step`` returns, until :meth:`detach`.
+
+        Attaching twice is attaching once. A module that ``torch.compile`` or ``Fabric.setup`` returned may be given.
+        Compiled code is forgotten, in the whole process, as it does not look whether hooks have come.
+
+        Raises:
+            MisconfigurationException: if the module optimises manually, so that its loss cannot be reached.
+            TypeError: if it has no ``training_step``.
+        """
+        module = unwrapped(module)
+        step = penalized_step(module)
+        if step is not None and self in step.penalties:
+            return step
+        self._check(module)
+        observed = self.observe(module)
+        if step is None:
+            step = PenalizedStep(module)
+        step.add(self, observed)
+        return step
+
+    def detach(self, module: nn.Module | None) -> None:
+        """Undo :meth:`attach`; nothing happens where the penalty is not attached."""
+        step = None if module is None else penalized_step(module)
+        if step is not None:
+            step.remove(self)
+
+    @contextmanager
+    def attached(self, module: nn.Module) -> Iterator[PenalizedStep]:
+        """Attach for the length of a ``with`` block."""
+        step = self.attach(module)
+        try:
+            yield step
+        finally:
+            self.detach(module)
+
+    # Layers may come into being in configure_model, and DDP redirects to whatever `training_step` the module has when
+    # it is called: the start of fit is late enough for the one and early enough for the other.
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach."""
+        self.attach(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        self.detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach."""
+        self.detach(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Detach."""
+        self.detach(pl_module)
+
+    def _check(self, module: nn.Module) -> None:
+        name, owner = type(self).__name__, type(module).__name__
+        if not callable(getattr(module, "training_step", None)):
+            raise TypeError(
+                f"{name} cannot be attached to {owner}, which has no training_step. Give it a `training_step(batch)` "
+                "that returns the loss, and call that in the loop."
+            )
+        if not getattr(module, "automatic_optimization", True):
+            raise MisconfigurationException(
+                f"{name} cannot be added to the loss of {owner}, which sets `automatic_optimization = False`: what it "
+                "gives to manual_backward is out of reach. Use automatic optimization."
+            )

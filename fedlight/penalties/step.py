@@ -1,0 +1,181 @@
+"""What takes the place of a module's ``training_step`` while penalties are attached."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import reduce
+from inspect import Parameter, signature
+from typing import Any, cast
+
+import torch
+from lightning.fabric.wrappers import is_wrapped
+from torch import Tensor, nn
+
+from fedlight.penalties.batches import batch_size
+from fedlight.penalties.observation import Observation
+from fedlight.penalties.term import Term
+
+
+class PenalizedStep:
+    """A module's ``training_step`` that returns task loss + penalties; it takes the place of the original.
+
+    A deep copy of the module gets a copy that is bound to it and shares the penalties.
+
+    Attributes:
+        module: the module.
+        task_loss: the latest step's loss without penalties, detached; None before the first step.
+        penalty: the latest step's sum of penalties, detached; None before the first step.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.task_loss: Tensor | None = None
+        self.penalty: Tensor | None = None
+        self._observations: list[Observation] = []
+        # What to call and to give back: an attribute of the module (a compiled step, say), or None for the class's own.
+        self._previous: Callable[..., Any] | None = vars(module).get("training_step")
+        vars(module).update(training_step=self._bound(), _penalized_step=self)
+
+    @property
+    def penalties(self) -> list[Term]:
+        """The attached penalties."""
+        return [observation.penalty for observation in self._observations]
+
+    def measured(self, penalty: Term) -> dict[str, Tensor]:
+        """What a penalty measured in the latest step, detached; empty before the first step."""
+        found = [o.measured for o in self._observations if o.penalty is penalty]
+        return {name: value.detach() for measured in found for name, value in measured.items()}
+
+    def forget(self) -> None:
+        """Let go of the latest step's tensors: inside ``torch.func`` transforms none may outlive the transform."""
+        self.task_loss = self.penalty = None
+        for observation in self._observations:
+            observation.forget()
+
+    def add(self, penalty: Term, observed: dict[str, nn.Module]) -> None:
+        """Attach a penalty that observes these submodules."""
+        self._observations.append(Observation(penalty, observed, self.module))
+
+    def remove(self, penalty: Term) -> None:
+        """Detach a penalty; with the last one the module gets its own ``training_step`` back."""
+        for observation in [o for o in self._observations if o.penalty is penalty]:
+            observation.remove()
+            self._observations.remove(observation)
+        if not self._observations:
+            self._restore()
+
+    def _restore(self) -> None:
+        attributes = vars(self.module)
+        attributes.pop("_penalized_step", None)
+        if getattr(attributes.get("training_step"), "__self__", None) is not self:
+            return  # somebody has wrapped this step: it stays, and passes on what the original returns
+        if self._previous is None:
+            del attributes["training_step"]
+        else:
+            attributes["training_step"] = self._previous
+
+    def _bound(self) -> Callable[..., Any]:
+        """The method that has the signature of the module's step, from which trainers tell what to pass."""
+        parameters = signature(cast(Callable[..., Any], self.module.training_step)).parameters
+        if "dataloader_iter" in parameters:
+            return self._step_of_iterator
+        kinds = [parameter.kind for parameter in parameters.values()]
+        positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+        return self._step if positional > 1 or Parameter.VAR_POSITIONAL in kinds else self._step_of_batch
+
+    def _step(self, batch: Any, batch_idx: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._run(batch, batch_idx, *args, **kwargs)
+
+    def _step_of_batch(self, batch: Any) -> Any:
+        return self._run(batch)
+
+    def _step_of_iterator(self, dataloader_iter: Any) -> Any:
+        return self._run(dataloader_iter)
+
+    def _run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._observations or _is_evaluating(self.module):
+            return self._call(batch, *args, **kwargs)
+        for observation in self._observations:
+            observation.start()
+        # The first step shows which functions there are: it runs as it is written, also where it is compiled.
+        first = not torch.compiler.is_compiling() and any(o.choosing for o in self._observations)
+        try:
+            with torch.compiler.set_stance("force_eager") if first else nullcontext():
+                output = self._observed(self._observations, batch, *args, **kwargs)
+        finally:
+            for observation in self._observations:
+                observation.stop()
+        return self._penalize(output, batch)
+
+    def _observed(self, observations: list[Observation], *args: Any, **kwargs: Any) -> Any:
+        if not observations:
+            return self._call(*args, **kwargs)
+        with observations[0] if observations[0].looking else nullcontext():
+            return self._observed(observations[1:], *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        # Not a bound method that is kept: a copy of the module must call its own.
+        return type(self.module).training_step(self.module, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def _penalize(self, output: Any, batch: Any) -> Any:
+        self.task_loss = self.penalty = None
+        if output is None:
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"training_step of {type(self.module).__name__} returned {type(output).__name__}: penalties can be "
+                "added to a Tensor, or to the Tensor under 'loss' of a dict."
+            )
+        penalty = reduce(torch.add, [o.term(self.module).to(loss.device) for o in self._observations])
+        self.task_loss, self.penalty = loss.detach(), penalty.detach()
+        self._log(batch, {"train/penalty": penalty})
+        return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
+
+    def _log(self, batch: Any, metrics: dict[str, Tensor]) -> None:
+        if not _can_log(self.module):
+            return
+        for observation in self._observations:
+            metrics |= observation.penalty.metrics(observation.measured)
+        # Lightning infers the size of a batch too, and stops where it cannot.
+        options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": batch_size(batch)}
+        log = cast(Callable[..., None], self.module.log)
+        for name, value in metrics.items():
+            log(name, value.detach(), **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "task_loss": None, "penalty": None}
+
+
+def penalized_step(module: nn.Module) -> PenalizedStep | None:
+    """The wrapper around ``module.training_step`` while a penalty is attached, else None."""
+    step = vars(unwrapped(module)).get("_penalized_step")
+    return step if isinstance(step, PenalizedStep) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module without what ``torch.compile`` and ``Fabric.setup`` put around it."""
+    while True:
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif is_wrapped(module):
+            module = cast(nn.Module, module.module)
+        else:
+            return module
+
+
+def _is_evaluating(module: nn.Module) -> bool:
+    # A validation_step may well call training_step.
+    if not module.training and not torch.is_grad_enabled():
+        return True
+    trainer = getattr(module, "_trainer", None)
+    return any(getattr(trainer, stage, False) for stage in ("sanity_checking", "validating", "testing", "predicting"))
+
+
+def _can_log(module: nn.Module) -> bool:
+    if "log" in vars(module):
+        return True
+    trainer = getattr(module, "_trainer", None)
+    in_a_hook = getattr(module, "_current_fx_name", None) is not None
+    return trainer is not None and in_a_hook and not getattr(trainer, "barebones", False)

@@ -1,0 +1,1 @@
+"""One call of fit, validate, test or analyze: what surrounds the rounds."""

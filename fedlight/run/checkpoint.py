@@ -1,0 +1,143 @@
+"""Checkpoints: plain tensors and Python values, written at once or not at all."""
+
+import concurrent.futures
+import io
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedlight.run.folder import atomic_write, unwritable
+
+FORMAT = 1
+"""Version of the checkpoint's layout."""
+
+
+def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Serialise and write a checkpoint, its tensors on the CPU; the file appears whole or not at all.
+
+    Raises:
+        OSError: if the disk is full or read-only; an older file of that name is then untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(_on_cpu(checkpoint), buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, buffer.getbuffer())  # no copy of what may be gigabytes
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one after another, while training goes on.
+
+    What it writes must not change any more: a snapshot's tensors do not.
+
+    Attributes:
+        seconds: what the writes since the last :meth:`begin` have taken.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._writes: list[Future[None]] = []
+        self.seconds = 0.0
+
+    def begin(self) -> None:
+        """Count seconds anew."""
+        self.seconds = 0.0
+
+    def submit(self, path: Path, content: dict[str, Any], first: Callable[[], object] = bool) -> None:
+        """Write a checkpoint when those before it are written, and ``first`` has done what has to come before it."""
+        self._pool = self._pool or ThreadPoolExecutor(1, "fedlight-checkpoints")
+        self._writes.append(self._pool.submit(self._write, path, content, first))
+
+    def _write(self, path: Path, content: dict[str, Any], first: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        try:
+            first()
+            save_checkpoint(path, content)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still to be written."""
+        return any(not write.done() for write in self._writes)
+
+    def failure(self, wait: bool = False) -> str | None:
+        """Why a write failed that has ended since the last call, or None; ``wait`` for all to end."""
+        if wait:
+            concurrent.futures.wait(self._writes)
+        ended = [write for write in self._writes if write.done()]
+        self._writes = [write for write in self._writes if not write.done()]
+        errors = [str(error) for write in ended if (error := write.exception()) is not None]
+        return errors[0] if errors else None
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    return type(value)(_on_cpu(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint with ``weights_only=True`` onto the CPU.
+
+    Raises:
+        MisconfigurationException: if the file is missing, torn or damaged, or was not written by fedlight.
+    """
+    if not path.is_file():
+        raise MisconfigurationException(f"ckpt_path={str(path)!r} does not exist. Give a file, 'last' or 'best'.")
+    try:
+        with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums
+            if (damaged := parts.testzip()) is not None:
+                raise ValueError(f"{damaged} is damaged")
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r} cannot be read ({type(error).__name__}): it is torn, damaged or no checkpoint."
+            " Another checkpoint of the same run may be whole."
+        ) from error
+    if not isinstance(checkpoint, dict) or "fedlight" not in checkpoint:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r} was not written by fedlight's trainer, so it holds no federated state."
+        )
+    if checkpoint["fedlight"].get("format") != FORMAT:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r} has format {checkpoint['fedlight'].get('format')}, this version reads {FORMAT}."
+        )
+    found: dict[str, Any] = checkpoint
+    return found
+
+
+def check_state_dict(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse the checkpoint of another model.
+
+    Raises:
+        MisconfigurationException: naming the first difference.
+    """
+    missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    shapes = [k for k in expected if k in saved and expected[k].shape != saved[k].shape]
+    if not (missing or surplus or shapes):
+        return
+    details = []
+    if missing:
+        details.append(f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+    if surplus:
+        details.append(f"it has {surplus[0]!r}" + (f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""))
+    details += [f"{k!r} is {tuple(saved[k].shape)} there and {tuple(expected[k].shape)} here" for k in shapes[:1]]
+    raise MisconfigurationException(
+        f"ckpt_path={str(path)!r} belongs to another model: {'; '.join(details)}. Use the `model` of that run."
+    )

@@ -1,0 +1,209 @@
+"""Evaluation of one set of weights on one dataset."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fedlight.data.arrays import ArrayDataset, in_memory
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.reading import read_batches
+from fedlight.engines.base import named
+from fedlight.engines.client_loop import call_step, transfer_function
+from fedlight.engines.data_order import num_batches
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.penalties.batches import batch_size
+from fedlight.run.snapshot import as_floats
+from fedlight.seeding import derive_seed
+
+Stage = Literal["validation", "test"]
+_Logged = dict[str, tuple[Tensor, Tensor, str]]
+
+
+class Evaluator:
+    """Runs ``validation_step`` or ``test_step`` over a dataset, shared among the processes by batches.
+
+    Args:
+        module: evaluated with the parameters that it holds.
+        fabric: device, precision and processes.
+        datamodule: gives batch size, workers and collate function.
+        call: calls a hook of callbacks and module.
+        module_call: calls a hook of the module alone.
+        untouched: makes a context that leaves no trace in the module.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        fabric: Fabric,
+        datamodule: FederatedDataModule,
+        call: Callable[..., Any],
+        module_call: Callable[..., Any],
+        untouched: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._module, self._fabric, self._datamodule = module, fabric, datamodule
+        self._call, self._module_call, self._untouched = call, module_call, untouched
+        self._overridden: Callable[[str], list[str]] = getattr(call, "overridden", lambda name: [])
+        self._clients_log: bool | None = None
+        self.transfer = transfer_function(module, fabric.device)
+
+    def run(
+        self,
+        dataset: Dataset[Any],
+        stage: Stage,
+        limit: int | float | None = None,
+        quiet: bool = False,
+        share: bool = True,
+        publish: Callable[[dict[str, Tensor]], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Evaluate and return what the module logged, reduced over all samples.
+
+        Args:
+            dataset: the data.
+            stage: which step and hooks are used.
+            limit: at most so many batches (int) or that fraction of them (float).
+            quiet: call the module's hooks only, not the callbacks', and leave no trace in the module: any evaluation
+                but that of the server's model.
+            share: whether the processes share the batches; otherwise this process evaluates all of them.
+            publish: receives the result before the end hook is called, so that callbacks find it; before the epoch's
+                end hook what is known by then, if anyone has that hook.
+        """
+        dataset = in_memory(dataset, self._datamodule.collate_fn)
+        call = self._module_call if quiet else self._call
+        log = LogCollector(self._fabric.device)
+        log.dtype = torch.float64 if self._fabric.device.type != "mps" else torch.float32
+        world, count = self._fabric.world_size, self._num_batches(dataset, limit)
+        # A process without a batch would not know what others log: where there are too few, everyone evaluates all.
+        share, seen, records = share and 1 < world <= count, 0, []
+        log.alone = not share
+        context = self._untouched() if quiet else nullcontext()
+        with context, evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
+            call(f"on_{stage}_start")
+            call(f"on_{stage}_epoch_start")
+            for index, batch in self._batches(dataset, count, share):
+                log.batch_size = batch_size(batch)
+                seen += log.batch_size
+                call(f"on_{stage}_batch_start", batch, index)
+                output = self._step(stage, batch, index)
+                call(f"on_{stage}_batch_end", output, batch, index)
+                if share:
+                    records.append((index, log.take()))
+            log.batch_size = seen
+            if publish is not None and self._overridden(f"on_{stage}_epoch_end"):
+                publish(self._reduce(log, records, keep=True) if share else log.compute(keep=True))
+            call(f"on_{stage}_epoch_end")
+            metrics = self._reduce(log, records) if share else log.compute()
+            if publish is not None:
+                publish(metrics)
+            call(f"on_{stage}_end")
+        return metrics
+
+    def _step(self, stage: Stage, batch: Any, index: int) -> Any:
+        with self._fabric.strategy.precision.forward_context():
+            return call_step(self._module, f"{stage}_step", batch, index)
+
+    def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[str, float]:
+        """What the module logs on each client's own validation data: mean, standard deviation and 10th percentile.
+
+        Empty where the datamodule has no such data. Where the module logs nothing on that of the first client, one
+        line says so, and no client is evaluated any more.
+        """
+        if self._clients_log is None:  # every process asks the same client, and so comes to the same end
+            first = next((m for c in clients if (m := self._on_client(c, limit)) is not None), None)
+            self._clients_log = bool(first)
+            if first == {}:
+                rank_zero_info("clients/*: validation_step logs nothing, so no client is evaluated on its own data.")
+        if not self._clients_log:
+            return {}
+        world = self._fabric.world_size
+        mine = {client: self._on_client(client, limit) or {} for client in clients[self._fabric.global_rank :: world]}
+        values = as_floats({f"{c} {name}": v for c, metrics in mine.items() for name, v in metrics.items()})
+        own = {c: {name: values[f"{c} {name}"] for name in metrics} for c, metrics in mine.items()}
+        everyone: list[Any] = [own]
+        if world > 1:
+            everyone = [None] * world
+            torch.distributed.all_gather_object(everyone, own)
+        found = {client: metrics for part in everyone for client, metrics in part.items() if metrics}
+        logged = dict.fromkeys(name for client in sorted(found) for name in found[client])
+        out: dict[str, float] = {}
+        for name, short in _client_names(logged).items():
+            each = torch.tensor([found[c][name] for c in sorted(found) if name in found[c]], dtype=torch.float64)
+            out[f"clients/{short}_mean"] = float(each.mean())
+            out[f"clients/{short}_std"] = float(each.std(unbiased=False))
+            out[f"clients/{short}_p10"] = float(each.quantile(0.1))
+        return out
+
+    def _on_client(self, client: int, limit: int | float | None) -> dict[str, Tensor] | None:
+        dataset = self._datamodule.client_val_dataset(client)
+        if dataset is None or not len(dataset):  # type: ignore[arg-type]
+            return None
+        with named(self._module.trainer.current_epoch, client):
+            return self.run(dataset, "validation", limit, quiet=True, share=False)
+
+    @property
+    def _batch_size(self) -> int:
+        return self._datamodule.eval_batch_size_on(self._fabric.device)
+
+    def _num_batches(self, dataset: Dataset[Any], limit: int | float | None) -> int:
+        return num_batches(len(dataset), self._batch_size, limit)  # type: ignore[arg-type]
+
+    def _batches(self, dataset: Dataset[Any], count: int, share: bool) -> Iterator[tuple[int, Any]]:
+        data, convert = self._datamodule, self._fabric.strategy.precision.convert_input
+        size, length = self._batch_size, len(dataset)  # type: ignore[arg-type]
+        rank, world = (self._fabric.global_rank, self._fabric.world_size) if share else (0, 1)
+        mine = range(rank, count, world)
+        if isinstance(dataset, ArrayDataset):
+            for index in mine:
+                batch = dataset.part(index * size, min(length, (index + 1) * size), self._fabric.device)
+                yield index, convert(self.transfer(batch))
+            return
+        order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
+        seeds = [derive_seed(0, "evaluation", i) for i in mine]
+        read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
+        for index, batch in zip(mine, read, strict=True):
+            yield index, convert(self.transfer(batch))
+
+    def _reduce(
+        self, log: LogCollector, records: Sequence[tuple[int, _Logged]], keep: bool = False
+    ) -> dict[str, Tensor]:
+        """Reduce over all processes in the order of the batches, which gives the same bits as one process."""
+        # What is logged once per epoch, and metrics, come after the batches, process by process.
+        last = {name: (*sums, log.reduction(name)) for name, sums in log.sums(keep).items()}
+        records = [*records, (2**62 + self._fabric.global_rank, last)]
+        own = [(i, {n: (v.cpu(), w.cpu(), how) for n, (v, w, how) in logged.items()}) for i, logged in records]
+        gathered: list[Any] = [None] * self._fabric.world_size
+        torch.distributed.all_gather_object(gathered, own)
+        total = LogCollector("cpu")
+        for _, logged in sorted((record for part in gathered for record in part), key=lambda record: record[0]):
+            for name, (value, weight, reduction) in logged.items():
+                total.merge(name, value, weight, reduction)
+        return total.compute()
+
+
+def _client_names(logged: Iterable[str]) -> dict[str, str]:
+    """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
+    names: dict[str, str] = {}
+    for name in sorted(logged, key=lambda name: not name.startswith("val/")):
+        names[name] = re.sub("^val[/_](?=.)", "", name)
+        while list(names.values()).count(names[name]) > 1:
+            names[name] = f"logged_{names[name]}"
+    return names
+
+
+@contextmanager
+def evaluating(module: LightningModule) -> Iterator[None]:
+    """Evaluation mode inside, each submodule's own mode again outside."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode

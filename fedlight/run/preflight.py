@@ -1,0 +1,215 @@
+"""Checks that need the module, the data and the device together, made before the first round."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+
+from fedlight.data.arrays import ArrayDataset, in_memory
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.dataset_partition import find_targets
+from fedlight.engines.client_loop import call_step
+from fedlight.engines.trial import watched
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.optimizers import RoundSchedule, check_schedules
+from fedlight.module.state import untouched
+from fedlight.run.evaluation import evaluating
+from fedlight.server.federation import Federation
+
+
+def preflight(
+    module: LightningModule,
+    fabric: Fabric,
+    datamodule: FederatedDataModule,
+    federation: Federation,
+    schedule: RoundSchedule,
+    transfer: Callable[[Any], Any],
+    whole_epochs: bool = True,
+) -> None:
+    """Refuse what would fail in the first round.
+
+    Raises:
+        MisconfigurationException: naming the keys that do not fit together.
+    """
+    check_schedules(module, federation.sizes.tolist(), module.trainer)
+    _check_lr(federation, schedule)
+    labels = _extreme_labels(datamodule)
+    _check_labels(module, labels)
+    _check_sizes(federation)
+    _check_finite(datamodule, federation)
+    client = int(federation.sizes.nonzero()[0])
+    for where in ((client, 0), *((client, row) for _, client, row in labels)):
+        _try_one_batch(module, fabric, datamodule, transfer, *where)
+    if whole_epochs:
+        _try_batch_of_one(module, fabric, datamodule, transfer, federation.sizes)
+
+
+def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
+    if federation.algorithm.needs_lr and not (schedule.has_lr and schedule.lr > 0):
+        name = type(federation.algorithm).__name__
+        raise MisconfigurationException(
+            f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
+            f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
+        )
+
+
+def _check_sizes(federation: Federation) -> None:
+    """Warn where a gradient estimate that is divided by p_i makes the steps of small clients long."""
+    algorithm, sizes = federation.algorithm, federation.sizes[federation.sizes > 0]
+    smallest, largest = int(sizes.min()), int(sizes.max())
+    if algorithm.needs_lr and algorithm.weighting == "samples" and largest > 10 * smallest:
+        rank_zero_warn(
+            f"algorithm: {type(algorithm).__name__} divides the server's correction by p_i = n_i / mean(n), and clients"
+            f" have {smallest} to {largest} samples: the steps of small ones may run away. Set algorithm.weighting to"
+            " equal, or trainer.gradient_clip_val to 10, say."
+        )
+
+
+def _check_labels(module: LightningModule, labels: list[tuple[int, int, int]]) -> None:
+    expected, largest = getattr(module, "num_classes", None), max(labels)[0] if labels else 0
+    if isinstance(expected, int) and largest >= expected:
+        raise MisconfigurationException(
+            f"model.num_classes={expected} is too small: the data has label {largest}."
+            f" Set model.num_classes to {largest + 1}."
+        )
+
+
+def _extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]]:
+    """The smallest and the largest label, each with a client and its row there; empty where they are unknown."""
+    counts, found = datamodule.partition_counts(), []
+    if counts is not None:
+        labels = counts.sum(0).nonzero().flatten().tolist()
+        for label, client in ((label, int(counts[:, label].argmax())) for label in {*labels[:1], *labels[-1:]}):
+            targets = find_targets(datamodule.client_dataset(client))
+            found.append((label, client, 0 if targets is None else int((targets == label).int().argmax())))
+        return found
+    for client in range(datamodule.num_clients):
+        targets = find_targets(datamodule.client_dataset(client))
+        if targets is None:
+            return []
+        if len(targets):
+            found += [(int(targets[i]), client, int(i)) for i in (targets.argmin(), targets.argmax())]
+    return [min(found), max(found)] if found else []
+
+
+def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> None:
+    """Look for NaN in what is in memory: clients of a partition share their storage, so one of them shows it all."""
+    first = datamodule.client_dataset(int(federation.sizes.nonzero()[0]))
+    sets = [in_memory(d, datamodule.collate_fn) for d in (first, datamodule.val_dataset(), datamodule.test_dataset())]
+    stored = {t.data_ptr(): (d, t) for d in sets if isinstance(d, ArrayDataset) for t in d.storage.leaves}
+    for dataset, tensor in stored.values():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            what = {id(dataset.inputs): "inputs", id(dataset.targets): "targets"}.get(id(tensor), "entries")
+            bad = (~tensor.flatten(1).isfinite().all(1) if tensor.ndim > 1 else ~tensor.isfinite()).nonzero().flatten()
+            raise MisconfigurationException(
+                f"data: {len(bad)} of {len(tensor)} {what} hold NaN or infinity, the first in row {int(bad[0])}."
+                " Remove or replace them."
+            )
+
+
+def _try_one_batch(
+    module: LightningModule,
+    fabric: Fabric,
+    datamodule: FederatedDataModule,
+    transfer: Callable[[Any], Any],
+    client: int,
+    start: int,
+) -> None:
+    """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
+    first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
+    batch = first_samples(datamodule, client, datamodule.batch_size, first)
+    try:
+        with evaluating(module):
+            loss = _trial_step(module, fabric, transfer, batch)
+        if fabric.device.type == "cuda":  # where a label is found to be out of range later
+            torch.cuda.synchronize()
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MisconfigurationException(
+            f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
+            f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
+        ) from error
+    loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise MisconfigurationException(
+            f"model: {type(module).__name__}.training_step must return a scalar loss or a dictionary with one under"
+            f" 'loss'; it returned {type(loss).__name__}{_shapes(loss) if isinstance(loss, Tensor) else ''}."
+        )
+
+
+def _try_batch_of_one(
+    module: LightningModule,
+    fabric: Fabric,
+    datamodule: FederatedDataModule,
+    transfer: Callable[[Any], Any],
+    sizes: Tensor,
+) -> None:
+    """BatchNorm has no variance to divide by where a batch is one value per channel."""
+    batch_size = datamodule.batch_size
+    alone = (sizes % batch_size == 1 if batch_size > 1 else sizes > 0).nonzero().flatten()
+    if len(alone) == 0 or not any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
+        return
+    client = int(alone[0])
+    try:
+        _trial_step(module, fabric, transfer, first_samples(datamodule, client, 1))
+    except ValueError as error:
+        raise MisconfigurationException(
+            f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
+            f" {len(alone)} clients have such a batch; client {client} has {int(sizes[client])} samples. Change"
+            " data.batch_size, or use GroupNorm or LayerNorm."
+        ) from error
+
+
+def _trial_step(module: LightningModule, fabric: Fabric, transfer: Callable[[Any], Any], batch: Any) -> Any:
+    precision = fabric.strategy.precision
+    return trial_step(module, precision.convert_input(transfer(batch)), precision.forward_context())
+
+
+def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:
+    """What ``training_step`` returns, without a gradient; all of the module and all random numbers are as before.
+
+    Args:
+        module: the module, in the mode that it is to be tried in.
+        batch: a batch on its device.
+        context: what the forward pass runs in.
+    """
+    log = LogCollector(module.device)
+    undone = untouched(module)
+    with undone, watched(module, set()), collecting_logs(module, log), torch.no_grad(), context or nullcontext():
+        return call_step(module, "training_step", batch, 0)
+
+
+def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:
+    """A batch of a client's first samples, from ``start`` on.
+
+    Raises:
+        MisconfigurationException: if they hold NaN or infinity.
+    """
+    dataset = in_memory(datamodule.client_dataset(client), datamodule.collate_fn)
+    rows = list(range(start, min(start + count, len(dataset))))
+    if isinstance(dataset, ArrayDataset):
+        batch: Any = dataset.batch(torch.tensor(rows, device=dataset.device))
+    else:
+        collate = datamodule.collate_fn or default_collate
+        batch = collate([dataset[i] for i in rows])
+    if not all(v.isfinite().all() for v in tree_leaves(batch) if isinstance(v, Tensor)):
+        raise MisconfigurationException(f"data: the first samples of client {client} hold NaN or infinity.")
+    return batch
+
+
+def _shapes(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"{batch.dtype} {tuple(batch.shape)}".replace("torch.", "")
+    if isinstance(batch, list | tuple):
+        return "(" + ", ".join(_shapes(b) for b in batch) + ")"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {_shapes(v)}" for k, v in batch.items()) + "}"
+    return type(batch).__name__

@@ -1,0 +1,72 @@
+"""What happens when one of several processes dies: the others say which, and how to go on."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from signal import Signals
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlight.run.session import Session
+
+_PATIENCE_S = 5.0
+_children: list["subprocess.Popen[bytes]"] = []  # of the program: a second fit goes on with those of the first
+
+
+def watch_children(session: "Session") -> Callable[[], None]:
+    """Watch the processes that Fabric has started, in its place: it would kill this one and not say how to go on.
+
+    Returns:
+        A function that ends the watch.
+    """
+    started = getattr(getattr(session.fabric.strategy, "launcher", None), "procs", [])
+    _children.extend(started)
+    started.clear()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.5):
+            # The main thread finds out by itself when it next waits for the others, unless it waits for ever.
+            if any(child.poll() for child in _children) and not ended.wait(_PATIENCE_S):
+                print(f"fedlight: error: {_what_died(session)}", file=sys.stderr, flush=True)
+                for child in _children:
+                    child.kill()
+                os._exit(1)
+
+    if _children:
+        threading.Thread(target=look, daemon=True).start()
+    return ended.set
+
+
+def lost_process(session: "Session", error: BaseException) -> str | None:
+    """What is to be said in place of an error that torch.distributed raised; None for any other error."""
+    if not isinstance(error, RuntimeError) or not raised_in(error).startswith("torch.distributed"):
+        return None
+    end = time.monotonic() + 2
+    while _children and not any(child.poll() for child in _children) and time.monotonic() < end:
+        time.sleep(0.05)
+    return _what_died(session)
+
+
+def raised_in(error: BaseException) -> str:
+    """The module that an error was raised in."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
+
+
+def _what_died(session: "Session") -> str:
+    fabric, last = session.fabric, None if session.folder is None else session.folder.checkpoint("last")
+    who, how = f"another of the {fabric.world_size} processes", "has ended; if it said why, that is above"
+    for rank, child in enumerate(_children, 1):
+        if code := child.poll():
+            who = f"process {rank} of {fabric.world_size} (pid {child.pid})"
+            how = f"has ended with exit code {code}; what it said is above"
+            if code < 0:
+                how = f"was killed by {Signals(-code).name}" + (", perhaps for its memory" if code == -9 else "")
+            break
+    go_on = f"continue with ckpt_path={last}" if last is not None and last.exists() else "there is no checkpoint yet"
+    return f"{who} {how}. This one, process {fabric.global_rank}, cannot go on without it: {go_on}."

@@ -1,0 +1,143 @@
+"""How a run shares the cores of a CPU: processes, and threads of each."""
+
+import os
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from fedlight.engines.data_order import num_batches
+from fedlight.penalties.batches import batch_size
+from fedlight.run.evaluation import evaluating
+from fedlight.run.preflight import first_samples, trial_step
+
+if TYPE_CHECKING:
+    from fedlight.run.session import Session
+
+LARGE_STEP = 5e8
+"""FLOP of a local step from which on a second thread makes it faster: ten milliseconds of one core."""
+_STEP_S, _FLOP_PER_S = 4e-4, 3e10
+"""What a local step takes on one core: so much in Python, and its arithmetic."""
+_WORTH_S = 60.0
+"""Seconds of training on one core from which on starting more processes, some seconds, is worth it."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run computes.
+
+    Attributes:
+        step_flop: floating-point operations of a local step, forward and backward.
+        steps: local steps of a round, of all clients.
+        clients: K.
+        rounds: T.
+    """
+
+    step_flop: float
+    steps: float
+    clients: int
+    rounds: int
+
+    @property
+    def seconds(self) -> float:
+        """A guess of what training takes on one core."""
+        return self.rounds * self.steps * (_STEP_S + self.step_flop / _FLOP_PER_S)
+
+
+def share_cores(work: Workload, cores: int) -> tuple[int, int]:
+    """Processes, and threads of each, that are fastest for a workload.
+
+    A process a core is faster than a thread a core, as clients need not wait for each other. Where steps are large the
+    choice does not depend on how many there are, and where they are small every process has one thread: so a run that
+    is continued for more rounds, or cut into several, gives the same bits.
+    """
+    processes = max(1, min(cores, work.clients))
+    if work.step_flop >= LARGE_STEP:
+        return processes, cores // processes
+    return processes if work.seconds >= _WORTH_S else 1, 1
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_devices(session: "Session") -> Any:
+    """``trainer.devices``, where ``auto`` means a CPU: the number of processes.
+
+    More than one is chosen for the ``fedlight`` command only: each further process runs the program again from its
+    start, which a script has to be written for.
+    """
+    settings, given = session.settings, session.settings["devices"]
+    if given != "auto" or not _on_cpu(settings["accelerator"]):
+        return given
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher, or this process's first one, has chosen
+        here = os.environ.get("LOCAL_WORLD_SIZE")
+        return int(here) if here else int(os.environ["WORLD_SIZE"]) // settings["num_nodes"]
+    alone = settings["num_nodes"] == 1 and settings["strategy"] == "auto" and not settings["fast_dev_run"]
+    if session.command != "fit" or not alone or "OMP_NUM_THREADS" in os.environ or not started_as_command():
+        return given
+    work = estimate(session)
+    return given if work is None else share_cores(work, available_cores())[0]
+
+
+def choose_threads(session: "Session") -> int | None:
+    """Threads for a fit in one process on a CPU; None where that is not fedlight's choice.
+
+    Operations of a few microseconds only wait for a second thread, above all when another program has its core.
+    """
+    cores = available_cores()
+    chosen = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != cores  # by the user, or by Fabric
+    if session.fabric.device.type != "cpu" or session.fabric.world_size > 1 or chosen:
+        return None
+    data, precision = session.datamodule, session.fabric.strategy.precision
+    batch = first_samples(data, int(session.federation.sizes.argmax()), data.batch_size)
+    batch = precision.convert_input(session.evaluator.transfer(batch))
+    flop = step_flop(session.module, batch, precision.forward_context())
+    return 1 if flop < LARGE_STEP else cores
+
+
+def _on_cpu(accelerator: str) -> bool:
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def started_as_command() -> bool:
+    """Whether this program is ``fedlight`` or ``python -m fedlight``, which may be started once more."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name == "fedlight.__main__" if spec is not None else Path(sys.argv[0]).name == "fedlight"
+
+
+def estimate(session: "Session") -> Workload | None:
+    """What the session's fit will compute; None where the model cannot be tried out yet."""
+    settings, data = session.settings, session.datamodule
+    try:
+        data.prepare_data()
+        data.setup("fit")
+        sizes = [data.client_size(i) for i in range(data.num_clients)]
+        batch = first_samples(data, max(range(len(sizes)), key=sizes.__getitem__), data.batch_size)
+        flop = step_flop(session.module, batch)
+    except Exception:  # whatever it is, it comes again where it can be explained
+        return None
+    wanted = settings["clients_per_round"]
+    clients = wanted if isinstance(wanted, int) else max(1, round(wanted * len(sizes)))
+    batches = num_batches(round(sum(sizes) / len(sizes)), data.batch_size, settings["limit_train_batches"])
+    per_client = settings["local_steps"] or settings["local_epochs"] * batches
+    return Workload(flop, clients * per_client, clients, settings["max_rounds"])
+
+
+def step_flop(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> float:
+    """FLOP of one local step on a batch: three times the forward pass's.
+
+    Those of matrix products, convolutions and attention are counted; for what is not (recurrent layers, say) every
+    parameter counts as one multiplication and addition per sample.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # loads slowly
+
+    with evaluating(module), FlopCounterMode(display=False) as counter:
+        trial_step(module, batch, context)
+    dense = 2 * batch_size(batch) * sum(p.numel() for p in module.parameters())
+    return 3.0 * max(int(counter.get_total_flops()), dense)

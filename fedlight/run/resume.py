@@ -1,0 +1,157 @@
+"""Continuing a run: which file is read, whether it is of the same experiment, and what the folder keeps of changes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+
+from fedlight.module.optimizers import RoundSchedule
+from fedlight.run.checkpoint import load_checkpoint
+from fedlight.run.experiment import describe, differences, plain
+from fedlight.run.folder import HISTORY, RunFolder, atomic_write, writing
+
+if TYPE_CHECKING:
+    from fedlight.run.session import Session
+
+
+_OF_STATE = (
+    *("algorithm", "perturbation", "trainer.views", "trainer.buffers", "trainer.precision"),
+    *("data.num_clients", "data.partition", "model.trained"),
+)
+
+
+def decided(fabric: Fabric, decide: Callable[[], Path]) -> Path:
+    """What the first process decides; where it fails, it fails in every process."""
+    path, failure = Path(), None
+    if fabric.global_rank == 0:
+        try:
+            path = decide()
+        except MisconfigurationException as error:
+            failure = str(error)
+    path, failure = fabric.broadcast((path, failure))
+    if failure is not None:
+        raise MisconfigurationException(failure)
+    return path
+
+
+def read_checkpoint(session: "Session", wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
+    """Read ``ckpt_path``, and say in a line which file that is.
+
+    Returns:
+        The checkpoint, its path, and the folder of its run, if it lies in one.
+    """
+    trainer, path = session.trainer, Path(wanted)
+    if wanted in ("last", "best"):
+        where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
+        path = decided(session.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
+    checkpoint = load_checkpoint(path)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.resolve().parent.parent
+    folder = RunFolder(run) if path.resolve().parent.name == "checkpoints" else None
+    round = checkpoint["fedlight"]["server"]["round"]
+    if session.command != "fit":
+        rank_zero_info(f"Reading {path}, written after {round} rounds.")
+        return checkpoint, path, folder
+    later = 0 if folder is None else folder.rounds() - round
+    again = f"; {later} later rounds in its folder are trained again" if later > 0 else ""
+    ended = f"; trainer.max_rounds={trainer.max_rounds} leaves none to train" if round >= trainer.max_rounds else again
+    rank_zero_info(f"Continuing {path} from round {round}{ended}.")
+    return checkpoint, path, folder
+
+
+def begin_experiment(session: "Session", checkpoint: dict[str, Any] | None) -> bool:
+    """Make the schedule, describe the experiment, and compare it with the checkpoint's.
+
+    Returns:
+        Whether what server and clients keep besides the model is of no use after what ``trainer.allow_changes`` has
+        let through; the module then holds the checkpoint's model.
+
+    Raises:
+        MisconfigurationException: with a line for each difference, if there may be none.
+    """
+    session.schedule = RoundSchedule(session.module)
+    session.experiment = describe(session)
+    if checkpoint is None:
+        return False
+    changes = differences(checkpoint["fedlight"].get("experiment") or _held(checkpoint), session.experiment)
+    samples = [key for key in changes if key.startswith("data.samples.")]
+    for key in samples["data.partition" not in changes :]:  # one of them says it
+        del changes[key]
+    lines = [f"{key}: {_short(old)} in the checkpoint, {_short(new)} here" for key, (old, new) in changes.items()]
+    if lines and not session.settings["allow_changes"]:
+        raise MisconfigurationException(
+            f"ckpt_path={str(session._path)!r} is of another experiment:\n  " + "\n  ".join(lines) + "\nSet these back"
+            " to continue it, start anew without ckpt_path, or let them change with trainer.allow_changes=true."
+        )
+    anew = any(key.startswith(_OF_STATE) for key in changes)
+    if anew:
+        lines.append("what server and clients keep besides the model begins anew")
+        session.module.load_state_dict(checkpoint["state_dict"])
+    for line in lines:
+        rank_zero_info(f"trainer.allow_changes: {line}.")
+    session.changes = changes
+    return anew
+
+
+def restore_schedule(session: "Session", checkpoint: dict[str, Any]) -> None:
+    """Let the learning rates go on; those of another optimizer or schedule begin where they would be by now."""
+    if not any(key.startswith("optimizer") for key in session.changes):
+        session.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
+        return
+    for round in range(session.trainer.current_round):
+        session.schedule.advance(round + 1, {}, evaluated=False)
+
+
+def _held(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of version 0.1 says of its experiment."""
+    saved, schedule = checkpoint["fedlight"], checkpoint["fedlight"]["schedule"]
+    return {
+        "seed_everything": saved["seed"],
+        "algorithm": {"class_path": saved["algorithm"]},
+        "perturbation": saved["perturbation"] and {"class_path": saved["perturbation"]},
+        "trainer": {"views": saved["views"], "buffers": saved["buffers"]},
+        "data": {"num_clients": saved["num_clients"]},
+        "model": {"hparams": plain(checkpoint["hyper_parameters"])},
+        "optimizer": {} if schedule["schedulers"] else {"groups": [{"lr": lr} for lr in schedule["lrs"]]},
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def record_changes(run: Path, round: int, changes: dict[str, list[Any]]) -> None:
+    """Note in ``config_history/changes.json`` what was changed from a round on; notes of later rounds are void."""
+    path = run / HISTORY / "changes.json"
+    try:
+        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted = {r: c for r, c in noted.items() if int(r) < round} | ({str(round): changes} if changes else {})
+    except (ValueError, AttributeError) as error:
+        raise MisconfigurationException(f"{path} is damaged. It says what was changed: repair it.") from error
+    with writing(path):
+        (run / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
+        if noted:
+            path.parent.mkdir(exist_ok=True)
+            atomic_write(path, json.dumps(noted, indent=2).encode())
+        else:
+            path.unlink(missing_ok=True)
+
+
+def keep_config(run: Path, round: int, same: bool) -> None:
+    """Keep ``config.yaml`` as ``config_history/rounds_<first>-<last>.yaml``, unless it goes on as the ``same``."""
+    history, begin = run / HISTORY, 0
+    for path in history.glob("rounds_*-*.yaml"):
+        first, last = map(int, path.stem.removeprefix("rounds_").split("-"))
+        if first >= round:
+            path.unlink()
+        elif last >= round:
+            path.rename(history / f"rounds_{first}-{round - 1}.yaml")
+        begin = max(begin, last + 1)
+    if begin < round and not same:
+        history.mkdir(exist_ok=True)
+        shutil.copyfile(run / "config.yaml", history / f"rounds_{begin}-{round - 1}.yaml")

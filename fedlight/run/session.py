@@ -1,0 +1,299 @@
+"""What surrounds the round loop: setting up and tearing down, evaluating, logging."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from torch import Tensor
+
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.federated import not_federated
+from fedlight.data.pooled import PooledData
+from fedlight.data.sharing import share_among_processes
+from fedlight.engines import start_engine
+from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
+from fedlight.module.optimizers import RoundSchedule
+from fedlight.module.parameters import ParameterLayout, flat_parameters
+from fedlight.run.checkpoint import CheckpointWriter
+from fedlight.run.clock import RoundClock, make_profiler, start_profiler
+from fedlight.run.evaluation import Evaluator
+from fedlight.run.float32 import float32_products
+from fedlight.run.folder import RunFolder, writing
+from fedlight.run.loggers import MetricsCSV, close_loggers, define_round_axis, make_loggers, tell
+from fedlight.run.movers import Movers, begin_federation, follow_freezing
+from fedlight.run.preflight import preflight
+from fedlight.run.processes import lost_process, watch_children
+from fedlight.run.processors import choose_threads, resolve_devices
+from fedlight.run.resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
+from fedlight.run.setup import be_deterministic, local_training, make_fabric
+from fedlight.run.signals import deferred_signals
+from fedlight.run.snapshot import as_floats, make_checkpoint, write_checkpoint, write_summary
+from fedlight.run.views import Views
+from fedlight.server.clients import client_store
+from fedlight.server.federation import Federation
+
+if TYPE_CHECKING:
+    from fedlight.trainer import FederatedTrainer
+
+Command = Literal["fit", "validate", "test"]
+STAGES = {"fit": RunningStage.TRAINING, "validate": RunningStage.VALIDATING, "test": RunningStage.TESTING}
+
+
+class Session:
+    """One call of ``fit``, ``validate`` or ``test``: a context that holds what lives as long as the call.
+
+    Args:
+        trainer: whose settings are followed.
+        model: the module.
+        datamodule: the data.
+        command: what is called.
+        ckpt_path: ``last``, ``best``, a file, or None.
+
+    Attributes:
+        fabric: devices, precision and processes.
+        hooks: calls hooks of callbacks and module.
+        federation: the server's and the clients' state.
+        engine: executes local trainings; set by :meth:`start_fit`.
+        schedule: learning rates by round, in a fit.
+        experiment: what those that continue the run must agree with, in a fit.
+        changes: where this run differs from the one that it continues.
+        writer: writes checkpoints.
+        clock: seconds of a round's parts; set by :meth:`start_fit`.
+        views: evaluates the weights that are of interest.
+        resumed: whether the state comes from a checkpoint.
+        loggers: where metrics go.
+    """
+
+    def __init__(
+        self,
+        trainer: "FederatedTrainer",
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        command: Command,
+        ckpt_path: str | Path | None,
+    ) -> None:
+        self.trainer, self.module, self.command = trainer, model, command
+        self.settings = trainer.settings
+        if not isinstance(datamodule, FederatedDataModule):
+            raise MisconfigurationException(not_federated(datamodule))
+        datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
+        self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
+        trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
+        self.profiler = make_profiler(self.settings["profiler"])
+        self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
+        self.loggers: list[Logger] = []
+        self.folder: RunFolder | None = None
+        self._finished = self._created = False
+        self.first_round = 0
+        self.resumed = ckpt_path is not None
+        self.ckpt_path = ckpt_path
+        self._checkpoint: dict[str, Any] | None = None
+        self.schedule: RoundSchedule
+        self.experiment: dict[str, Any] = {}
+        self.changes: dict[str, list[Any]] = {}
+        self._started = time.perf_counter()
+        self._cleanup = ExitStack()
+        self.movers = Movers(self)
+        self.writer = CheckpointWriter()
+        self._cleanup.callback(self.writer.close)
+
+    def __enter__(self) -> "Session":
+        check_callbacks(self.trainer.callbacks)
+        if self.command == "fit":
+            check_module(self.module)
+            self.trainer._metrics = {}
+        self.trainer._session = self
+        state = self.trainer.state
+        state.fn, state.stage, state.status = TrainerFn(self.command), STAGES[self.command], TrainerStatus.RUNNING
+        self.trainer.should_stop = False
+        try:
+            self._set_up()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _set_up(self) -> None:
+        settings, cleanup = self.settings, self._cleanup
+        self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
+        self.fabric.launch()
+        cleanup.callback(watch_children(self))
+        self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
+        if settings["tf32"] is not None:
+            cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
+        if settings["deterministic"]:
+            be_deterministic(self.fabric.device, cleanup)
+        self._checkpoint = self._open_folder()
+        self.module.trainer = self.trainer  # type: ignore[assignment]
+        cleanup.callback(setattr, self.module, "trainer", None)
+        with self.fabric.rank_zero_first(local=True):
+            self.datamodule.prepare_data()
+        self.datamodule.setup(self.command)
+        share_among_processes(self.fabric, self.datamodule)
+        self._set_up_module()
+        begin_federation(self, self._checkpoint)
+
+    def _set_up_module(self) -> None:
+        module, stage = self.module, self.command
+        for callback, seen in self.hooks.audience:
+            callback.setup(seen, module, stage)
+        module.setup(stage)
+        if overrides(module, "configure_model"):
+            module.configure_model()
+        # After the module's own: modules are handed over with the devices and data types that they train with.
+        self.fabric.strategy.precision.convert_module(module)
+        self.fabric.to_device(module)
+        hooks = self.hooks, self.hooks.module_only
+        self.evaluator = Evaluator(module, self.fabric, self.datamodule, *hooks, self.movers.untouched)
+
+    def _make_federation(self, checkpoint: dict[str, Any] | None) -> None:
+        settings, trainer = self.settings, self.trainer
+        self.layout = ParameterLayout.of(self.module)
+        folder = Path("clients") if self.folder is None else self.folder.path / "clients"
+        store = client_store(settings["client_state"], folder / f"rank{self.fabric.global_rank}", self.fabric.device)
+        policy = trainer.algorithm.buffers or settings["buffers"]
+        parts = trainer.algorithm, trainer.perturbation, self.datamodule, store, policy, settings["views"], self.layout
+        self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved)
+        self.views = Views(self)
+        per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]
+        trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
+        anew = self.command == "fit" and begin_experiment(self, checkpoint)
+        buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
+        self.federation.initialise(flat_parameters(self.module), buffers)
+        if checkpoint is not None:
+            self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
+            self.views.load("server")
+        if self.folder is not None and self.command == "fit" and self._is_zero:
+            self.folder.check_room(self.federation.num_bytes())
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
+        trainer, checkpoint = self.trainer, None
+        if self.ckpt_path is not None:
+            checkpoint, self._path, self.folder = read_checkpoint(self, self.ckpt_path)
+        if self.command != "fit" or trainer.fast_dev_run:
+            return checkpoint
+        trainer.run_dir = folder = decided(self.fabric, self._take_folder)
+        self.folder = self.folder or RunFolder(folder)
+        # A run in a folder of its own is one of its own for W&B, too.
+        ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
+        if self._is_zero:
+            name = f"{trainer.method_name}-seed{trainer.seed}"
+            self.loggers = make_loggers(self.settings["logger"], folder, ids, name)
+        return checkpoint
+
+    def _take_folder(self) -> Path:
+        """Make the run's folder if there is none yet, and lock it."""
+        self._created = self.folder is None
+        self.folder = self.folder or RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
+        self.folder.lock()
+        self._cleanup.callback(self.folder.unlock)
+        return self.folder.path
+
+    @property
+    def _is_zero(self) -> bool:
+        return self.fabric.global_rank == 0
+
+    def start_fit(self) -> None:
+        """Make the schedule and the engine, try one batch, and call the hooks of the start."""
+        trainer, settings, data = self.trainer, self.settings, self.datamodule
+        if self._checkpoint is not None:
+            restore_schedule(self, self._checkpoint)
+        whole_epochs = settings["limit_train_batches"] is None
+        preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
+        if (threads := choose_threads(self)) is not None:
+            self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(threads)
+        if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
+            self.module.train()
+        self.first_round = trainer.current_round
+        define_round_axis(self.loggers)
+        self.hooks("on_fit_start")
+        follow_freezing(self, self._checkpoint)
+        if self._checkpoint is not None and self.metrics_csv is not None:
+            with writing(self.metrics_csv.path):
+                self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
+        self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
+        self.engine = start_engine(settings["engine"], local_training(self))
+        self._cleanup.callback(self.engine.teardown)
+        profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
+        self.clock = RoundClock(profiler, self.fabric.device)
+        if self.resumed and self.folder is not None and self._is_zero and trainer.current_round < trainer.max_rounds:
+            record_changes(self.folder.path, trainer.current_round, self.changes)
+        self.hooks("on_train_start")
+        if self.fabric.world_size == 1:  # several processes agree on it after a round
+            self.raise_if_interrupted(self.interrupted)
+
+    def end_fit(self) -> None:
+        """Leave the server's model in the module, and the run's summary in its folder."""
+        self.views.load("server")
+        self.hooks("on_train_end")
+        self._finished = True
+        if self.folder is not None and self._is_zero:
+            with writing(self.folder.path):
+                write_summary(self, time.perf_counter() - self._started)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = None if error is None else lost_process(self, error)
+        if error is not None:
+            for callback in self.trainer.callbacks:
+                callback.on_exception(self.trainer, self.module, error)  # type: ignore[arg-type]
+            if isinstance(error, FloatingPointError) and self.folder and self.folder.checkpoint("last").exists():
+                error.args = (f"{error} The last checkpoint is whole: {self.folder.checkpoint('last')}",)
+        self._cleanup.close()
+        self.datamodule.teardown(self.command)
+        for callback in self.trainer.callbacks:
+            callback.teardown(self.trainer, self.module, self.command)  # type: ignore[arg-type]
+        self.module.teardown(self.command)
+        close_loggers(self.loggers, "failed" if isinstance(error, Exception) else "success")
+        if error is not None and self._created and self.folder and self.folder.discard_if_unused(self.first_round):
+            self.trainer.run_dir = None
+        state = self.trainer.state
+        state.stage, state.status = None, TrainerStatus.INTERRUPTED if error else TrainerStatus.FINISHED
+        if lost is not None:
+            raise ConnectionError(lost) from None
+
+    def publish(self, metrics: dict[str, Tensor]) -> None:
+        """Let callbacks find metrics."""
+        self.trainer.callback_metrics.update({k: v.detach().cpu() for k, v in metrics.items()})
+
+    def log(self, row: dict[str, Tensor | float]) -> None:
+        """Write a round's metrics to every logger."""
+        metrics = as_floats(row)
+        self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
+        with writing(self.trainer.run_dir or Path()):
+            tell(self.loggers, lambda logger: logger.log_metrics(metrics, step=int(metrics["round"])))
+
+    @property
+    def metrics_csv(self) -> MetricsCSV | None:
+        """The logger that always is; None in other processes than the first, and where nothing is written."""
+        return self.loggers[0] if self.loggers and isinstance(self.loggers[0], MetricsCSV) else None
+
+    @property
+    def interrupted(self) -> int:
+        """The number of the signal that asked this process to stop, or 0."""
+        return self._signals.received
+
+    def raise_if_interrupted(self, stop: int) -> None:
+        """After a round, raise what the signal asks for; every process does so at the same round."""
+        if stop and not self._is_zero:
+            # Launchers kill the first process as soon as another one fails; it has the loggers to close.
+            raise SystemExit(0)
+        self._signals.raise_received(stop)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that is needed to continue, now."""
+        return make_checkpoint(self)
+
+    def save_checkpoint(self, path: Path, content: dict[str, Any], wait: bool = True) -> None:
+        """Write a snapshot; the first process writes, every process calls."""
+        write_checkpoint(self, path, content, wait)

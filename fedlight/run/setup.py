@@ -1,0 +1,102 @@
+"""What a session makes of the trainer's settings."""
+
+import math
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+
+from fedlight.engines import runs_python
+from fedlight.engines.base import ClientTask, Findings, LocalTraining
+from fedlight.engines.eager import Eager
+from fedlight.engines.trial import try_steps
+from fedlight.local import GradientClip
+from fedlight.server.sampling import expected_clients
+
+if TYPE_CHECKING:
+    from fedlight.run.session import Session
+
+
+def make_fabric(settings: dict[str, Any]) -> Fabric:
+    """Fabric with the trainer's devices, processes and precision.
+
+    Raises:
+        MisconfigurationException: if they are not to be had here.
+    """
+    keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+    try:
+        fabric = Fabric(**{key: settings[key] for key in keys})
+        main = sys.modules["__main__"]
+        fixed = not (main.__spec__ or Path(getattr(main, "__file__", "")).is_file())
+        if fixed and fabric.world_size > settings["num_nodes"] and getattr(fabric.strategy, "launcher", None):
+            raise RuntimeError(
+                "every further process runs the program again, and python -c, standard input and notebooks have no file"
+                " to run. Put it into one, or set trainer.devices=1"
+            )
+        return fabric
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        given = ", ".join(f"trainer.{key}={settings[key]!r}" for key in keys)
+        raise MisconfigurationException(f"{given} is not possible here: {error}") from error
+
+
+def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
+    """Make torch refuse kernels that are not deterministic, until the end."""
+    cleanup.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":  # what cuBLAS asks for; read when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def local_training(session: "Session") -> LocalTraining:
+    """What all local trainings of the session have in common."""
+    trainer, settings, data, federation = session.trainer, session.settings, session.datamodule, session.federation
+    clip = settings["gradient_clip_val"]
+    engine = settings["engine"]
+    federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
+    training = LocalTraining(
+        module=session.module,
+        fabric=session.fabric,
+        seed=trainer.seed,
+        batch_size=data.batch_size,
+        epochs=trainer.local_epochs,
+        steps=trainer.local_steps,
+        limit_batches=settings["limit_train_batches"],
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        clip=None if clip is None else GradientClip(clip, settings["gradient_clip_algorithm"]),
+        perturbation=trainer.perturbation,
+        num_workers=data.num_workers,
+        collate_fn=data.collate_fn,
+        call=session.hooks,
+        compile=settings["compile"],
+        lr_factors=trainer.algorithm.lr_factors,
+        clients=math.ceil(expected_clients(trainer.sampler) / session.fabric.world_size),
+        example=_example(session),
+    )
+    frozen = any(not p.requires_grad for p in session.module.parameters())
+    if not frozen and runs_python(settings["engine"], training):
+        return replace(training, state=session.movers.state)  # whatever steps change shows when it is put back
+    findings = try_steps(training, session.hooks.module_only)
+    session.movers.adopt(findings.moving)
+    _say(findings, federation.buffer_policy)
+    return replace(training, findings=findings, state=session.movers.state, example=_example(session))
+
+
+def _example(session: "Session") -> ClientTask:
+    return session.federation.example_task(int(session.federation.sizes.argmax()), session.schedule.lrs)
+
+
+def _say(findings: Findings, policy: str) -> None:
+    some = [", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for n in vars(findings).values()]
+    if findings.moving:
+        rank_zero_info(
+            f"model: {some[0]} change without a gradient: they follow trainer.buffers={policy}, as buffers do."
+        )
+    if findings.changed:
+        rank_zero_info(f"model: steps change {some[2]}: every client finds them as they were when the round began.")

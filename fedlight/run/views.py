@@ -1,0 +1,107 @@
+"""Evaluation of the weights that are of interest after a round: the server's, the selected clients', all clients'."""
+
+from typing import TYPE_CHECKING
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import RunningStage
+from torch import Tensor
+
+from fedlight.module.hooks import overrides
+from fedlight.module.parameters import load_flat_parameters, load_tensors
+from fedlight.run.evaluation import Stage
+from fedlight.run.snapshot import as_floats
+
+if TYPE_CHECKING:
+    from fedlight.run.session import Session
+
+Row = dict[str, Tensor | float]
+
+
+class Views:
+    """Evaluates the views of a session's federation with its evaluator.
+
+    Args:
+        session: whose module the views are loaded into.
+
+    Attributes:
+        logged: what the module logs in validation, in its order; empty before the first one.
+    """
+
+    def __init__(self, session: "Session") -> None:
+        self._session, self._settings = session, session.settings
+        self.logged: list[str] = []
+
+    def load(self, view: str) -> None:
+        """Put a view's weights and the server's buffers into the module."""
+        session = self._session
+        load_flat_parameters(session.module, session.federation.state.views[view], session.layout)
+        load_tensors(session.module, session.federation.state.buffers)
+
+    @property
+    def due(self) -> bool:
+        """Whether there is an evaluation after the round that was just aggregated."""
+        return self._is_last or self._session.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
+
+    @property
+    def _is_last(self) -> bool:
+        trainer = self._session.trainer
+        return trainer.current_round >= trainer.max_rounds or trainer.should_stop
+
+    def evaluate_round(self) -> Row:
+        """Evaluate views and clients, where this round is due."""
+        defined = overrides(self._session.module, "validation_step")
+        if not self.due or not defined or self._settings["limit_val_batches"] == 0:
+            return {}
+        state = self._session.trainer.state
+        state.stage = RunningStage.VALIDATING
+        metrics = self._evaluate("validation") | self._evaluate_clients()
+        state.stage = RunningStage.TRAINING
+        return metrics
+
+    def evaluate(self, stage: Stage) -> dict[str, float]:
+        """Evaluate the views once, for ``validate`` and ``test``.
+
+        Raises:
+            MisconfigurationException: if module or data have nothing for this stage.
+        """
+        session = self._session
+        if not overrides(session.module, f"{stage}_step"):
+            raise MisconfigurationException(f"model: {type(session.module).__name__} does not define {stage}_step.")
+        metrics = as_floats(self._evaluate(stage))
+        if not metrics:
+            raise MisconfigurationException(f"data: {type(session.datamodule).__name__} has no {stage} data.")
+        return metrics
+
+    def _evaluate(self, stage: Stage) -> Row:
+        session, data = self._session, self._session.datamodule
+        dataset = data.val_dataset() if stage == "validation" else data.test_dataset()
+        if dataset is None:
+            return {}
+        limit = self._settings["limit_val_batches" if stage == "validation" else "limit_test_batches"]
+        views = session.federation.state.views
+        if session.command != "fit" and not session.resumed:  # nothing but the caller's module is known
+            views = {"server": views["server"]}
+        done: dict[int, dict[str, Tensor]] = {}
+        out: Row = {}
+        for view, params in views.items():
+            if id(params) not in done:
+                self.load(view)
+                quiet = view != "server"
+                publish = None if quiet else session.publish
+                done[id(params)] = session.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
+            suffix = "" if view == "server" else f"_{view}"
+            out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}
+        self.logged = list(done[id(views["server"])])
+        return out
+
+    def _evaluate_clients(self) -> Row:
+        session, every = self._session, self._settings["client_val_every_n_rounds"]
+        count, rounds = session.federation.num_clients, session.trainer.current_round
+        if every == 0:
+            return {}
+        if every is None:
+            every = 1 if count <= 200 else rounds + 1
+        if rounds % every and not self._is_last:
+            return {}
+        self.load("server")
+        return {**session.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])}

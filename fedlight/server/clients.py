@@ -1,0 +1,257 @@
+"""What is kept for each client between rounds, in memory or in rows of files."""
+
+import os
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fedlight.run.folder import writing
+
+State = dict[str, Tensor]
+Where = Literal["auto", "device", "cpu", "disk"]
+
+
+class ClientStore:
+    """Rows of state for those clients that have trained: nothing is kept for the others.
+
+    Args:
+        device: where states are handed out, and kept with ``where="device"``.
+        where: ``device``, ``cpu``, or ``auto``: on the device while ``limit_bytes`` suffices, then on the CPU.
+        limit_bytes: what ``auto`` may use of the device.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu", where: Where = "auto", limit_bytes: float = 8e9) -> None:
+        self.device = torch.device(device)
+        self._where, self._limit, self._bytes = where, limit_bytes, 0
+        self._rows: dict[int, dict[str, State]] = {}
+
+    def get(self, client: int, part: str) -> State | None:
+        """The state of one part (``algorithm``, ``perturbation``, ``buffers``, ``latest``), or None if never put."""
+        state = self._rows.get(client, {}).get(part)
+        return None if state is None else {k: v.to(self.device) for k, v in state.items()}
+
+    def put(self, client: int, part: str, state: State) -> None:
+        """Replace a client's state of one part; an empty state takes no room."""
+        if not state:
+            return
+        row = self._rows.setdefault(client, {})
+        target = self._place(row.pop(part, {}), state)
+        row[part] = {k: _own(v.detach().to(target)) for k, v in state.items()}
+
+    def _place(self, old: State, new: State) -> torch.device:
+        """Where a state goes that replaces another."""
+        if self._where != "auto" or self.device.type == "cpu":
+            return self.device if self._where == "device" else torch.device("cpu")
+        self._bytes -= self._device_bytes(old)
+        if self._bytes + _size(new) > self._limit:
+            return torch.device("cpu")
+        self._bytes += _size(new)
+        return self.device
+
+    def _device_bytes(self, state: State) -> int:
+        return _size({k: v for k, v in state.items() if v.device.type == self.device.type})
+
+    def clients(self) -> list[int]:
+        """Clients that have state, in order."""
+        return sorted(self._rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All rows, as plain dictionaries of the tensors themselves: a row is replaced, never overwritten."""
+        return {
+            "where": "memory",
+            "rows": {i: {part: dict(s) for part, s in row.items()} for i, row in sorted(self._rows.items())},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: if the rows are on disk in another run's folder.
+        """
+        if state["where"] != "memory":
+            raise ValueError("ckpt_path: its clients' state is on disk. Continue with trainer.client_state=disk.")
+        self._rows, self._bytes = {}, 0
+        for client, row in state["rows"].items():
+            for part, saved in row.items():
+                self.put(int(client), part, saved)
+
+    def committed(self) -> None:
+        """A checkpoint that refers to the present rows is safely on disk."""
+
+
+class DiskClientStore(ClientStore):
+    """Rows in files: memory holds only what is being read.
+
+    Files are read and written, not mapped into memory: a disk that is full or gone is then an error and no signal.
+
+    A row is never overwritten while a checkpoint may refer to it: a put goes to a free slot, and the slot that it
+    replaces is free again once the next checkpoint is on disk. So a run that is killed at any time resumes from its
+    last checkpoint. A checkpoint holds the checksum of each row, by which rows are refused that have been overwritten
+    since, or damaged.
+
+    Args:
+        folder: where the files lie; part of the run's checkpoint.
+        device: where states are handed out.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        super().__init__(device, "cpu")
+        self._folder = folder
+        self._slots: dict[str, dict[int, int]] = {}
+        self._free: dict[str, list[int]] = {}
+        self._retired: dict[str, list[int]] = {}
+        self._shapes: dict[str, dict[str, tuple[str, list[int]]]] = {}
+        self._sums: dict[str, dict[int, int]] = {}
+
+    def get(self, client: int, part: str) -> State | None:
+        """Read a client's rows of one part."""
+        for layout in self._layouts(part):
+            if (slot := self._slots[layout].get(client)) is not None:
+                return {name: value.to(self.device) for name, value in self._read(layout, slot).items()}
+        return None
+
+    def _layouts(self, part: str) -> list[str]:
+        """The names under which a part is kept: another one for rows with other tensors, of buffers that came late."""
+        return [layout for layout in self._shapes if layout.partition("#")[0] == part]
+
+    def put(self, client: int, part: str, state: State) -> None:
+        """Write a client's rows of one part to a free slot."""
+        if not state:
+            return
+        layouts = self._layouts(part)
+        for layout in layouts:
+            if self._shapes[layout].keys() != state.keys() and client in self._slots[layout]:
+                self._retired.setdefault(layout, []).append(self._slots[layout].pop(client))
+                del self._sums[layout][client]
+        fitting = [layout for layout in layouts if self._shapes[layout].keys() == state.keys()]
+        part = fitting[0] if fitting else f"{part}#{len(layouts)}" if layouts else part
+        slots, free = self._slots.setdefault(part, {}), self._free.setdefault(part, [])
+        # Later on the files are there, or their rows are lost: a new file would read as zeros for the other clients.
+        mode = "r+b" if part in self._shapes else "wb"
+        if part not in self._shapes:
+            self._shapes[part] = {k: (str(v.dtype).split(".")[1], list(v.shape)) for k, v in state.items()}
+        retired = self._retired.setdefault(part, [])
+        slot = free.pop() if free else len(slots) + len(retired)
+        if client in slots:
+            retired.append(slots[client])
+        slots[client] = slot
+        rows = {name: _bytes(state[name]) for name in self._shapes[part]}
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for name, row in rows.items():
+                with self._file(part, name).open(mode) as file:
+                    file.seek(slot * len(row))
+                    file.write(row.data)
+        self._sums.setdefault(part, {})[client] = _checksum(client, rows.values())
+
+    def clients(self) -> list[int]:
+        """Clients that have state, in order."""
+        return sorted({i for slots in self._slots.values() for i in slots})
+
+    def _file(self, part: str, name: str) -> Path:
+        return self._folder / f"{part}.{name}.bin"
+
+    def _read(self, part: str, slot: int) -> State:
+        """What a slot holds, in main memory."""
+        state = {name: torch.empty(shape, dtype=getattr(torch, d)) for name, (d, shape) in self._shapes[part].items()}
+        with writing(self._folder):
+            for name, value in state.items():
+                with self._file(part, name).open("rb") as file:
+                    file.seek(slot * value.nbytes)
+                    if file.readinto(_bytes(value)) < value.nbytes:
+                        raise OSError(f"{file.name} has lost its end")
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which slot holds which client; the rows themselves stay in the files, which are synced."""
+        with writing(self._folder):
+            for path in (self._file(part, name) for part, shapes in self._shapes.items() for name in shapes):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        return {
+            "where": "disk",
+            "slots": {part: dict(sorted(s.items())) for part, s in self._slots.items()},
+            "checksums": {part: dict(sorted(s.items())) for part, s in self._sums.items()},
+            "free": {part: sorted([*free, *self._retired.get(part, [])]) for part, free in self._free.items()},
+            "shapes": {p: {n: [d, list(s)] for n, (d, s) in v.items()} for p, v in self._shapes.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; rows that the checkpoint holds itself are written to disk.
+
+        Raises:
+            ValueError: if rows are missing, damaged, or have been overwritten since.
+        """
+        if state["where"] == "memory":
+            for client, row in state["rows"].items():
+                for part, saved in row.items():
+                    self.put(int(client), part, saved)
+            return
+        self._shapes = {p: {n: (d, list(s)) for n, (d, s) in v.items()} for p, v in state["shapes"].items()}
+        self._slots = {part: {int(i): int(s) for i, s in slots.items()} for part, slots in state["slots"].items()}
+        self._sums = {part: {int(i): int(c) for i, c in sums.items()} for part, sums in state["checksums"].items()}
+        self._free = {part: [int(s) for s in free] for part, free in state["free"].items()}
+        self._retired = {}
+        first = self._folder.parent / "rank0"  # all processes have the same rows
+        if not self._folder.exists() and first.exists():
+            with writing(self._folder):
+                shutil.copytree(first, self._folder)
+        for part in self._shapes:
+            self._verify(part)
+
+    def _verify(self, part: str) -> None:
+        rows = ((i, map(_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
+        changed = [i for i, row in rows if _checksum(i, row) != self._sums[part][i]]
+        if changed:
+            raise ValueError(
+                f"ckpt_path: the state of clients {changed[:5]} on disk is not what this checkpoint was written with:"
+                " it has been overwritten as the run went on, or the files are damaged. Continue from `last`."
+            )
+
+    def committed(self) -> None:
+        """Slots that only older checkpoints refer to are free again."""
+        for part, retired in self._retired.items():
+            self._free.setdefault(part, []).extend(retired)
+            retired.clear()
+
+
+def _bytes(value: Tensor) -> Any:
+    """A tensor's bytes, as an array that shares its memory where it is contiguous and in main memory."""
+    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _checksum(client: int, rows: Iterable[Any]) -> int:
+    for row in rows:
+        client = zlib.crc32(row.data, client)
+    return client
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of something larger, which would be kept alive with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+
+def _size(state: State) -> int:
+    return sum(v.numel() * v.element_size() for v in state.values())
+
+
+def client_store(where: Where, folder: Path, device: torch.device) -> ClientStore:
+    """The store for ``trainer.client_state``; on a GPU ``auto`` uses up to a third of the free device memory."""
+    if where == "disk":
+        return DiskClientStore(folder, device)
+    limit = torch.cuda.mem_get_info(device)[0] / 3 if device.type == "cuda" else float("inf")
+    return ClientStore(device, where, limit)
+
+
+def reweighed(mean: State, shares: Tensor, store: ClientStore) -> State:
+    """The mean of the clients' latest models with other ``shares`` ``[N]``: summed up anew from their rows."""
+    first, params = mean["initial"], mean["initial"].double()
+    for client in store.clients():
+        if (row := store.get(client, "latest")) is not None:
+            params = params + float(shares[client]) * (row["params"].double() - first)
+    return {"params": params, "initial": first, "shares": shares}

@@ -1,0 +1,279 @@
+"""The server between two rounds: its state, its clients' state, and what a round does to them."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from fedlight.algorithms.base import Algorithm
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.engines.base import ClientTask
+from fedlight.local import ClientResult
+from fedlight.module.parameters import ParameterLayout
+from fedlight.perturbations.base import Perturbation, State
+from fedlight.server.client_side import BufferPolicy as BufferPolicy
+from fedlight.server.client_side import ClientSide
+from fedlight.server.clients import ClientStore, reweighed
+from fedlight.server.incoming import Entry, Incoming, Report, round_metrics
+from fedlight.server.state import ServerState as ServerState
+from fedlight.server.state import like, moved, num_bytes
+from fedlight.transforms.base import Transform
+
+View = Literal["server", "selected", "all"]
+_PERTURBATION, _BUFFERS = "perturbation/", "buffers/"
+
+
+class Federation:
+    """Turns clients into tasks, and their results into the next server state.
+
+    Every process holds the same federation: it computes the same from the same results.
+
+    Args:
+        algorithm: how clients are corrected and aggregated.
+        perturbation: where gradients are taken, or None.
+        datamodule: the clients' data, set up.
+        store: the clients' rows.
+        buffer_policy: what happens to the module's buffers.
+        views: which weights are evaluated.
+        layout: the order of the parameters.
+        transforms: what stands between a client's message and the server.
+        seed: of the transforms' random draws.
+        unmoved: gives a parameter without a gradient as it was when the round began.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        perturbation: Perturbation | None,
+        datamodule: FederatedDataModule,
+        store: ClientStore,
+        buffer_policy: BufferPolicy,
+        views: Sequence[View],
+        layout: ParameterLayout,
+        transforms: Sequence[Transform] = (),
+        seed: int = 0,
+        unmoved: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        self._unmoved = unmoved
+        self.algorithm, self.perturbation = algorithm, perturbation
+        self.store, self.buffer_policy, self.views = store, buffer_policy, views
+        self.num_clients = datamodule.num_clients
+        self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
+        algorithm.setup(self.num_clients, layout)
+        if perturbation is not None:
+            perturbation.setup(layout)
+        self.clients = ClientSide(
+            algorithm, perturbation, datamodule, store, buffer_policy, transforms, seed, self.sizes
+        )
+        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
+        self._total_weight = math.fsum(weights)
+        self._shares = torch.tensor(weights, dtype=torch.float64) / self._total_weight
+        self.state = ServerState()
+
+    def initialise(self, params: Tensor, buffers: State) -> None:
+        """Begin with a model: its flat parameters ``[P]`` and its buffers."""
+        self.clients.initial_buffers = {k: v.clone() for k, v in buffers.items()}
+        latest = {"params": params.double(), "initial": params, "shares": self._shares}
+        self.state = ServerState(
+            algorithm=self.algorithm.init_server(params),
+            perturbation={} if self.perturbation is None else self.perturbation.init_server(params),
+            buffers=buffers,
+            views=dict.fromkeys(self.views, params),
+            latest_mean=latest if "all" in self.views else {},
+        )
+        self.begin()
+        self.clients.check_transforms()
+
+    @property
+    def params(self) -> Tensor:
+        """The server's model, ``[P]``."""
+        return self.state.algorithm["params"]
+
+    def begin(self) -> None:
+        """Begin a round: what the clients will receive."""
+        received = dict(self.algorithm.broadcast(self.state.algorithm))
+        if self.perturbation is not None:
+            received |= self.perturbation.broadcast(self.state.perturbation)
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._received, self._incoming = received, Incoming(self._keep, share_rows=several)
+        self.clients.begin(self.state, received)
+
+    def tasks(self, clients: Iterable[int], lrs: tuple[float, ...] | None) -> Iterator[ClientTask]:
+        """What the clients have to do in this round, one after the other."""
+        return (self.clients.task(client, lrs) for client in clients)
+
+    def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
+        """A client's work in the next round, to try things out with."""
+        self.begin()
+        return self.clients.task(client, lrs)
+
+    def receive(self, result: ClientResult) -> None:
+        """Let a client make its message of what it trained, and add that up."""
+        reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
+        sender, rows = result.sender, reply.rows
+        weight = algorithm.mean_weight(sender.num_samples)
+        update = reply.message["params"].double().sub_(received["params"])
+        terms = {"update": weight * update, "weight": update.new_tensor(weight)}
+        terms |= algorithm.contribution({**reply.message, "update": update}, sender)
+        if self.perturbation is not None:
+            beside = self.perturbation.contribution(reply.beside, sender)
+            terms |= {_PERTURBATION + k: v for k, v in beside.items()}
+        latest = algorithm.latest(received, rows["algorithm"], reply.message)
+        if algorithm.personal:
+            terms["latest_models"] = weight * latest.double()
+        if "all" in self.views:
+            terms["latest"] = weight * (latest.double() - self._latest(sender.client))
+            rows["latest"] = {"params": latest}
+        counters = {k: v for k, v in result.buffers.items() if not _averaged(v)}
+        moved_by = {
+            k: _real(v).double() - _real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters
+        }
+        terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
+        report = Report.of(result, weight, torch.dot(update, update), reply.num_bytes + self._buffer_bytes)
+        self._incoming.add(Entry(report, terms, counters, rows))
+
+    def _buffer(self, name: str) -> Tensor:
+        """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
+        if name in self.state.buffers or self._unmoved is None:
+            return self.state.buffers[name]
+        return self._unmoved(name)
+
+    def late(self) -> list[str]:
+        """What clients have moved in this round, and none before."""
+        names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
+        return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
+
+    def _keep(self, client: int, rows: dict[str, State]) -> None:
+        for part, state in rows.items():
+            self.store.put(client, part, state)
+
+    def _latest(self, client: int) -> Tensor:
+        """A client's latest model; the one before the first round if it has not trained."""
+        row = self.store.get(client, "latest")
+        return self.state.latest_mean["initial"] if row is None else row["params"]
+
+    def exchange(self, fabric: Fabric, stop: int = 0) -> int:
+        """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
+        return self._incoming.finish(fabric, stop)
+
+    def aggregate(self) -> dict[str, Tensor | float]:
+        """Make the server's next state of what was received.
+
+        Returns:
+            What the clients logged, reduced over them, and the figures of the round.
+
+        Raises:
+            FloatingPointError: if no client's message could be used.
+        """
+        incoming, old = self._incoming, self.state
+        used = [report for report in incoming.reports if report.used]
+        self._name_left_out([report.client for report in incoming.reports if not report.used], len(used))
+        total = incoming.sums.totals()
+        total["clients"] = total["weight"].new_tensor(float(len(used)))
+        mean_update = total["update"] / total["weight"]
+        algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
+        perturbation = old.perturbation
+        if self.perturbation is not None:
+            sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}
+            sums["clients"] = total["clients"]
+            perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
+        metrics = round_metrics(incoming.reports, mean_update)
+        metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
+        metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
+        views, latest = self.algorithm.evaluated(algorithm, self._received, total), {}
+        dtype = old.algorithm["params"].dtype
+        views = {view: params.to(dtype) for view, params in views.items()}
+        if torch.equal(views["server"], views["selected"]):
+            views["selected"] = views["server"]  # one vector, one evaluation
+        if "all" in self.views:
+            latest = {**old.latest_mean, "params": old.latest_mean["params"] + total["latest"] / self._total_weight}
+            views["all"] = latest["params"].to(dtype)
+        steps = {k: total[_BUFFERS + k] / total["weight"] for k in old.buffers if _BUFFERS + k in total}
+        averaged = {k: _like_real(_real(old.buffers[k]) + v, old.buffers[k]) for k, v in steps.items()}
+        scales = [report.loss_scale for report in used if report.loss_scale is not None]
+        self.state = ServerState(
+            round=old.round + 1,
+            global_step=old.global_step + sum(report.num_steps for report in used),
+            algorithm=algorithm,
+            perturbation=perturbation,
+            buffers=like({**old.buffers, **averaged, **incoming.maxima}, old.buffers),
+            views={view: views[view] for view in self.views},
+            latest_mean=latest,
+            loss_scale=min(scales, default=old.loss_scale),
+        )
+        return metrics
+
+    def _name_left_out(self, bad: list[int], used: int) -> None:
+        if not used:
+            raise FloatingPointError(
+                f"round {self.state.round}: the update of every client ({bad}) is NaN or infinite."
+                " Lower the learning rate, or set trainer.gradient_clip_val."
+            )
+        if bad:
+            rank_zero_warn(f"round {self.state.round}: left out clients {bad}, whose update is NaN or infinite.")
+
+    @property
+    def _buffer_bytes(self) -> int:
+        """What buffers add to a message in either direction."""
+        return num_bytes(self.state.buffers) if self.buffer_policy == "average" else 0
+
+    def num_bytes(self) -> int:
+        """Size of what a checkpoint holds at least."""
+        tensors = {id(v): v for part in vars(self.state).values() if isinstance(part, dict) for v in part.values()}
+        return num_bytes(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Server state and client rows, in plain tensors and Python values."""
+        return {
+            "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
+            "initial_buffers": dict(self.clients.initial_buffers),
+            "clients": self.store.state_dict(),
+        }
+
+    def load_state_dict(self, saved: dict[str, Any], clients: bool = True, anew: bool = False) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Args:
+            saved: the state.
+            clients: whether the clients' rows are needed; evaluation needs none.
+            anew: count rounds and steps from there, and leave the rest as it has been initialised.
+
+        Raises:
+            MisconfigurationException: if the algorithm keeps something else.
+        """
+        if anew:
+            self.state.round, self.state.global_step = saved["server"]["round"], saved["server"]["global_step"]
+            return
+        device = self.params.device
+        expected = {k: v.shape for k, v in self.state.algorithm.items()}
+        found = {k: v.shape for k, v in saved["server"]["algorithm"].items()}
+        if clients and expected != found:
+            raise MisconfigurationException(f"ckpt_path: the algorithm keeps {expected}, the checkpoint has {found}.")
+        self.clients.initial_buffers = moved(saved["initial_buffers"], device)
+        server: dict[str, Any] = {k: moved(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
+        self.state = ServerState(**server)
+        if clients:
+            self.store.load_state_dict(saved["clients"])
+            mean = self.state.latest_mean
+            if mean and not ("shares" in mean and torch.equal(mean["shares"].cpu(), self._shares)):
+                rank_zero_info("ckpt_path: its view `all` weighs clients otherwise than here, and is summed up anew.")
+                self.state.latest_mean = mean = reweighed(mean, self._shares, self.store)
+                self.state.views["all"] = mean["params"].to(self.params.dtype)
+
+
+def _averaged(buffer: Tensor) -> bool:
+    """Whether a buffer is averaged over clients; of the others (counters of batches) the largest is kept."""
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
+def _real(buffer: Tensor) -> Tensor:
+    return torch.view_as_real(buffer) if buffer.is_complex() else buffer
+
+
+def _like_real(value: Tensor, buffer: Tensor) -> Tensor:
+    return torch.view_as_complex(value) if buffer.is_complex() else value
