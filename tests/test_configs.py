@@ -57,7 +57,8 @@ def images_for(name, folder):
 def arguments(name, folder):
     part, path = name.split("/")[0], str(CONFIGS / name)
     keys = {"logger": "trainer.logger", "model": "model", "data": "data"}
-    keys |= {"algorithm": "algorithm", "perturbation": "perturbation", "analysis": "trainer.callbacks+"}
+    keys |= {"algorithm": "algorithm", "perturbation": "perturbation", "transforms": "trainer.transforms"}
+    keys |= {"analysis": "trainer.callbacks+", "callbacks": "trainer.callbacks+"}
     chosen = ["-c", str(QUICKSTART), f"--{keys[part]}={path}"] if part in keys else ["-c", path]
     return [*chosen, *images_for(name, folder), *QUICK, f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
 

@@ -171,9 +171,10 @@ def test_every_metric_that_a_client_logs_is_kept_under_a_name_of_its_own(tmp_pat
     for offset, name in enumerate(short):
         assert found[f"clients/{name}_mean"] == pytest.approx(values.mean().item() + offset, abs=1e-6)
         assert found[f"clients/{name}_std"] == pytest.approx(values.std(unbiased=False).item(), abs=1e-6)
+        assert found[f"clients/{name}_min"] == pytest.approx(values.min().item() + offset, abs=1e-6)
         assert found[f"clients/{name}_p10"] == pytest.approx(values.quantile(0.1).item() + offset, abs=1e-6)
-    clients = [name for name in found if name.startswith("clients/") and name[-4:] in ("mean", "_std", "_p10")]
-    assert len(clients) == 3 * len(names)
+    clients = [name for name in found if name.startswith("clients/") and name[-4:] in ("mean", "_std", "_min", "_p10")]
+    assert len(clients) == 4 * len(names)
 
 
 def test_clients_are_not_evaluated_for_nothing(tmp_path, caplog):

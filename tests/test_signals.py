@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+from fedlight.callbacks import ClientMetrics
 from fedlight.run.loggers import read_metrics
 from fedlight.run.signals import deferred_signals
 from tests.helpers.interrupted import CASES, ROUNDS
@@ -33,10 +34,11 @@ def interrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The weights after all rounds."""
+    """The weights after all rounds, and what the clients reported."""
     model = Regression()
-    quiet_trainer(tmp_path_factory.mktemp("whole"), max_rounds=ROUNDS).fit(model, Clients())
-    return weights(model)
+    trainer = quiet_trainer(tmp_path_factory.mktemp("whole"), max_rounds=ROUNDS, callbacks=[ClientMetrics()])
+    trainer.fit(model, Clients())
+    return weights(model), (trainer.run_dir / "clients.csv").read_text()
 
 
 def test_exit_codes_say_what_happened(interrupted):
@@ -56,14 +58,17 @@ def test_a_resumed_run_ends_with_the_same_bits(interrupted, uninterrupted, case)
     before = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["fedlight"]["server"]["round"]
     # A gentle signal lets round 3 finish; a second one and kill -9 lose it.
     assert before == (4 if case in ("term", "int") else 3)
-    trainer, model = quiet_trainer(folder, name=case, max_rounds=ROUNDS), Regression()
+    settings = {"name": case, "max_rounds": ROUNDS, "callbacks": [ClientMetrics()]}
+    trainer, model = quiet_trainer(folder, **settings), Regression()
     trainer.fit(model, Clients(), ckpt_path="last")
     assert trainer.run_dir == run
-    assert torch.equal(weights(model), uninterrupted)
+    end, clients = uninterrupted
+    assert torch.equal(weights(model), end)
+    assert (run / "clients.csv").read_text() == clients
     rows = read_metrics(run / "metrics.csv")
     assert [row["round"] for row in rows] == list(range(ROUNDS))
     whole = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    assert torch.equal(whole["fedlight"]["server"]["algorithm"]["params"], uninterrupted)
+    assert torch.equal(whole["fedlight"]["server"]["algorithm"]["params"], end)
     assert not list((run / "checkpoints").glob(".*"))  # no half of a file is left
 
 

@@ -1,7 +1,7 @@
 """Evaluation of one set of weights on one dataset."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -109,8 +109,8 @@ class Evaluator:
         with self._fabric.strategy.precision.forward_context():
             return call_step(self._module, f"{stage}_step", batch, index)
 
-    def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[str, float]:
-        """What the module logs on each client's own validation data: mean, standard deviation and 10th percentile.
+    def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[int, dict[str, float]]:
+        """What the module logs on each client's own validation data, in the order of the clients.
 
         Empty where the datamodule has no such data. Where the module logs nothing on that of the first client, one
         line says so, and no client is evaluated any more.
@@ -131,14 +131,7 @@ class Evaluator:
             everyone = [None] * world
             torch.distributed.all_gather_object(everyone, own)
         found = {client: metrics for part in everyone for client, metrics in part.items() if metrics}
-        logged = dict.fromkeys(name for client in sorted(found) for name in found[client])
-        out: dict[str, float] = {}
-        for name, short in _client_names(logged).items():
-            each = torch.tensor([found[c][name] for c in sorted(found) if name in found[c]], dtype=torch.float64)
-            out[f"clients/{short}_mean"] = float(each.mean())
-            out[f"clients/{short}_std"] = float(each.std(unbiased=False))
-            out[f"clients/{short}_p10"] = float(each.quantile(0.1))
-        return out
+        return dict(sorted(found.items()))
 
     def _on_client(self, client: int, limit: int | float | None) -> dict[str, Tensor] | None:
         dataset = self._datamodule.client_val_dataset(client)
@@ -185,6 +178,16 @@ class Evaluator:
             for name, (value, weight, reduction) in logged.items():
                 total.merge(name, value, weight, reduction)
         return total.compute()
+
+
+def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Mean, standard deviation, minimum and 10th percentile over the clients of each metric that they have."""
+    out: dict[str, float] = {}
+    for name, short in _client_names(dict.fromkeys(name for metrics in found.values() for name in metrics)).items():
+        each = torch.tensor([metrics[name] for metrics in found.values() if name in metrics], dtype=torch.float64)
+        figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "p10": each.quantile(0.1)}
+        out |= {f"clients/{short}_{figure}": float(value) for figure, value in figures.items()}
+    return out
 
 
 def _client_names(logged: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What callbacks and modules find on ``trainer``: the names of Lightning's Trainer, and the checked settings."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
 from fedlight.run.names import method_name
 from fedlight.run.settings import check_settings, one_perturbation
+from fedlight.server.incoming import Report
 from fedlight.server.sampling import Sampler, Uniform
 
 if TYPE_CHECKING:
@@ -113,6 +115,19 @@ class TrainerInterface(LightningNames):
         if self.now[1] is not None:
             self._metrics |= self.now[1].log.compute(keep=True)
         return self._metrics
+
+    @property
+    def client_reports(self) -> Sequence[Report]:
+        """What each client of the round has reported, in the order of the clients, also those that were left out.
+
+        Complete, and the same in every process, from ``on_round_metrics`` on until the next round begins.
+        """
+        return self._session.federation.reports
+
+    @property
+    def client_val_metrics(self) -> dict[int, dict[str, float]]:
+        """What validation logged on each client's own data, by client; empty in a round without such an evaluation."""
+        return self._session.views.clients
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""

@@ -65,7 +65,7 @@ class MetricsCSV(Logger):
         new_columns = [k for k in row if k not in self._columns]
         self._columns += new_columns
         if new_row and not new_columns and self.path.exists():
-            self._lines.append(_line(self._cells(row)))
+            self._lines.append(csv_line(self._cells(row)))
             with self.path.open("a", newline="") as file:
                 file.write(self._lines[-1])
         else:
@@ -98,18 +98,19 @@ class MetricsCSV(Logger):
         self._rewrite()
 
     def _cells(self, row: dict[str, float]) -> list[str]:
-        return [_text(row[c]) if c in row else "" for c in self._columns]
+        return [csv_number(row[c]) if c in row else "" for c in self._columns]
 
     def _rewrite(self) -> None:
-        self._lines = [_line(self._columns), *(_line(self._cells(self._rows[k])) for k in sorted(self._rows))]
+        self._lines = [csv_line(self._columns), *(csv_line(self._cells(self._rows[k])) for k in sorted(self._rows))]
         atomic_write(self.path, self.text.encode())
 
 
-# A writer's `writerow` returns what `write` does: the line itself.
-_line: Callable[[list[str]], str] = csv.writer(SimpleNamespace(write=str)).writerow
+csv_line: Callable[[list[str]], str] = csv.writer(SimpleNamespace(write=str)).writerow
+"""A line of a CSV file: a writer's ``writerow`` returns what ``write`` does."""
 
 
-def _text(value: float) -> str:
+def csv_number(value: float) -> str:
+    """A number as it is written: whole ones as such, others with all their digits."""
     return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else repr(float(value))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
-from fedlight.run.evaluation import Stage
+from fedlight.run.evaluation import Stage, over_clients
 from fedlight.run.snapshot import as_floats
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ class Views:
 
     Attributes:
         logged: what the module logs in validation, in its order; empty before the first one.
+        clients: what it logs on the clients' own data, by client; empty in a round without such an evaluation.
     """
 
     def __init__(self, session: "Session") -> None:
         self._session, self._settings = session, session.settings
         self.logged: list[str] = []
+        self.clients: dict[int, dict[str, float]] = {}
 
     def load(self, view: str) -> None:
         """Put a view's weights and the server's buffers into the module."""
@@ -49,6 +51,7 @@ class Views:
 
     def evaluate_round(self) -> Row:
         """Evaluate views and clients, where this round is due."""
+        self.clients = {}
         defined = overrides(self._session.module, "validation_step")
         if not self.due or not defined or self._settings["limit_val_batches"] == 0:
             return {}
@@ -104,4 +107,5 @@ class Views:
         if rounds % every and not self._is_last:
             return {}
         self.load("server")
-        return {**session.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])}
+        self.clients = session.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])
+        return {**over_clients(self.clients)}

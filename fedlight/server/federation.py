@@ -94,6 +94,11 @@ class Federation:
         """The server's model, ``[P]``."""
         return self.state.algorithm["params"]
 
+    @property
+    def reports(self) -> Sequence[Report]:
+        """What each client of the round reported, in the order of the clients once they are exchanged."""
+        return self._incoming.reports
+
     def begin(self) -> None:
         """Begin a round: what the clients will receive."""
         received = dict(self.algorithm.broadcast(self.state.algorithm))

@@ -26,6 +26,7 @@ class Report:
         used: whether its message was added; otherwise something in it was NaN, infinite or huge.
         weight: its weight in the mean of the round.
         square: ‖Δ_i‖².
+        num_samples: n_i.
         num_steps: local steps that it took.
         up_bytes: size of its message.
         loss_scale: the scale that 16-bit mixed precision ended with.
@@ -37,6 +38,7 @@ class Report:
     used: bool
     weight: float
     square: Any
+    num_samples: int
     num_steps: int
     up_bytes: int
     loss_scale: float | None
@@ -46,8 +48,13 @@ class Report:
     @classmethod
     def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int) -> "Report":
         """The report of a result."""
-        counts = result.client, True, weight, square, result.num_steps, up_bytes
+        counts = result.client, True, weight, square, result.num_samples, result.num_steps, up_bytes
         return cls(*counts, result.loss_scale, result.metrics, result.reductions)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """What the client logged, over its batches."""
+        return _reduced([self])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
+from fedlight.callbacks import ClientMetrics
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.cli.command import main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
@@ -61,7 +62,7 @@ class Interrupt(Callback):
 
 def run(folder: Path, case: str) -> None:
     """Train until the signal comes."""
-    callbacks = [Interrupt(*CASES[case]), Checkpoint(max_overhead=1)]
+    callbacks = [Interrupt(*CASES[case]), Checkpoint(max_overhead=1), ClientMetrics()]
     trainer = quiet_trainer(folder, name=case, max_rounds=ROUNDS, callbacks=callbacks)
     trainer.fit(Regression(), Clients())
 

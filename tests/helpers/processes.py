@@ -19,6 +19,7 @@ from torch import nn
 from torchmetrics import MeanMetric, MeanSquaredError
 
 from fedlight.algorithms.scaffold import SCAFFOLD
+from fedlight.callbacks import ClientMetrics
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Drawing, Regression, quiet_trainer, weights
@@ -94,7 +95,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def outcome(case: str, folder: Path, devices: int) -> dict[str, Any]:
     """What a case ends with in this process: weights, statistics, metrics, warnings."""
-    settings = {"devices": devices, "name": case, **CASES[case]}
+    settings = {"devices": devices, "name": case, "callbacks": [ClientMetrics()], **CASES[case]}
     data, model = settings.pop("data", lambda: Own(SIZES)), settings.pop("model", Measured)
     resume = settings.pop("resume", None)
     for key in ("algorithm", "perturbation"):
@@ -114,6 +115,7 @@ def outcome(case: str, folder: Path, devices: int) -> dict[str, Any]:
         "weights": weights(module),
         "views": trainer._session.federation.state.views,
         "rows": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
+        "clients": (trainer.run_dir / "clients.csv").read_text(),
         "tested": tested,
         "left out": [str(w.message) for w in caught if "left out" in str(w.message)],
     }
