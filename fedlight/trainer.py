@@ -88,6 +88,8 @@ class FederatedTrainer(TrainerInterface):
         trainer.fit(MyLightningModule(), ImageData("digits", num_clients=20))
     """
 
+    _session: Session
+
     def __init__(
         self,
         algorithm: Algorithm | None = None,

@@ -162,6 +162,11 @@ def dotted_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+def test_no_modules_import_each_other_in_a_circle():
+    trees = {dotted_name(path): ast.parse(path.read_text()) for path in MODULES if path != PACKAGE / "__init__.py"}
+    assert circles({name: imported(tree, set(trees)) for name, tree in trees.items()}) == set()
+
+
 def test_the_check_of_circles_finds_them():
     uses = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
     assert circles(uses) == {"b", "c"}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import LightningModule
 
@@ -14,15 +13,14 @@ from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, federated_subject
 from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.run.context import RunContext
 from fedlight.run.folder import writing
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
-    from fedlight.trainer import FederatedTrainer
+from fedlight.run.interface import TrainerInterface
+from fedlight.run.session import Session
 
 
 def analyze(
-    trainer: "FederatedTrainer",
+    trainer: TrainerInterface,
     model: LightningModule,
     datamodule: FederatedDataModule | None,
     ckpt_path: str | Path | None,
@@ -76,8 +74,6 @@ def analyze(
     Returns:
         The figures by view.
     """
-    from fedlight.run.session import Session
-
     measurement = Measurement(
         "analyze", top_k, density, trace, layerwise, on, max_samples, views, float64, sam_rho, tolerance, seed
     )
@@ -122,7 +118,7 @@ def analyze(
         return results
 
 
-def _destination(session: "Session", ckpt_path: str | Path | None, output: str | Path | None) -> tuple[Path, str]:
+def _destination(session: RunContext, ckpt_path: str | Path | None, output: str | Path | None) -> tuple[Path, str]:
     """The folder to write to, and what the files are called after."""
     trainer = session.trainer
     stem = "model" if ckpt_path is None else Path(ckpt_path).stem
@@ -136,7 +132,7 @@ def _destination(session: "Session", ckpt_path: str | Path | None, output: str |
 
 
 def _write(
-    results: Mapping[str, HessianResult], subject: Subject, session: "Session", folder: Path, stem: str
+    results: Mapping[str, HessianResult], subject: Subject, session: RunContext, folder: Path, stem: str
 ) -> list[Path]:
     """Files and pictures of the measurement."""
     from fedlight.run.loggers import read_metrics

@@ -18,8 +18,6 @@ from fedlight.module.parameters import load_flat_parameters, load_tensors
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from fedlight.trainer import FederatedTrainer
-
 DataName = Literal["train", "val", "clients"]
 Weights = tuple[Tensor, dict[str, Tensor]]
 """Flat parameters ``[P]`` and buffers."""
@@ -108,19 +106,19 @@ def subject_of(trainer: Any, module: LightningModule) -> Subject:
     return federated_subject(trainer) if is_federated(trainer) else plain_subject(trainer, module)
 
 
-def federated_subject(trainer: "FederatedTrainer") -> Subject:
+def federated_subject(trainer: Any) -> Subject:
     """The server's model, the selected clients' and the mean of all, with the clients' data."""
-    session, data = trainer._session, trainer.datamodule
-    state = session.federation.state
-    views = {"server": session.federation.params} | state.views
+    data, federation = trainer.datamodule, trainer.federation
+    state = federation.state
+    views = {"server": federation.params} | state.views
     return Subject(
-        module=session.module,
-        device=session.fabric.device,
+        module=trainer.lightning_module,
+        device=trainer.strategy.root_device,
         train=data.pooled_dataset,
         val=data.val_dataset,
         clients=lambda: [data.client_dataset(c) for c in range(data.num_clients) if data.client_size(c)],
         weights={view: (params, state.buffers) for view, params in views.items()},
-        transfer=session.evaluator.transfer,
+        transfer=trainer.evaluator.transfer,
         collate_fn=data.collate_fn,
         rank=trainer.global_rank,
         world_size=trainer.world_size,

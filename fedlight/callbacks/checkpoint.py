@@ -101,7 +101,7 @@ class Checkpoint(RoundCallback):
 
     def _monitored(self, trainer: Any) -> str | None:
         """The metric to compare by, if there is one yet; said once."""
-        views = trainer._session.views
+        views = trainer.views
         name = self.monitor or self._chosen or preferred_metric(views.logged)
         found = name is not None and name in trainer.callback_metrics
         if not self._said and (found or views.due):

@@ -175,7 +175,7 @@ class HessianSpectrum(Callback):
     def _is_due(self, trainer: Any, subject: Subject) -> bool:
         last = trainer.current_round >= trainer.max_rounds
         if trainer.should_stop and not last:  # of itself; a signal leaves no time for this
-            interrupted = torch.tensor(float(trainer._session.interrupted), device=subject.device)
+            interrupted = torch.tensor(float(trainer.received_sigterm), device=subject.device)
             last = float(subject.total(interrupted) if subject.world_size > 1 else interrupted) == 0
         return last or int(trainer.current_round) % self.every_n_rounds == 0
 

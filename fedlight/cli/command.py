@@ -80,12 +80,12 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` when a fit begins."""
-        if stage == "fit" and not trainer._session.resumed:
+        if stage == "fit" and not trainer.resumed:
             self._write(trainer)
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Write it when a run is continued, now that nothing stands against that; what was there before is kept."""
-        if trainer._session.resumed:
+        if trainer.resumed:
             self._write(trainer)
 
     def _write(self, trainer: Any) -> None:

@@ -20,7 +20,7 @@ from fedlight.engines.client_loop import call_step, transfer_function
 from fedlight.engines.data_order import num_batches
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.penalties.batches import batch_size
-from fedlight.run.snapshot import as_floats
+from fedlight.run.rows import as_floats
 from fedlight.seeding import derive_seed
 
 Stage = Literal["validation", "test"]

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,8 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partitioned import Partition
 from fedlight.penalties.base import Penalty
+from fedlight.run.context import RunContext
 from fedlight.seeding import preserved_global_rng, seed_global_rng
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
 
 # Not the engine, compile, deterministic or devices: they say how the same function is computed, and a run may move.
 _TRAINER = (
@@ -38,9 +36,9 @@ _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiabl
 _SAMPLES = 8
 
 
-def describe(session: "Session") -> dict[str, Any]:
+def describe(run: RunContext) -> dict[str, Any]:
     """What a run has in common with those that continue it, by nested keys."""
-    trainer, module, optimization = session.trainer, session.module, session.schedule._optimization
+    trainer, module, optimization = run.trainer, run.module, run.schedule._optimization
     hparams = plain({k: v for k, v in module.hparams.items() if not k.startswith("_")})
     groups = optimization.optimizer.param_groups
     return {
@@ -48,19 +46,19 @@ def describe(session: "Session") -> dict[str, Any]:
         "algorithm": plain(trainer.algorithm),
         "perturbation": plain(trainer.perturbation),
         "trainer": {
-            **{key: plain(session.settings[key]) for key in _TRAINER},
-            "limit_train_batches": repr(session.settings["limit_train_batches"]),  # 1 is a batch, 1.0 all of them
+            **{key: plain(run.settings[key]) for key in _TRAINER},
+            "limit_train_batches": repr(run.settings["limit_train_batches"]),  # 1 is a batch, 1.0 all of them
             "sampler": plain(trainer.sampler),
             "clients_per_round": trainer.sampler.clients_per_round,
             "callbacks": plain([c for c in trainer.callbacks if isinstance(c, Penalty) and getattr(c, "zeta", 1) != 0]),
-            "views": list(session.federation.views),
-            "buffers": session.federation.buffer_policy,
+            "views": list(run.federation.views),
+            "buffers": run.federation.buffer_policy,
         },
-        "data": _data(session.datamodule),
+        "data": _data(run.datamodule),
         "model": {
             "class_path": type(module).__name__,
             "hparams": {k: v for k, v in hparams.items() if not isinstance(v, dict)},  # objects, or their YAML
-            "trained": [info.name for info in session.layout.parameters],
+            "trained": [info.name for info in run.layout.parameters],
             "layers": re.sub(r"0x[0-9a-f]+", "", repr(module)).splitlines()[1:],
         },
         "optimizer": {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import Callback
@@ -20,14 +20,24 @@ from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
 from fedlight.run.names import method_name
 from fedlight.run.settings import check_settings, one_perturbation
+from fedlight.server.federation import Federation
 from fedlight.server.incoming import Report
 from fedlight.server.sampling import Sampler, Uniform
 
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
-
-
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
+
+
+class Call(Protocol):
+    """What a trainer asks of its running call of fit, validate, test or analyze."""
+
+    federation: Federation
+    writer: CheckpointWriter
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that is needed to continue, now."""
+
+    def save_checkpoint(self, path: Path, content: dict[str, Any], wait: bool = True) -> None:
+        """Write a snapshot."""
 
 
 class TrainerInterface(LightningNames):
@@ -38,6 +48,10 @@ class TrainerInterface(LightningNames):
         global_step: local steps of all clients so far; inside a round, those before it and the present client's.
         should_stop: set it to stop after the current round.
         callback_metrics: the latest value of every metric.
+        federation: the server's and the clients' state.
+        resumed: whether that comes from a checkpoint.
+        views: which weights are evaluated, what they log, and whether this round is due.
+        evaluator: evaluates a set of weights.
     """
 
     algorithm: Algorithm
@@ -76,7 +90,7 @@ class TrainerInterface(LightningNames):
             setattr(self, key, settings[key])
         for key in ("default_root_dir", "name", "seed", "fast_dev_run", "precision", "num_nodes"):
             setattr(self, key, settings[key])
-        self._session: Session
+        self._session: Call
         self.state = TrainerState()
         self.should_stop = False
         self._metrics: dict[str, torch.Tensor] = {}

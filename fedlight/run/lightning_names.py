@@ -179,7 +179,7 @@ _STAGES = {"training": "TRAINING", "validating": "VALIDATING", "testing": "TESTI
 _PARTS = {
     **{name: f"fabric.{name}" for name in ("print", "global_rank", "local_rank", "node_rank", "world_size")},
     **{"is_global_zero": "fabric.is_global_zero", "model": "module", "lightning_module": "module"},
-    **{name: name for name in ("datamodule", "profiler", "ckpt_path")},
+    **{name: name for name in ("datamodule", "profiler", "ckpt_path", "federation", "resumed", "views", "evaluator")},
 }
 _VALUES: dict[str, Callable[[Any, Any], Any]] = {
     **{name: partial(_stage, stage) for name, stage in _STAGES.items()},

@@ -8,22 +8,20 @@ import time
 import traceback
 from collections.abc import Callable
 from signal import Signals
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
+from fedlight.run.context import RunContext
 
 _PATIENCE_S = 5.0
 _children: list["subprocess.Popen[bytes]"] = []  # of the program: a second fit goes on with those of the first
 
 
-def watch_children(session: "Session") -> Callable[[], None]:
+def watch_children(run: RunContext) -> Callable[[], None]:
     """Watch the processes that Fabric has started, in its place: it would kill this one and not say how to go on.
 
     Returns:
         A function that ends the watch.
     """
-    started = getattr(getattr(session.fabric.strategy, "launcher", None), "procs", [])
+    started = getattr(getattr(run.fabric.strategy, "launcher", None), "procs", [])
     _children.extend(started)
     started.clear()
     ended = threading.Event()
@@ -32,7 +30,7 @@ def watch_children(session: "Session") -> Callable[[], None]:
         while not ended.wait(0.5):
             # The main thread finds out by itself when it next waits for the others, unless it waits for ever.
             if any(child.poll() for child in _children) and not ended.wait(_PATIENCE_S):
-                print(f"fedlight: error: {_what_died(session)}", file=sys.stderr, flush=True)
+                print(f"fedlight: error: {_what_died(run)}", file=sys.stderr, flush=True)
                 for child in _children:
                     child.kill()
                 os._exit(1)
@@ -42,14 +40,14 @@ def watch_children(session: "Session") -> Callable[[], None]:
     return ended.set
 
 
-def lost_process(session: "Session", error: BaseException) -> str | None:
+def lost_process(run: RunContext, error: BaseException) -> str | None:
     """What is to be said in place of an error that torch.distributed raised; None for any other error."""
     if not isinstance(error, RuntimeError) or not raised_in(error).startswith("torch.distributed"):
         return None
     end = time.monotonic() + 2
     while _children and not any(child.poll() for child in _children) and time.monotonic() < end:
         time.sleep(0.05)
-    return _what_died(session)
+    return _what_died(run)
 
 
 def raised_in(error: BaseException) -> str:
@@ -58,8 +56,8 @@ def raised_in(error: BaseException) -> str:
     return str(frames[-1].f_globals.get("__name__", "")) if frames else ""
 
 
-def _what_died(session: "Session") -> str:
-    fabric, last = session.fabric, None if session.folder is None else session.folder.checkpoint("last")
+def _what_died(run: RunContext) -> str:
+    fabric, last = run.fabric, None if run.folder is None else run.folder.checkpoint("last")
     who, how = f"another of the {fabric.world_size} processes", "has ended; if it said why, that is above"
     for rank, child in enumerate(_children, 1):
         if code := child.poll():

@@ -5,18 +5,16 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 
 from fedlight.engines.data_order import num_batches
 from fedlight.penalties.batches import batch_size
+from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating
 from fedlight.run.preflight import first_samples, trial_step
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
 
 LARGE_STEP = 5e8
 """FLOP of a local step from which on a second thread makes it faster: ten milliseconds of one core."""
@@ -66,38 +64,38 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_devices(session: "Session") -> Any:
+def resolve_devices(run: RunContext) -> Any:
     """``trainer.devices``, where ``auto`` means a CPU: the number of processes.
 
     More than one is chosen for the ``fedlight`` command only: each further process runs the program again from its
     start, which a script has to be written for.
     """
-    settings, given = session.settings, session.settings["devices"]
+    settings, given = run.settings, run.settings["devices"]
     if given != "auto" or not _on_cpu(settings["accelerator"]):
         return given
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher, or this process's first one, has chosen
         here = os.environ.get("LOCAL_WORLD_SIZE")
         return int(here) if here else int(os.environ["WORLD_SIZE"]) // settings["num_nodes"]
     alone = settings["num_nodes"] == 1 and settings["strategy"] == "auto" and not settings["fast_dev_run"]
-    if session.command != "fit" or not alone or "OMP_NUM_THREADS" in os.environ or not started_as_command():
+    if run.command != "fit" or not alone or "OMP_NUM_THREADS" in os.environ or not started_as_command():
         return given
-    work = estimate(session)
+    work = estimate(run)
     return given if work is None else share_cores(work, available_cores())[0]
 
 
-def choose_threads(session: "Session") -> int | None:
+def choose_threads(run: RunContext) -> int | None:
     """Threads for a fit in one process on a CPU; None where that is not fedlight's choice.
 
     Operations of a few microseconds only wait for a second thread, above all when another program has its core.
     """
     cores = available_cores()
     chosen = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != cores  # by the user, or by Fabric
-    if session.fabric.device.type != "cpu" or session.fabric.world_size > 1 or chosen:
+    if run.fabric.device.type != "cpu" or run.fabric.world_size > 1 or chosen:
         return None
-    data, precision = session.datamodule, session.fabric.strategy.precision
-    batch = first_samples(data, int(session.federation.sizes.argmax()), data.batch_size)
-    batch = precision.convert_input(session.evaluator.transfer(batch))
-    flop = step_flop(session.module, batch, precision.forward_context())
+    data, precision = run.datamodule, run.fabric.strategy.precision
+    batch = first_samples(data, int(run.federation.sizes.argmax()), data.batch_size)
+    batch = precision.convert_input(run.evaluator.transfer(batch))
+    flop = step_flop(run.module, batch, precision.forward_context())
     return 1 if flop < LARGE_STEP else cores
 
 
@@ -111,15 +109,15 @@ def started_as_command() -> bool:
     return spec.name == "fedlight.__main__" if spec is not None else Path(sys.argv[0]).name == "fedlight"
 
 
-def estimate(session: "Session") -> Workload | None:
-    """What the session's fit will compute; None where the model cannot be tried out yet."""
-    settings, data = session.settings, session.datamodule
+def estimate(run: RunContext) -> Workload | None:
+    """What the run's fit will compute; None where the model cannot be tried out yet."""
+    settings, data = run.settings, run.datamodule
     try:
         data.prepare_data()
         data.setup("fit")
         sizes = [data.client_size(i) for i in range(data.num_clients)]
         batch = first_samples(data, max(range(len(sizes)), key=sizes.__getitem__), data.batch_size)
-        flop = step_flop(session.module, batch)
+        flop = step_flop(run.module, batch)
     except Exception:  # whatever it is, it comes again where it can be explained
         return None
     wanted = settings["clients_per_round"]

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,12 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
+from fedlight.run.context import RunContext
 from fedlight.run.experiment import describe, differences, plain
 from fedlight.run.folder import HISTORY, RunFolder, atomic_write, writing
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
-
 
 _OF_STATE = (
     *("algorithm", "perturbation", "trainer.views", "trainer.buffers", "trainer.precision"),
@@ -39,21 +36,21 @@ def decided(fabric: Fabric, decide: Callable[[], Path]) -> Path:
     return path
 
 
-def read_checkpoint(session: "Session", wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
+def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
     """Read ``ckpt_path``, and say in a line which file that is.
 
     Returns:
         The checkpoint, its path, and the folder of its run, if it lies in one.
     """
-    trainer, path = session.trainer, Path(wanted)
+    trainer, path = run.trainer, Path(wanted)
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
-        path = decided(session.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
+        path = decided(run.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
     checkpoint = load_checkpoint(path)
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.resolve().parent.parent
-    folder = RunFolder(run) if path.resolve().parent.name == "checkpoints" else None
+    parent = path.parent.parent if path.parent.name == "checkpoints" else path.resolve().parent.parent
+    folder = RunFolder(parent) if path.resolve().parent.name == "checkpoints" else None
     round = checkpoint["fedlight"]["server"]["round"]
-    if session.command != "fit":
+    if run.command != "fit":
         rank_zero_info(f"Reading {path}, written after {round} rounds.")
         return checkpoint, path, folder
     later = 0 if folder is None else folder.rounds() - round
@@ -63,7 +60,7 @@ def read_checkpoint(session: "Session", wanted: str | Path) -> tuple[dict[str, A
     return checkpoint, path, folder
 
 
-def begin_experiment(session: "Session", checkpoint: dict[str, Any] | None) -> bool:
+def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:
     """Make the schedule, describe the experiment, and compare it with the checkpoint's.
 
     Returns:
@@ -73,37 +70,37 @@ def begin_experiment(session: "Session", checkpoint: dict[str, Any] | None) -> b
     Raises:
         MisconfigurationException: with a line for each difference, if there may be none.
     """
-    session.schedule = RoundSchedule(session.module)
-    session.experiment = describe(session)
+    run.schedule = RoundSchedule(run.module)
+    run.experiment = describe(run)
     if checkpoint is None:
         return False
-    changes = differences(checkpoint["fedlight"].get("experiment") or _held(checkpoint), session.experiment)
+    changes = differences(checkpoint["fedlight"].get("experiment") or _held(checkpoint), run.experiment)
     samples = [key for key in changes if key.startswith("data.samples.")]
     for key in samples["data.partition" not in changes :]:  # one of them says it
         del changes[key]
     lines = [f"{key}: {_short(old)} in the checkpoint, {_short(new)} here" for key, (old, new) in changes.items()]
-    if lines and not session.settings["allow_changes"]:
+    if lines and not run.settings["allow_changes"]:
         raise MisconfigurationException(
-            f"ckpt_path={str(session._path)!r} is of another experiment:\n  " + "\n  ".join(lines) + "\nSet these back"
-            " to continue it, start anew without ckpt_path, or let them change with trainer.allow_changes=true."
+            f"ckpt_path={str(run.checkpoint_path)!r} is of another experiment:\n  " + "\n  ".join(lines) + "\nSet these"
+            " back to continue it, start anew without ckpt_path, or let them change with trainer.allow_changes=true."
         )
     anew = any(key.startswith(_OF_STATE) for key in changes)
     if anew:
         lines.append("what server and clients keep besides the model begins anew")
-        session.module.load_state_dict(checkpoint["state_dict"])
+        run.module.load_state_dict(checkpoint["state_dict"])
     for line in lines:
         rank_zero_info(f"trainer.allow_changes: {line}.")
-    session.changes = changes
+    run.changes = changes
     return anew
 
 
-def restore_schedule(session: "Session", checkpoint: dict[str, Any]) -> None:
+def restore_schedule(run: RunContext, checkpoint: dict[str, Any]) -> None:
     """Let the learning rates go on; those of another optimizer or schedule begin where they would be by now."""
-    if not any(key.startswith("optimizer") for key in session.changes):
-        session.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
+    if not any(key.startswith("optimizer") for key in run.changes):
+        run.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
         return
-    for round in range(session.trainer.current_round):
-        session.schedule.advance(round + 1, {}, evaluated=False)
+    for round in range(run.trainer.current_round):
+        run.schedule.advance(round + 1, {}, evaluated=False)
 
 
 def _held(checkpoint: dict[str, Any]) -> dict[str, Any]:

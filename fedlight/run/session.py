@@ -4,14 +4,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
-from torch import Tensor
 
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.federated import not_federated
@@ -19,34 +17,31 @@ from fedlight.data.pooled import PooledData
 from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
-from fedlight.module.optimizers import RoundSchedule
-from fedlight.module.parameters import ParameterLayout, flat_parameters
-from fedlight.run.checkpoint import CheckpointWriter
+from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
+from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.clock import RoundClock, make_profiler, start_profiler
+from fedlight.run.context import Command, RunContext
 from fedlight.run.evaluation import Evaluator
 from fedlight.run.float32 import float32_products
 from fedlight.run.folder import RunFolder, writing
-from fedlight.run.loggers import MetricsCSV, close_loggers, define_round_axis, make_loggers, tell
-from fedlight.run.movers import Movers, begin_federation, follow_freezing
+from fedlight.run.interface import TrainerInterface
+from fedlight.run.loggers import close_loggers, define_round_axis, make_loggers
+from fedlight.run.movers import Movers
 from fedlight.run.preflight import preflight
 from fedlight.run.processes import lost_process, watch_children
 from fedlight.run.processors import choose_threads, resolve_devices
 from fedlight.run.resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight.run.setup import be_deterministic, local_training, make_fabric
 from fedlight.run.signals import deferred_signals
-from fedlight.run.snapshot import as_floats, make_checkpoint, write_checkpoint, write_summary
+from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint, write_summary
 from fedlight.run.views import Views
 from fedlight.server.clients import client_store
 from fedlight.server.federation import Federation
 
-if TYPE_CHECKING:
-    from fedlight.trainer import FederatedTrainer
-
-Command = Literal["fit", "validate", "test"]
 STAGES = {"fit": RunningStage.TRAINING, "validate": RunningStage.VALIDATING, "test": RunningStage.TESTING}
 
 
-class Session:
+class Session(RunContext):
     """One call of ``fit``, ``validate`` or ``test``: a context that holds what lives as long as the call.
 
     Args:
@@ -57,23 +52,15 @@ class Session:
         ckpt_path: ``last``, ``best``, a file, or None.
 
     Attributes:
-        fabric: devices, precision and processes.
-        hooks: calls hooks of callbacks and module.
-        federation: the server's and the clients' state.
+        movers: what clients and evaluations change of the module besides its trained parameters.
         engine: executes local trainings; set by :meth:`start_fit`.
-        schedule: learning rates by round, in a fit.
-        experiment: what those that continue the run must agree with, in a fit.
-        changes: where this run differs from the one that it continues.
-        writer: writes checkpoints.
         clock: seconds of a round's parts; set by :meth:`start_fit`.
         views: evaluates the weights that are of interest.
-        resumed: whether the state comes from a checkpoint.
-        loggers: where metrics go.
     """
 
     def __init__(
         self,
-        trainer: "FederatedTrainer",
+        trainer: TrainerInterface,
         model: LightningModule,
         datamodule: LightningDataModule | None,
         command: Command,
@@ -88,16 +75,14 @@ class Session:
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
         self.profiler = make_profiler(self.settings["profiler"])
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
-        self.loggers: list[Logger] = []
-        self.folder: RunFolder | None = None
+        self.loggers = []
+        self.folder = None
         self._finished = self._created = False
         self.first_round = 0
         self.resumed = ckpt_path is not None
         self.ckpt_path = ckpt_path
         self._checkpoint: dict[str, Any] | None = None
-        self.schedule: RoundSchedule
-        self.experiment: dict[str, Any] = {}
-        self.changes: dict[str, list[Any]] = {}
+        self.experiment, self.changes = {}, {}
         self._started = time.perf_counter()
         self._cleanup = ExitStack()
         self.movers = Movers(self)
@@ -138,7 +123,7 @@ class Session:
         self.datamodule.setup(self.command)
         share_among_processes(self.fabric, self.datamodule)
         self._set_up_module()
-        begin_federation(self, self._checkpoint)
+        self._begin_federation(self._checkpoint)
 
     def _set_up_module(self) -> None:
         module, stage = self.module, self.command
@@ -152,6 +137,39 @@ class Session:
         self.fabric.to_device(module)
         hooks = self.hooks, self.hooks.module_only
         self.evaluator = Evaluator(module, self.fabric, self.datamodule, *hooks, self.movers.untouched)
+
+    def _begin_federation(self, checkpoint: dict[str, Any] | None) -> None:
+        """Make the federation; of a checkpoint, with its values, and with the parameters that its run trained.
+
+        In a fit the flags are put back then: what hooks before training freeze is compared when they have been called.
+        """
+        if checkpoint is None:
+            self._make_federation(None)
+            return
+        module, saved = self.module, checkpoint["state_dict"]
+        check_state_dict(self.checkpoint_path, saved, module.state_dict())
+        parameters = dict(module.named_parameters())
+        flags = {name for name, p in parameters.items() if p.requires_grad}
+        trained = checkpoint["fedlight"].get("experiment", {}).get("model", {}).get("trained", flags)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        load_tensors(module, {n: saved[n] for n in parameters if n in saved and n not in trained})
+        self._make_federation(checkpoint)
+        if self.command == "fit":
+            restore_callbacks(self, checkpoint)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in flags)
+
+    def _follow_freezing(self, checkpoint: dict[str, Any] | None) -> None:
+        """Honour what hooks before training have frozen or unfrozen.
+
+        Raises:
+            MisconfigurationException: if the checkpoint's run trained other parameters.
+        """
+        if ParameterLayout.of(self.module) != self.layout:
+            self._make_federation(checkpoint)
+            if checkpoint is not None:
+                restore_schedule(self, checkpoint)
 
     def _make_federation(self, checkpoint: dict[str, Any] | None) -> None:
         settings, trainer = self.settings, self.trainer
@@ -170,21 +188,21 @@ class Session:
         if checkpoint is not None:
             self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
             self.views.load("server")
-        if self.folder is not None and self.command == "fit" and self._is_zero:
+        if self.folder is not None and self.command == "fit" and self.is_zero:
             self.folder.check_room(self.federation.num_bytes())
 
     def _open_folder(self) -> dict[str, Any] | None:
         """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
         trainer, checkpoint = self.trainer, None
         if self.ckpt_path is not None:
-            checkpoint, self._path, self.folder = read_checkpoint(self, self.ckpt_path)
+            checkpoint, self.checkpoint_path, self.folder = read_checkpoint(self, self.ckpt_path)
         if self.command != "fit" or trainer.fast_dev_run:
             return checkpoint
         trainer.run_dir = folder = decided(self.fabric, self._take_folder)
         self.folder = self.folder or RunFolder(folder)
         # A run in a folder of its own is one of its own for W&B, too.
         ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
-        if self._is_zero:
+        if self.is_zero:
             name = f"{trainer.method_name}-seed{trainer.seed}"
             self.loggers = make_loggers(self.settings["logger"], folder, ids, name)
         return checkpoint
@@ -196,10 +214,6 @@ class Session:
         self.folder.lock()
         self._cleanup.callback(self.folder.unlock)
         return self.folder.path
-
-    @property
-    def _is_zero(self) -> bool:
-        return self.fabric.global_rank == 0
 
     def start_fit(self) -> None:
         """Make the schedule and the engine, try one batch, and call the hooks of the start."""
@@ -216,16 +230,16 @@ class Session:
         self.first_round = trainer.current_round
         define_round_axis(self.loggers)
         self.hooks("on_fit_start")
-        follow_freezing(self, self._checkpoint)
+        self._follow_freezing(self._checkpoint)
         if self._checkpoint is not None and self.metrics_csv is not None:
             with writing(self.metrics_csv.path):
                 self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
-        self.engine = start_engine(settings["engine"], local_training(self))
+        self.engine = start_engine(settings["engine"], local_training(self, self.movers))
         self._cleanup.callback(self.engine.teardown)
         profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
-        if self.resumed and self.folder is not None and self._is_zero and trainer.current_round < trainer.max_rounds:
+        if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
             record_changes(self.folder.path, trainer.current_round, self.changes)
         self.hooks("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
@@ -236,9 +250,10 @@ class Session:
         self.views.load("server")
         self.hooks("on_train_end")
         self._finished = True
-        if self.folder is not None and self._is_zero:
+        if self.folder is not None and self.is_zero:
             with writing(self.folder.path):
-                write_summary(self, time.perf_counter() - self._started)
+                seconds = time.perf_counter() - self._started
+                write_summary(self, seconds, self.views.logged, type(self.engine).__name__)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -262,22 +277,6 @@ class Session:
         if lost is not None:
             raise ConnectionError(lost) from None
 
-    def publish(self, metrics: dict[str, Tensor]) -> None:
-        """Let callbacks find metrics."""
-        self.trainer.callback_metrics.update({k: v.detach().cpu() for k, v in metrics.items()})
-
-    def log(self, row: dict[str, Tensor | float]) -> None:
-        """Write a round's metrics to every logger."""
-        metrics = as_floats(row)
-        self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
-        with writing(self.trainer.run_dir or Path()):
-            tell(self.loggers, lambda logger: logger.log_metrics(metrics, step=int(metrics["round"])))
-
-    @property
-    def metrics_csv(self) -> MetricsCSV | None:
-        """The logger that always is; None in other processes than the first, and where nothing is written."""
-        return self.loggers[0] if self.loggers and isinstance(self.loggers[0], MetricsCSV) else None
-
     @property
     def interrupted(self) -> int:
         """The number of the signal that asked this process to stop, or 0."""
@@ -285,7 +284,7 @@ class Session:
 
     def raise_if_interrupted(self, stop: int) -> None:
         """After a round, raise what the signal asks for; every process does so at the same round."""
-        if stop and not self._is_zero:
+        if stop and not self.is_zero:
             # Launchers kill the first process as soon as another one fails; it has the loggers to close.
             raise SystemExit(0)
         self._signals.raise_received(stop)

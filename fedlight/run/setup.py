@@ -1,4 +1,4 @@
-"""What a session makes of the trainer's settings."""
+"""What a run makes of the trainer's settings."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -18,10 +18,9 @@ from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
 from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
+from fedlight.run.context import RunContext
+from fedlight.run.movers import Movers
 from fedlight.server.sampling import expected_clients
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
 
 
 def make_fabric(settings: dict[str, Any]) -> Fabric:
@@ -54,15 +53,15 @@ def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def local_training(session: "Session") -> LocalTraining:
-    """What all local trainings of the session have in common."""
-    trainer, settings, data, federation = session.trainer, session.settings, session.datamodule, session.federation
+def local_training(run: RunContext, movers: Movers) -> LocalTraining:
+    """What all local trainings of the run have in common."""
+    trainer, settings, data, federation = run.trainer, run.settings, run.datamodule, run.federation
     clip = settings["gradient_clip_val"]
     engine = settings["engine"]
     federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
     training = LocalTraining(
-        module=session.module,
-        fabric=session.fabric,
+        module=run.module,
+        fabric=run.fabric,
         seed=trainer.seed,
         batch_size=data.batch_size,
         epochs=trainer.local_epochs,
@@ -73,23 +72,23 @@ def local_training(session: "Session") -> LocalTraining:
         perturbation=trainer.perturbation,
         num_workers=data.num_workers,
         collate_fn=data.collate_fn,
-        call=session.hooks,
+        call=run.hooks,
         compile=settings["compile"],
         lr_factors=trainer.algorithm.lr_factors,
-        clients=math.ceil(expected_clients(trainer.sampler) / session.fabric.world_size),
-        example=_example(session),
+        clients=math.ceil(expected_clients(trainer.sampler) / run.fabric.world_size),
+        example=_example(run),
     )
-    frozen = any(not p.requires_grad for p in session.module.parameters())
+    frozen = any(not p.requires_grad for p in run.module.parameters())
     if not frozen and runs_python(settings["engine"], training):
-        return replace(training, state=session.movers.state)  # whatever steps change shows when it is put back
-    findings = try_steps(training, session.hooks.module_only)
-    session.movers.adopt(findings.moving)
+        return replace(training, state=movers.state)  # whatever steps change shows when it is put back
+    findings = try_steps(training, run.hooks.module_only)
+    movers.adopt(findings.moving)
     _say(findings, federation.buffer_policy)
-    return replace(training, findings=findings, state=session.movers.state, example=_example(session))
+    return replace(training, findings=findings, state=movers.state, example=_example(run))
 
 
-def _example(session: "Session") -> ClientTask:
-    return session.federation.example_task(int(session.federation.sizes.argmax()), session.schedule.lrs)
+def _example(run: RunContext) -> ClientTask:
+    return run.federation.example_task(int(run.federation.sizes.argmax()), run.schedule.lrs)
 
 
 def _say(findings: Findings, policy: str) -> None:

@@ -1,11 +1,11 @@
-"""What a session leaves on disk: the checkpoint's content, and the summary of a run."""
+"""What a run leaves on disk: the checkpoint's content, and the summary of a run."""
 
 import platform
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning
 import torch
@@ -13,12 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.run.checkpoint import FORMAT
+from fedlight.run.context import RunContext
 from fedlight.run.loggers import logger_ids, read_metrics
 from fedlight.run.names import smaller_is_better
 from fedlight.server.clients import DiskClientStore
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
 
 
 @lru_cache
@@ -30,17 +28,17 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def make_checkpoint(session: "Session") -> dict[str, Any]:
+def make_checkpoint(run: RunContext) -> dict[str, Any]:
     """All that is needed to continue, in plain tensors and Python values.
 
     ``state_dict`` and ``hyper_parameters`` are where Lightning puts them, so ``Module.load_from_checkpoint`` reads the
     server's model. The rest is under ``fedlight``. Randomness needs no state: every generator is seeded by its round.
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
-    trainer, module, state = session.trainer, session.module, session.federation.state
+    trainer, module, state = run.trainer, run.module, run.federation.state
     callbacks = {c.state_key: _copied(plain(c.state_dict())) for c in trainer.callbacks}
     checkpoint = {
-        "state_dict": server_state_dict(session),
+        "state_dict": server_state_dict(run),
         "hyper_parameters": _copied(plain(dict(module.hparams))),
         "pytorch-lightning_version": lightning.__version__,
         "epoch": state.round,
@@ -49,44 +47,44 @@ def make_checkpoint(session: "Session") -> dict[str, Any]:
         "fedlight": {
             "format": FORMAT,
             "version": package_version(),
-            "experiment": session.experiment,
-            "schedule": session.schedule.state_dict(),
-            "loggers": logger_ids(session.loggers),
-            "metrics": session.metrics_csv.text if session.metrics_csv else "",
-            **session.federation.state_dict(),
+            "experiment": run.experiment,
+            "schedule": run.schedule.state_dict(),
+            "loggers": logger_ids(run.loggers),
+            "metrics": run.metrics_csv.text if run.metrics_csv else "",
+            **run.federation.state_dict(),
         },
     }
     known = set(checkpoint)
-    session.hooks("on_save_checkpoint", checkpoint)
+    run.hooks("on_save_checkpoint", checkpoint)
     added = {k: _copied(plain(v)) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     return {**plain(checkpoint), **added, "fedlight": checkpoint["fedlight"]}
 
 
-def write_checkpoint(session: "Session", path: Path, content: dict[str, Any], wait: bool) -> None:
+def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait: bool) -> None:
     """Write a snapshot; the first process writes, every process calls.
 
-    Without ``wait`` it is written while training goes on, and what goes wrong is found in ``session.writer``. Rows on
+    Without ``wait`` it is written while training goes on, and what goes wrong is found in ``run.writer``. Rows on
     disk are part of a checkpoint and must not change until it is written, so it is always waited for then.
 
     Raises:
         MisconfigurationException: in every process, if it, or one before it, cannot be written.
     """
-    store, zero = session.federation.store, session.fabric.global_rank == 0
+    store, zero = run.federation.store, run.fabric.global_rank == 0
     if zero:
-        session.writer.submit(path, content, session.metrics_csv.sync if session.metrics_csv else bool)
+        run.writer.submit(path, content, run.metrics_csv.sync if run.metrics_csv else bool)
     if not wait and not isinstance(store, DiskClientStore):
         return
     # The others wait, too: no one leaves before it is on disk.
-    failure = session.fabric.broadcast(session.writer.failure(wait=True) if zero else None)
+    failure = run.fabric.broadcast(run.writer.failure(wait=True) if zero else None)
     if failure is not None:
         raise MisconfigurationException(failure)
     if path.stem == "last":
         store.committed()
 
 
-def server_state_dict(session: "Session") -> dict[str, Tensor]:
+def server_state_dict(run: RunContext) -> dict[str, Tensor]:
     """The module's ``state_dict`` with the server's parameters and buffers; the module itself may hold others."""
-    module, known = session.module, session.layout.views(session.federation.params) | session.federation.state.buffers
+    module, known = run.module, run.layout.views(run.federation.params) | run.federation.state.buffers
     by_tensor: dict[int, str] = {}
     for named in (module.named_parameters, module.named_buffers):
         for name, tensor in named(remove_duplicate=False):  # tied ones have several names, and one value
@@ -97,10 +95,10 @@ def server_state_dict(session: "Session") -> dict[str, Tensor]:
     return {k: known[k] if k in known else v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
 
 
-def restore_callbacks(session: "Session", checkpoint: Mapping[str, Any]) -> None:
+def restore_callbacks(run: RunContext, checkpoint: Mapping[str, Any]) -> None:
     """Give every callback its state back, and let callbacks and module read what they added."""
-    session.hooks("on_load_checkpoint", checkpoint)
-    for callback in session.trainer.callbacks:
+    run.hooks("on_load_checkpoint", checkpoint)
+    for callback in run.trainer.callbacks:
         if callback.state_key in checkpoint["callbacks"]:
             callback.load_state_dict(dict(checkpoint["callbacks"][callback.state_key]))
 
@@ -129,37 +127,25 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, Tensor | Mapping) or type(value) in (bool, int, float, str, list, tuple)
 
 
-def as_floats(row: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """A row as Python numbers; tensors are brought from the device together."""
-    tensors = {k: v for k, v in row.items() if isinstance(v, Tensor)}
-    values: list[float] = []
-    if tensors:
-        devices = {v.device for v in tensors.values()}
-        same = {k: (v if len(devices) == 1 else v.cpu()).detach().double().reshape(()) for k, v in tensors.items()}
-        values = torch.stack(list(same.values())).tolist()
-    numbers = dict(zip(tensors, values, strict=True))
-    return {k: numbers[k] if k in numbers else float(v) for k, v in row.items()}
-
-
-def write_summary(session: "Session", seconds: float) -> None:
+def write_summary(run: RunContext, seconds: float, logged: list[str], engine: str) -> None:
     """Write ``summary.json``: final and best metrics, rounds, seconds, seed, versions."""
-    assert session.folder is not None
-    if session.trainer.current_round == session.first_round and (session.folder.path / "summary.json").exists():
+    assert run.folder is not None
+    if run.trainer.current_round == run.first_round and (run.folder.path / "summary.json").exists():
         return  # it was finished before
-    rows = read_metrics(session.folder.path / "metrics.csv")
-    trainer, final = session.trainer, {}
+    rows = read_metrics(run.folder.path / "metrics.csv")
+    trainer, final = run.trainer, {}
     for row in rows:
         final.update(row)
-    judged = session.views.logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all"))]
+    judged = logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all"))]
     best = {
         name: {"value": row[name], "round": int(row["round"])}
         for name in (of for name in judged for of in (name, f"{name}_all"))
         if (having := [r for r in rows if r.get(name) == r.get(name, float("nan"))])
         for row in [(min if smaller_is_better(name) else max)(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
     }
-    federation = session.federation
+    federation = run.federation
     perturbation = trainer.perturbation
-    session.folder.write_json(
+    run.folder.write_json(
         "summary.json",
         {
             "final": final,
@@ -171,10 +157,10 @@ def write_summary(session: "Session", seconds: float) -> None:
             "perturbation": None if perturbation is None else type(perturbation).__name__,
             "num_clients": federation.num_clients,
             "buffers": federation.buffer_policy,
-            "parameters": session.layout.numel,
-            "device": str(session.fabric.device),
+            "parameters": run.layout.numel,
+            "device": str(run.fabric.device),
             "precision": trainer.settings["precision"],
-            "engine": type(session.engine).__name__,
+            "engine": engine,
             "versions": {
                 "fedlight": package_version(),
                 "torch": torch.__version__,

@@ -1,61 +1,57 @@
 """Evaluation of the weights that are of interest after a round: the server's, the selected clients', all clients'."""
 
-from typing import TYPE_CHECKING
-
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
+from fedlight.run.context import RunContext
 from fedlight.run.evaluation import Stage, over_clients
-from fedlight.run.snapshot import as_floats
-
-if TYPE_CHECKING:
-    from fedlight.run.session import Session
+from fedlight.run.rows import as_floats
 
 Row = dict[str, Tensor | float]
 
 
 class Views:
-    """Evaluates the views of a session's federation with its evaluator.
+    """Evaluates the views of a run's federation with its evaluator.
 
     Args:
-        session: whose module the views are loaded into.
+        run: whose module the views are loaded into.
 
     Attributes:
         logged: what the module logs in validation, in its order; empty before the first one.
         clients: what it logs on the clients' own data, by client; empty in a round without such an evaluation.
     """
 
-    def __init__(self, session: "Session") -> None:
-        self._session, self._settings = session, session.settings
+    def __init__(self, run: RunContext) -> None:
+        self._run, self._settings = run, run.settings
         self.logged: list[str] = []
         self.clients: dict[int, dict[str, float]] = {}
 
     def load(self, view: str) -> None:
         """Put a view's weights and the server's buffers into the module."""
-        session = self._session
-        load_flat_parameters(session.module, session.federation.state.views[view], session.layout)
-        load_tensors(session.module, session.federation.state.buffers)
+        run = self._run
+        load_flat_parameters(run.module, run.federation.state.views[view], run.layout)
+        load_tensors(run.module, run.federation.state.buffers)
 
     @property
     def due(self) -> bool:
         """Whether there is an evaluation after the round that was just aggregated."""
-        return self._is_last or self._session.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
+        return self._is_last or self._run.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
 
     @property
     def _is_last(self) -> bool:
-        trainer = self._session.trainer
+        trainer = self._run.trainer
         return trainer.current_round >= trainer.max_rounds or trainer.should_stop
 
     def evaluate_round(self) -> Row:
         """Evaluate views and clients, where this round is due."""
         self.clients = {}
-        defined = overrides(self._session.module, "validation_step")
+        defined = overrides(self._run.module, "validation_step")
         if not self.due or not defined or self._settings["limit_val_batches"] == 0:
             return {}
-        state = self._session.trainer.state
+        state = self._run.trainer.state
         state.stage = RunningStage.VALIDATING
         metrics = self._evaluate("validation") | self._evaluate_clients()
         state.stage = RunningStage.TRAINING
@@ -67,22 +63,22 @@ class Views:
         Raises:
             MisconfigurationException: if module or data have nothing for this stage.
         """
-        session = self._session
-        if not overrides(session.module, f"{stage}_step"):
-            raise MisconfigurationException(f"model: {type(session.module).__name__} does not define {stage}_step.")
+        run = self._run
+        if not overrides(run.module, f"{stage}_step"):
+            raise MisconfigurationException(f"model: {type(run.module).__name__} does not define {stage}_step.")
         metrics = as_floats(self._evaluate(stage))
         if not metrics:
-            raise MisconfigurationException(f"data: {type(session.datamodule).__name__} has no {stage} data.")
+            raise MisconfigurationException(f"data: {type(run.datamodule).__name__} has no {stage} data.")
         return metrics
 
     def _evaluate(self, stage: Stage) -> Row:
-        session, data = self._session, self._session.datamodule
+        run, data = self._run, self._run.datamodule
         dataset = data.val_dataset() if stage == "validation" else data.test_dataset()
         if dataset is None:
             return {}
         limit = self._settings["limit_val_batches" if stage == "validation" else "limit_test_batches"]
-        views = session.federation.state.views
-        if session.command != "fit" and not session.resumed:  # nothing but the caller's module is known
+        views = run.federation.state.views
+        if run.command != "fit" and not run.resumed:  # nothing but the caller's module is known
             views = {"server": views["server"]}
         done: dict[int, dict[str, Tensor]] = {}
         out: Row = {}
@@ -90,16 +86,16 @@ class Views:
             if id(params) not in done:
                 self.load(view)
                 quiet = view != "server"
-                publish = None if quiet else session.publish
-                done[id(params)] = session.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
+                publish = None if quiet else run.publish
+                done[id(params)] = run.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
             suffix = "" if view == "server" else f"_{view}"
             out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}
         self.logged = list(done[id(views["server"])])
         return out
 
     def _evaluate_clients(self) -> Row:
-        session, every = self._session, self._settings["client_val_every_n_rounds"]
-        count, rounds = session.federation.num_clients, session.trainer.current_round
+        run, every = self._run, self._settings["client_val_every_n_rounds"]
+        count, rounds = run.federation.num_clients, run.trainer.current_round
         if every == 0:
             return {}
         if every is None:
@@ -107,5 +103,5 @@ class Views:
         if rounds % every and not self._is_last:
             return {}
         self.load("server")
-        self.clients = session.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])
+        self.clients = run.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])
         return {**over_clients(self.clients)}

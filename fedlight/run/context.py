@@ -1,0 +1,91 @@
+"""What lives as long as one call of fit, validate, test or analyze: handed down to those who work on it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.module.hooks import Hooks
+from fedlight.module.optimizers import RoundSchedule
+from fedlight.module.parameters import ParameterLayout
+from fedlight.run.checkpoint import CheckpointWriter
+from fedlight.run.evaluation import Evaluator
+from fedlight.run.folder import RunFolder, writing
+from fedlight.run.interface import TrainerInterface
+from fedlight.run.loggers import MetricsCSV, tell
+from fedlight.run.rows import as_floats
+from fedlight.server.federation import Federation
+
+Command = Literal["fit", "validate", "test"]
+
+
+class RunContext:
+    """The parts of one call. They come one after the other, in this order, while :class:`Session` sets the call up.
+
+    Attributes:
+        trainer: whose settings are followed.
+        settings: its settings, by name.
+        module: the module.
+        datamodule: the data; all of it as one client's where training is centralized.
+        command: what is called.
+        hooks: calls hooks of callbacks and module.
+        fabric: devices, precision and processes.
+        resumed: whether the state comes from a checkpoint.
+        checkpoint_path: the checkpoint, where there is one.
+        folder: the run's folder; None where nothing is written.
+        loggers: where metrics go; in the first process.
+        writer: writes checkpoints.
+        evaluator: evaluates a set of weights.
+        layout: the order of the trained parameters.
+        federation: the server's and the clients' state.
+        schedule: learning rates by round, in a fit.
+        experiment: what those that continue the run must agree with, in a fit.
+        changes: where this run differs from the one that it continues.
+        first_round: the round that a fit begins with.
+    """
+
+    trainer: TrainerInterface
+    settings: dict[str, Any]
+    module: LightningModule
+    datamodule: FederatedDataModule
+    command: Command
+    hooks: Hooks
+    fabric: Fabric
+    resumed: bool
+    checkpoint_path: Path
+    folder: RunFolder | None
+    loggers: list[Logger]
+    writer: CheckpointWriter
+    evaluator: Evaluator
+    layout: ParameterLayout
+    federation: Federation
+    schedule: RoundSchedule
+    experiment: dict[str, Any]
+    changes: dict[str, list[Any]]
+    first_round: int
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether this is the first process."""
+        return self.fabric.global_rank == 0
+
+    def publish(self, metrics: dict[str, Tensor]) -> None:
+        """Let callbacks find metrics."""
+        self.trainer.callback_metrics.update({k: v.detach().cpu() for k, v in metrics.items()})
+
+    def log(self, row: dict[str, Tensor | float]) -> None:
+        """Write a round's metrics to every logger."""
+        metrics = as_floats(row)
+        self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
+        with writing(self.trainer.run_dir or Path()):
+            tell(self.loggers, lambda logger: logger.log_metrics(metrics, step=int(metrics["round"])))
+
+    @property
+    def metrics_csv(self) -> MetricsCSV | None:
+        """The logger that always is; None in other processes than the first, and where nothing is written."""
+        return self.loggers[0] if self.loggers and isinstance(self.loggers[0], MetricsCSV) else None
