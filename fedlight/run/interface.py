@@ -141,7 +141,8 @@ class TrainerInterface(LightningNames):
     @property
     def client_val_metrics(self) -> dict[int, dict[str, float]]:
         """What validation logged on each client's own data, by client; empty in a round without such an evaluation."""
-        return self._session.views.clients
+        clients: dict[int, dict[str, float]] = self.views.clients
+        return clients
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""
