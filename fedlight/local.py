@@ -56,11 +56,11 @@ class LocalObjective:
     def parts(self) -> dict[str, Tensor | float]:
         """What :meth:`correct` reads, by name; nothing where there is nothing to correct."""
         parts: dict[str, Tensor | float] = {}
-        if self.anchor is not None and self.proximal != 0:
+        if self.anchor is not None and not _is_constant(self.proximal, 0.0):
             parts |= {"anchor": self.anchor, "proximal": self.proximal}
         if self.linear is not None:
             parts["linear"] = self.linear
-        if self.gradient_scale != 1:
+        if not _is_constant(self.gradient_scale, 1.0):
             parts["gradient_scale"] = self.gradient_scale
         return parts
 

@@ -25,14 +25,14 @@ def line_style(index: int, marker: bool = True) -> dict[str, Any]:
     return style | ({"marker": _MARKERS[index % 6], "markersize": 4} if marker else {})
 
 
-def drawn(path: str | Path, plot: Any, size: tuple[float, float]) -> Path:
+def drawn(path: str | Path, plot: Any, size: tuple[float, float], style: dict[Any, Any] | None = None) -> Path:
     """Draw with ``plot(figure)`` and save, without pyplot: no window system, and no figure that lives on."""
     import matplotlib
     from matplotlib.figure import Figure
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | (style or {})):
         figure = Figure(figsize=size, layout="constrained")
         plot(figure)
         figure.savefig(path)

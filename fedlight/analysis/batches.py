@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def analysis_batches(
     for key, value in (("max_samples", max_samples), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"`{key}` must be at least 1, got {value}.")
-    move = transfer if transfer is not None else _mover(device)
+    move = transfer if transfer is not None else partial(move_data_to_device, device=device)
     if data is None:
         raise ValueError("There is no data to measure the Hessian on: `data: val` needs validation data.")
     if isinstance(data, IterableDataset):
@@ -131,7 +132,3 @@ def _cut(batch: Any, size: int, left: int) -> Any:
         return leaf[:left] if leaf.ndim and len(leaf) == size else leaf
 
     return apply_to_collection(batch, Tensor, first)
-
-
-def _mover(device: torch.device) -> Callable[[Any], Any]:
-    return lambda batch: move_data_to_device(batch, device)

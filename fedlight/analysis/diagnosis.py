@@ -1,8 +1,6 @@
 """Which layers stand in the way of second derivatives."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedlight.analysis.operators import NoSecondDerivativeError
+from fedlight.module.state import untouched
 
 
 def differentiable_once(loss: Tensor) -> list[str]:
@@ -40,9 +39,9 @@ def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> N
         run: calls the module's forward pass on the batch that failed.
     """
     calls, in_place = _recorded(module, run)
-    failing = [name for name, (args, kwargs) in calls.items() if not _twice(_at(module, name), args, kwargs)]
+    failing = [name for name, (args, kwargs) in calls.items() if not _twice(module.get_submodule(name), args, kwargs)]
     deepest = [name for name in failing if not any(o != name and _inside(o, name) for o in failing)]
-    leaves = [name for name in deepest if next(_at(module, name).children(), None) is None]
+    leaves = [name for name in deepest if next(module.get_submodule(name).children(), None) is None]
     reason = str(error).splitlines()[0].split(" Hint:")[0].rstrip(". ")
     # A container may fail because of what one of its layers does to another.
     named = leaves or (deepest if not in_place and deepest != [""] else [])
@@ -60,16 +59,12 @@ def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> N
     )
 
 
-def _at(module: nn.Module, name: str) -> nn.Module:
-    return module.get_submodule(name)
-
-
 def _inside(inner: str, outer: str) -> bool:
     return outer == "" or inner.startswith(outer + ".")
 
 
 def _listed(module: nn.Module, names: list[str]) -> str:
-    return ", ".join(f"'{name}' ({type(_at(module, name)).__name__})" for name in names)
+    return ", ".join(f"'{name}' ({type(module.get_submodule(name)).__name__})" for name in names)
 
 
 def _recorded(module: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Any], list[str]]:
@@ -122,7 +117,7 @@ def _twice(module: nn.Module, args: Any, kwargs: Any) -> bool:
         return leaves[-1].clone()  # a leaf itself may not be changed in place
 
     try:
-        with torch.enable_grad(), _buffers_kept(module):
+        with torch.enable_grad(), untouched(module):
             args, kwargs = tree_map(fresh, (args, kwargs))
             outputs = [o for o in tree_leaves(module(*args, **kwargs)) if isinstance(o, Tensor) and o.requires_grad]
             if not outputs or not leaves:
@@ -137,14 +132,3 @@ def _twice(module: nn.Module, args: Any, kwargs: Any) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    before = copy.deepcopy(dict(module.named_buffers()))
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in module.named_buffers():
-                value.copy_(before[name])

@@ -121,43 +121,34 @@ def measure_hessian(
     if not rho > 0:
         raise ValueError(f"`rho`, the radius of the sharpness, must be positive, got {rho}.")
     seconds: dict[str, float] = {}
-    with _timed("gradient", seconds, operator.device):
+    timed, rng = partial(_timed, seconds=seconds, device=operator.device), partial(generator, seed)
+    with timed("gradient"):
         loss, gradient = operator.loss_and_gradient()
         norm = float(gradient.norm())
         sharpness = operator.loss_at(operator.flat() + (rho / norm) * gradient) - loss if norm > 0 else 0.0
-    with _timed("eigenvalues", seconds, operator.device):
+    with timed("eigenvalues"):
         pairs = top_eigenvalues(
-            operator,
-            top_k,
-            generator=generator(seed, "hessian eigenvalues"),
-            tolerance=tolerance,
-            max_products=max_products,
+            operator, top_k, generator=rng("hessian eigenvalues"), tolerance=tolerance, max_products=max_products
         )
     known, estimate, spectrum = (pairs.values, pairs.vectors), None, None
     if trace:
-        with _timed("trace", seconds, operator.device):
+        with timed("trace"):
             estimate = estimate_trace(
                 operator,
-                generator=generator(seed, "hessian trace"),
+                generator=rng("hessian trace"),
                 tolerance=trace_tolerance,
                 max_probes=trace_probes,
                 known=known,
             )
     if density:
-        with _timed("density", seconds, operator.device):
+        with timed("density"):
             spectrum = estimate_density(
-                operator,
-                generator=generator(seed, "hessian density"),
-                steps=density_steps,
-                probes=density_probes,
-                known=known,
+                operator, generator=rng("hessian density"), steps=density_steps, probes=density_probes, known=known
             )
     by_layer: dict[str, Eigenpairs] = {}
     if layers is not None:
-        with _timed("layers", seconds, operator.device):
-            by_layer = block_eigenvalues(
-                operator, layers, generator=generator(seed, "hessian layers"), tolerance=tolerance
-            )
+        with timed("layers"):
+            by_layer = block_eigenvalues(operator, layers, generator=rng("hessian layers"), tolerance=tolerance)
     assert pairs.smallest is not None
     return HessianResult(
         loss=loss,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.analysis.operators import NonFiniteLossError
+from fedlight.analysis.operators import check_products
 
 
 class KrylovSpace:
@@ -47,10 +47,7 @@ class KrylovSpace:
         correction = used @ rest
         rest = self._purge(rest - correction @ used)
         column = (coefficients + correction).double().cpu()
-        if not bool(column.isfinite().all()):
-            raise NonFiniteLossError(
-                "A product with the Hessian is NaN or infinite: the loss has no finite curvature here."
-            )
+        check_products(column)
         self.projection[: self.count, self.count - 1] = column
         self.projection[self.count - 1, : self.count] = column
         self.rest = rest

@@ -69,17 +69,7 @@ def top_eigenvalues(
         NonFiniteLossError: if a product holds NaN or infinity.
     """
     k = _checked_k(k, operator.size, tolerance)
-    iteration = lanczos(
-        operator.size,
-        k,
-        dtype=operator.dtype,
-        device=operator.device,
-        generator=generator,
-        smallest=smallest,
-        tolerance=tolerance,
-        max_products=max_products,
-        basis=basis,
-    )
+    iteration = lanczos(operator, operator.size, k, generator, smallest, tolerance, max_products, basis)
     vector = next(iteration)
     while True:
         try:
@@ -111,16 +101,8 @@ def block_eigenvalues(
     vectors: dict[str, Tensor] = {}
     done: dict[str, Eigenpairs] = {}
     for name, block in blocks.items():
-        iterations[name] = lanczos(
-            sum(operator.parameters[i].numel() for i in block),
-            1,
-            dtype=operator.dtype,
-            device=operator.device,
-            generator=generator,
-            smallest=False,
-            tolerance=tolerance,
-            max_products=max_products,
-        )
+        size = sum(operator.parameters[i].numel() for i in block)
+        iterations[name] = lanczos(operator, size, 1, generator, False, tolerance, max_products)
         vectors[name] = next(iterations[name])
     while vectors:
         products = operator.products([(blocks[name], vector) for name, vector in vectors.items()])
@@ -134,24 +116,22 @@ def block_eigenvalues(
 
 
 def lanczos(
+    operator: SymmetricOperator,
     size: int,
     k: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
     generator: torch.Generator,
     smallest: bool,
     tolerance: float,
     max_products: int,
     basis: int | None = None,
 ) -> Iteration:
-    """The iteration behind :func:`top_eigenvalues`: yields v, is sent Hv, returns the eigenpairs.
+    """The iteration behind :func:`top_eigenvalues`: yields v ``[size]``, is sent Hv, returns the eigenpairs.
 
     A Krylov space holds one vector of each eigenspace, so a multiple eigenvalue shows once. For k > 1 the iteration
     therefore starts again, orthogonally to what it found, until nothing above the k-th eigenvalue is left.
     """
     capacity = max(40, 2 * k + 20) if basis is None else max(basis, k + 3)
-    space = KrylovSpace(size, min(size, capacity), dtype, device, generator)
+    space = KrylovSpace(size, min(size, capacity), operator.dtype, operator.device, generator)
     search = _Search(tolerance, max_products)
     pairs = yield from _solve(space, search, k, smallest, floor=-math.inf)
     while 1 < k < size and pairs.converged:
@@ -165,7 +145,7 @@ def lanczos(
         pairs = replace(
             pairs,
             values=torch.cat([pairs.values, other.values])[order],
-            vectors=torch.cat([pairs.vectors, other.vectors])[order.to(device)],
+            vectors=torch.cat([pairs.vectors, other.vectors])[order.to(operator.device)],
             residuals=torch.cat([pairs.residuals, other.residuals])[order],
         )
     return replace(pairs, products=search.products)

@@ -23,22 +23,10 @@ ViewName = Literal["server", "selected", "all"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """What to measure.
+    """What to measure: the arguments of :class:`~fedlight.callbacks.HessianSpectrum`, of the same names.
 
     Attributes:
         who: names the owner of these settings in errors.
-        top_k: how many of the largest eigenvalues.
-        density: whether to estimate the spectral density.
-        trace: whether to estimate the trace.
-        layerwise: whether to find λ_max of every layer's block, or names of the layers to take.
-        data: ``train``: the training data of all clients, without augmentation; ``val``: the validation data;
-            ``clients``: as ``train``, and λ_max of each client's own loss besides.
-        max_samples: samples to draw of the data, and of each client's; None for all.
-        views: which weights.
-        float64: compute in float64 instead of float32.
-        sam_rho: ρ of the sharpness L(w + ρ ∇L/‖∇L‖) − L(w).
-        tolerance: relative error of eigenvalues at which the iteration ends.
-        seed: of the samples and the random vectors. They are the same in every round and for every model.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -127,15 +115,8 @@ class Measurement:
         with torch.inference_mode(False), preserved_global_rng():
             seed_global_rng(self.seed)  # for a dataset that draws when it is read
             loss = subject.loss(view, self.float64)
-            operator = hessian_operator(
-                loss.module,
-                subject.data(self.data),
-                loss=loss,
-                max_samples=self.max_samples,
-                seed=self.seed,
-                **subject.sharing(),
-                **subject.reading(),
-            )
+            drawn = {"max_samples": self.max_samples, "seed": self.seed, **subject.sharing(), **subject.reading()}
+            operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **drawn)
             try:
                 result = measure_hessian(
                     operator,
@@ -152,20 +133,10 @@ class Measurement:
                 return self._undefined(operator.samples, operator.size, blocks)
             finally:
                 operator.release()
-            return self._with_clients(result, subject, view) if self.data == "clients" else result
-
-    def _with_clients(self, result: HessianResult, subject: Subject, view: ViewName) -> HessianResult:
-        assert subject.clients is not None
-        start = perf_counter()
-        values = clients_lambda_max(
-            subject.loss(view, self.float64).module,
-            subject.clients(),
-            double=self.float64,
-            max_samples=self.max_samples,
-            seed=self.seed,
-            **subject.sharing(),
-            **subject.reading(),
-        )
+            if self.data != "clients" or subject.clients is None:
+                return result
+            start, module = perf_counter(), subject.loss(view, self.float64).module
+            values = clients_lambda_max(module, subject.clients(), double=self.float64, **drawn)
         if bad := [client for client, value in enumerate(values) if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")
         return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})

@@ -266,8 +266,16 @@ class HessianOperator:
 
 
 def _check_finite(value: float, what: str) -> None:
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise NonFiniteLossError(f"{what} is {value}, so the Hessian is not defined at these parameters.")
+
+
+def check_products(values: Tensor) -> None:
+    """Refuse what was made of products with the Hessian, if it is not finite."""
+    if not bool(values.isfinite().all()):
+        raise NonFiniteLossError(
+            "A product with the Hessian is NaN or infinite: the loss has no finite curvature here."
+        )
 
 
 def to_scipy(operator: SymmetricOperator) -> Any:

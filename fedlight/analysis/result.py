@@ -66,11 +66,7 @@ class HessianResult:
         out |= {f"hessian/lambda_{k}_residual": value for k, value in enumerate(self.residuals[1:], 2)}
         if self.trace is not None:
             out |= {"hessian/trace": self.trace.value, "hessian/trace_error": self.trace.error}
-        out |= {
-            "hessian/loss": self.loss,
-            "hessian/gradient_norm": self.gradient_norm,
-            "hessian/sharpness": self.sharpness,
-        }
+        out |= {f"hessian/{name}": getattr(self, name) for name in ("loss", "gradient_norm", "sharpness")}
         out |= {f"hessian/layer/{name}/lambda_max": value for name, value in self.layers.items()}
         if self.clients:
             out["hessian/clients/lambda_max_mean"] = sum(self.clients) / len(self.clients)
@@ -84,20 +80,27 @@ class HessianResult:
             return []
         return list(zip(self.density.grid.tolist(), self.density.values.tolist(), strict=True))
 
+    def figures(self) -> dict[str, str]:
+        """The figures as text, each with how far to trust it: ± its residual, or the standard error of the trace."""
+        pairs = zip(self.eigenvalues, self.residuals, strict=True)
+        out = {f"λ_{i}" + (" (max)" if i == 1 else ""): f"{v:.5g} ± {r:.1g}" for i, (v, r) in enumerate(pairs, 1)}
+        out["λ_min"] = f"{self.smallest:.5g} ± {self.smallest_residual:.1g}"
+        if self.trace is not None:
+            out["trace"] = f"{self.trace.value:.5g} ± {self.trace.error:.2g}"
+        out |= {"loss": f"{self.loss:.5g}", "‖∇L‖": f"{self.gradient_norm:.5g}"}
+        out[f"sharpness, ρ = {self.rho:g}"] = f"{self.sharpness:.5g}"
+        out |= {f"λ_max of layer {name}": f"{value:.5g}" for name, value in self.layers.items()}
+        if self.clients:
+            out["λ_max of a client's loss, mean"] = f"{sum(self.clients) / len(self.clients):.5g}"
+            out["λ_max of a client's loss, max"] = f"{max(self.clients):.5g}"
+        return out
+
     def summary(self) -> str:
         """The figures as lines of text, with the time that each part took."""
-        lines = [f"loss {self.loss:.4g} on {self.samples:,} samples, {self.parameters:,} parameters"]
-        rows = [(f"λ_{i}", v, r) for i, (v, r) in enumerate(zip(self.eigenvalues, self.residuals, strict=True), 1)]
-        rows += [("λ_min", self.smallest, self.smallest_residual)]
-        lines += [f"{name:<12}{value:>12.5g}   residual {residual:.2g}" for name, value, residual in rows]
-        if self.trace is not None:
-            lines.append(f"{'trace':<12}{self.trace.value:>12.5g}   ± {self.trace.error:.2g}")
-        lines.append(f"{'|gradient|':<12}{self.gradient_norm:>12.5g}")
-        lines.append(f"{'sharpness':<12}{self.sharpness:>12.5g}   ρ = {self.rho:g}")
-        lines += [f"{'λ_max of':<12}{value:>12.5g}   layer {name}" for name, value in self.layers.items()]
-        if self.clients:
-            mean, worst = sum(self.clients) / len(self.clients), max(self.clients)
-            lines.append(f"{'λ_max of':<12}{mean:>12.5g}   a client's own loss, on average; at most {worst:.5g}")
+        lines = [
+            f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
+        ]
+        lines += [f"{name:<32}{text}" for name, text in self.figures().items()]
         lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
         if not self.converged:
             lines.append("The eigenvalues did not reach the tolerance; see the residuals.")
@@ -105,12 +108,8 @@ class HessianResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything but the eigenvectors to an ``.npz`` file, which needs no pickle to be read."""
-        arrays: dict[str, Any] = {
-            name: np.asarray(getattr(self, name))
-            for name in ("loss", "gradient_norm", "sharpness", "rho", "eigenvalues", "residuals", "smallest")
-        }
-        arrays |= {name: np.asarray(getattr(self, name)) for name in ("smallest_residual", "converged", "clients")}
-        arrays |= {name: np.asarray(getattr(self, name)) for name in ("samples", "parameters")}
+        apart = ("trace", "density", "layers", "seconds", "eigenvectors")
+        arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(self).items() if name not in apart}
         if self.trace is not None:
             arrays |= {"trace": self.trace.value, "trace_error": self.trace.error, "trace_probes": self.trace.probes}
         if self.density is not None:
@@ -121,10 +120,7 @@ class HessianResult:
                 "density_weights": self.density.weights.numpy(),
                 "density_width": self.density.width,
             }
-        arrays |= {
-            "layer_names": np.array(list(self.layers), dtype=str),
-            "layer_lambda_max": list(self.layers.values()),
-        }
+        arrays |= {"layer_names": np.array(list(self.layers), dtype=str), "layer_lambda_max": [*self.layers.values()]}
         arrays |= {"seconds_names": np.array(list(self.seconds), dtype=str), "seconds": list(self.seconds.values())}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -77,16 +77,9 @@ def analyze(
     measurement = Measurement(
         "analyze", top_k, density, trace, layerwise, on, max_samples, views, float64, sam_rho, tolerance, seed
     )
-    survey = Survey(
-        "analyze",
-        landscape or "random",
-        landscape_radius,
-        landscape_points,
-        "val" if on == "val" else "train",
-        landscape_samples,
-        float64,
-        seed,
-    )
+    looked_at: DataName = "val" if on == "val" else "train"
+    where = landscape or "random", landscape_radius, landscape_points
+    survey = Survey("analyze", *where, looked_at, landscape_samples, float64, seed)
     with Session(trainer, model, datamodule, "validate", ckpt_path) as session:
         session.datamodule.setup("fit")
         subject, first = federated_subject(trainer), measurement.views[0]
@@ -162,7 +155,7 @@ def print_results(results: Mapping[str, HessianResult], title: str) -> None:
     table.add_column("")
     for view in results:
         table.add_column(view, justify="right")
-    columns = [_figures(result) for result in results.values()]
+    columns = [result.figures() for result in results.values()]
     for name in columns[0]:
         table.add_row(name, *(column.get(name, "") for column in columns))
     table.add_section()
@@ -171,18 +164,3 @@ def print_results(results: Mapping[str, HessianResult], title: str) -> None:
     Console().print(table)
     if not all(result.converged for result in results.values()):
         print("The eigenvalues did not reach the tolerance; see the residuals.")
-
-
-def _figures(result: HessianResult) -> dict[str, str]:
-    pairs = zip(result.eigenvalues, result.residuals, strict=True)
-    out = {f"λ_{i}" + (" (max)" if i == 1 else ""): f"{v:.5g} ± {r:.1g}" for i, (v, r) in enumerate(pairs, 1)}
-    out["λ_min"] = f"{result.smallest:.5g} ± {result.smallest_residual:.1g}"
-    if result.trace is not None:
-        out["trace"] = f"{result.trace.value:.5g} ± {result.trace.error:.2g}"
-    out |= {"loss": f"{result.loss:.5g}", "‖∇L‖": f"{result.gradient_norm:.5g}"}
-    out[f"sharpness, ρ = {result.rho:g}"] = f"{result.sharpness:.5g}"
-    out |= {f"λ_max of layer {name}": f"{value:.5g}" for name, value in result.layers.items()}
-    if result.clients:
-        out["λ_max of a client's loss, mean"] = f"{sum(result.clients) / len(result.clients):.5g}"
-        out["λ_max of a client's loss, max"] = f"{max(result.clients):.5g}"
-    return out

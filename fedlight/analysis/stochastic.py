@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlight.analysis.operators import NonFiniteLossError, SymmetricOperator
+from fedlight.analysis.operators import SymmetricOperator, check_products
 
 _CHUNK = 8  # random vectors that share one pass over the data
 
@@ -81,7 +81,7 @@ def trace(
             overlaps = (known[1].to(probes) @ probes).double().cpu().square()
             chunk -= known[0].cpu().double() @ (overlaps - 1)
         samples = torch.cat([samples, chunk])
-        _check(samples)
+        check_products(samples)
         value, error = float(samples.mean()), float(samples.std()) / math.sqrt(len(samples))
         if error <= tolerance * abs(value) or len(samples) >= max(max_probes, 2):
             return TraceEstimate(value, error, len(samples))
@@ -129,17 +129,16 @@ def density(
         product -= alpha * vectors
         scale = torch.maximum(scale, alpha.abs() + beta)
         beta = product.norm(dim=0)
-        diagonal.append(alpha)
-        off_diagonal.append(beta)
         # An invariant space: the quadrature is complete, and what follows must get no weight.
         alive = beta > 20 * torch.finfo(operator.dtype).eps * scale
         beta = beta * alive
-        off_diagonal[-1] = beta
+        diagonal.append(alpha)
+        off_diagonal.append(beta)
         previous, vectors = vectors, torch.where(alive, product / beta.clamp(min=1e-30), 0.0)
     main = torch.stack(diagonal, 1).double().cpu()
     off = torch.stack(off_diagonal, 1).double().cpu()[:, :-1]
-    _check(main)
-    _check(off)
+    check_products(main)
+    check_products(off)
     nodes, coordinates = torch.linalg.eigh(
         torch.diag_embed(main) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
     )
@@ -171,10 +170,3 @@ def _signs(operator: SymmetricOperator, count: int, generator: torch.Generator) 
     """Random signs ``[P, count]``: one row of the generator's numbers per vector, whatever the count."""
     rows = torch.randint(0, 2, (count, operator.size), generator=generator, dtype=torch.int8)
     return (2 * rows - 1).to(device=operator.device, dtype=operator.dtype).T
-
-
-def _check(samples: Tensor) -> None:
-    if not bool(samples.isfinite().all()):
-        raise NonFiniteLossError(
-            "A product with the Hessian is NaN or infinite: the loss has no finite curvature here."
-        )

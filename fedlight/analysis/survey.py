@@ -11,13 +11,7 @@ from torch import Tensor
 
 from fedlight.analysis.hessian import hessian_operator
 from fedlight.analysis.lanczos import top_eigenvalues
-from fedlight.analysis.landscape import (
-    LossLine,
-    LossSurface,
-    filter_normalised_directions,
-    loss_line,
-    loss_surface,
-)
+from fedlight.analysis.landscape import LossLine, LossSurface, filter_normalised_directions, loss_line, loss_surface
 from fedlight.analysis.operators import HessianOperator, NonFiniteLossError
 from fedlight.analysis.pictures import draw_contour, draw_line, draw_surface
 from fedlight.analysis.subject import DataName, Subject, Weights
@@ -35,18 +29,10 @@ _RADIUS = {"random": 1.0, "eigenvectors": 0.5}
 
 @dataclass(frozen=True)
 class Survey:
-    """Where to look, and on which data.
+    """Where to look, and on which data: the arguments of :class:`~fedlight.callbacks.LossLandscape`, of the same names.
 
     Attributes:
         who: names the owner of these settings in errors.
-        directions: ``random``: two random directions whose filters are as long as the model's;
-            ``eigenvectors``: those of the Hessian's two largest eigenvalues, of length 1.
-        radius: how far to go in both directions; by default 1 for random ones, 0.5 for eigenvectors.
-        points: grid points in each direction, and of a line.
-        data: ``train`` or ``val``.
-        max_samples: samples to draw of the data; None for all.
-        float64: compute in float64 instead of float32.
-        seed: of the samples and the directions.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -92,13 +78,8 @@ class Survey:
                 vectors = self._vectors(operator)
             except NonFiniteLossError:  # then there are none, and the surface shows it
                 vectors = torch.zeros(2, operator.size)
-            return loss_surface(
-                operator,
-                vectors,
-                radius=self.radius or _RADIUS[self.directions],
-                points=self.points,
-                name=_NAMES[self.directions],
-            )
+            radius, name = self.radius or _RADIUS[self.directions], _NAMES[self.directions]
+            return loss_surface(operator, vectors, radius=radius, points=self.points, name=name)
 
     def line(self, subject: Subject, other: Weights, view: str = "server") -> dict[str, LossLine]:
         """The losses, in training and in validation where there is such data, from a view (t = 0) to other weights."""

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning.fabric.wrappers import is_wrapped
 from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedlight.analysis.diagnosis import differentiable_once, explain
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.state import ModuleState
-from fedlight.penalties.step import penalized_step
+from fedlight.penalties.step import penalized_step, unwrapped
 from fedlight.run.float32 import float32_products
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
@@ -128,8 +127,7 @@ class TaskLoss:
 
 
 def _copied(module: nn.Module) -> LightningModule:
-    while hasattr(module, "_orig_mod") or is_wrapped(module):
-        module = cast(nn.Module, module._orig_mod if hasattr(module, "_orig_mod") else module.module)
+    module = unwrapped(module)
     if not isinstance(module, LightningModule):
         raise TypeError(f"Only a LightningModule can be analysed, found {type(module).__name__}.")
     clone = copy.deepcopy(module, _shared_attributes(module))

@@ -73,20 +73,8 @@ class HessianSpectrum(Callback):
         if every_n_rounds < 1:
             raise ValueError(f"HessianSpectrum: `every_n_rounds` must be at least 1, got {every_n_rounds}.")
         self.every_n_rounds = every_n_rounds
-        self.measurement = Measurement(
-            who="HessianSpectrum",
-            top_k=top_k,
-            density=density,
-            trace=trace,
-            layerwise=layerwise,
-            data=data,
-            max_samples=max_samples,
-            views=views,
-            float64=float64,
-            sam_rho=sam_rho,
-            tolerance=tolerance,
-            seed=seed,
-        )
+        what = "HessianSpectrum", top_k, density, trace, layerwise
+        self.measurement = Measurement(*what, data, max_samples, views, float64, sam_rho, tolerance, seed)
         self.results: dict[str, HessianResult] = {}
         self._undrawn: int | None = None
         self._drawn_at, self._epoch = 0.0, -1

@@ -160,7 +160,7 @@ class ArrayDataset(Dataset[Any]):
 
     def leaves(self, rows: Tensor, draws: dict[str, Tensor] | None = None) -> list[Tensor]:
         """The tensors of :meth:`batch`, in the order of the storage's."""
-        rows = rows if self.indices is None else self.indices[rows]
+        rows = self.positions(rows)
         leaves = [leaf[rows] for leaf in self.storage.leaves]
         if self.transform is not None:
             leaves[0] = self.transform(leaves[0], draws)

@@ -70,7 +70,6 @@ class DatasetPartition(PartitionedDataModule):
         super().__init__(num_clients, partitioner or IID(), size, eval_batch_size, seed=seed)
         self._by_hand = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups
-        self._val_targets: Tensor | None = None
         self.classes: list[str] = []
         held = loaded(train, "`data.train`", clients=True)
         if held.sizes is not None:
@@ -158,29 +157,6 @@ class DatasetPartition(PartitionedDataModule):
 
             self.collate_fn = Batch.from_data_list
 
-    def client_dataset(self, client: int) -> Any:
-        """The training data of a client."""
-        return _rows(self._train, self.client_rows(client))
-
-    def pooled_dataset(self) -> Any:
-        """The training data of all clients."""
-        return self._train
-
-    def val_dataset(self) -> Any:
-        """The validation data, or the test data if there is none."""
-        return self._val
-
-    def test_dataset(self) -> Any:
-        """The test data."""
-        return self._test
-
-    def client_val_dataset(self, client: int) -> Any:
-        """The part of the validation data with the client's class proportions, as in ``ImageData``; None if unknown."""
-        if self._val is None or self._val_targets is None:
-            return None
-        rows = self.held_out_rows(client, self._val_targets)
-        return _rows(self._val, rows) if len(rows) else None
-
 
 def find_targets(dataset: Any, keys: Sequence[str] = _LABELS, names: Sequence[str] = ()) -> Tensor | None:
     """The class of each sample as the dataset itself tells it, ``[n]`` int64; None if it does not."""
@@ -242,9 +218,3 @@ def _label(sample: Any) -> Any:
         held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in _LABELS}
         label = next((held[key] for key in _LABELS if held.get(key) is not None), None)
     return label.item() if hasattr(label, "item") and np.size(label) == 1 else label
-
-
-def _rows(dataset: Any, rows: Tensor) -> Any:
-    if isinstance(dataset, ArrayDataset):
-        return dataset.view(dataset.positions(rows), dataset.transform)
-    return Subset(dataset, rows.tolist())

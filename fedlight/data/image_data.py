@@ -94,7 +94,6 @@ class ImageData(PartitionedDataModule):
         self.classes: list[str] = []
         self.groups: list[str] = []
         self.input_shape: tuple[int, int, int] | None = None
-        self._strata: tuple[Tensor, Tensor] | None = None
 
     def eval_batch_size_on(self, device: torch.device) -> int:
         """On a GPU, by default, as many images as have 4 million values: what a batch costs there is to start it."""
@@ -130,34 +129,8 @@ class ImageData(PartitionedDataModule):
         self._train = stored.view(train_rows, training)
         targets = _labels(self._train)
         self.divide(len(targets), targets, arrays.num_classes, groups)
-        self._strata = _strata(targets, groups, _labels(self._val), group_val, arrays.num_classes)
-
-    def client_dataset(self, client: int) -> ArrayDataset:
-        """The training images of a client: a view of the images that all clients share."""
-        return self._train.view(self._train.positions(self.client_rows(client)), self._train.transform)
-
-    def pooled_dataset(self) -> ArrayDataset:
-        """The training images of all clients."""
-        return self._train
-
-    def val_dataset(self) -> ArrayDataset:
-        """The images held out of the training set, or the test set if ``val_fraction`` is 0."""
-        return self._val
-
-    def test_dataset(self) -> ArrayDataset:
-        """The test set."""
-        return self._test
-
-    def client_val_dataset(self, client: int) -> ArrayDataset | None:
-        """The part of the validation set that has the class proportions of the client's own training images.
-
-        The validation images of each class are divided among the clients in proportion to how many training images of
-        that class each has (of that class and domain, where the validation set has the same domains). So no image is
-        shared, evaluating all clients reads the validation set once, and the same seed gives the same images. None for
-        a client that is too small to get any.
-        """
-        rows = self.held_out_rows(client, _labels(self._val), self._strata)
-        return self._val.view(self._val.positions(rows), self._val.transform) if len(rows) else None
+        self._val_targets = _labels(self._val)
+        self._strata = _strata(targets, groups, self._val_targets, group_val, arrays.num_classes)
 
     def _transforms(self, arrays: ImageArrays) -> tuple[BatchTransform, BatchTransform]:
         """How images are normalised for evaluation; and for training, with augmentation if there is one."""

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Subset
 
 from fedlight.data._draws import apportion
+from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import NaturalGroups, Partitioner
 from fedlight.seeding import generator
@@ -68,7 +70,8 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
 class PartitionedDataModule(FederatedDataModule):
     """Base of datamodules that hold all data in one place and divide it among clients.
 
-    A subclass calls :meth:`divide` once in ``setup`` and reads :attr:`partition` in ``client_dataset``.
+    A subclass sets ``_train`` (and ``_val``, ``_test``, and ``_val_targets`` where they are known) in ``setup``, and
+    calls :meth:`divide` once.
 
     Args:
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
@@ -104,6 +107,11 @@ class PartitionedDataModule(FederatedDataModule):
         self.partitioner = partitioner
         self.partition: Partition | None = None
         self.num_classes: int | None = None
+        self._train: Any = None
+        self._val: Any = None
+        self._test: Any = None
+        self._val_targets: Tensor | None = None
+        self._strata: tuple[Tensor, Tensor] | None = None  # finer labels of training and validation data
         self._counts: Tensor | None = None
         self._held_out: Partition | None = None
 
@@ -151,20 +159,43 @@ class PartitionedDataModule(FederatedDataModule):
         """Samples of each class of each client, ``[num_clients, num_classes]`` int64; None if labels are unknown."""
         return self._counts
 
-    def held_out_rows(self, client: int, targets: Tensor, strata: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """The rows of held-out data that have a client's own class proportions (:func:`match_proportions`).
+    def client_dataset(self, client: int) -> Any:
+        """The training data of a client; of data in memory a view."""
+        return _rows(self._train, self.client_rows(client))
 
-        Args:
-            client: which client.
-            targets: classes of the held-out data ``[m]``.
-            strata: finer labels of training and held-out data, where classes alone do not tell clients apart.
+    def pooled_dataset(self) -> Any:
+        """The training data of all clients."""
+        return self._train
+
+    def val_dataset(self) -> Any:
+        """The validation data, or the test data if there is none."""
+        return self._val
+
+    def test_dataset(self) -> Any:
+        """The test data."""
+        return self._test
+
+    def client_val_dataset(self, client: int) -> Any:
+        """The part of the validation data that has the class proportions of the client's own training data.
+
+        The samples of each class are divided among the clients in proportion to how many training samples of that class
+        each has (of that class and natural group, where the validation data has the same groups). So no sample is
+        shared, evaluating all clients reads the validation data once, and the same seed gives the same samples. None
+        for a client that is too small to get any, and where classes are unknown.
         """
-        if self.partition is None or self._counts is None:
-            return torch.empty(0, dtype=torch.int64)
+        if self.partition is None or self._counts is None or self._val_targets is None:
+            return None
         if self._held_out is None:
-            counts, labels = self._counts, targets
-            if strata is not None:
-                number = 1 + int(torch.cat(strata).max())
-                counts, labels = self.partition.counts(strata[0], number), strata[1]
+            counts, labels = self._counts, self._val_targets
+            if self._strata is not None:
+                number = 1 + int(torch.cat(self._strata).max())
+                counts, labels = self.partition.counts(self._strata[0], number), self._strata[1]
             self._held_out = match_proportions(counts, labels, generator(self.seed, "client validation"))
-        return self._held_out[client]
+        rows = self._held_out[client]
+        return _rows(self._val, rows) if len(rows) else None
+
+
+def _rows(dataset: Any, rows: Tensor) -> Any:
+    if isinstance(dataset, ArrayDataset):
+        return dataset.view(dataset.positions(rows), dataset.transform)
+    return Subset(dataset, rows.tolist())

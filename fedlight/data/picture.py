@@ -33,10 +33,13 @@ def save_partition_picture(counts: Tensor, path: str | Path, class_names: list[s
     if len(counts) > _MOST_CLIENTS:
         shown = counts[torch.linspace(0, len(counts) - 1, _MOST_CLIENTS).long()]
     clients, classes = shown.shape
+    label = "client"
+    if len(counts) > _MOST_CLIENTS:
+        label = f"client ({_MOST_CLIENTS:,} of {len(counts):,}, evenly spaced)"
     if classes == 1:
         figure = Figure(figsize=(8, 3), layout="constrained")
         top = figure.add_subplot()
-        top.set_xlabel(_client_label(counts))
+        top.set_xlabel(label)
     else:
         # Bubbles need a square cell each, shades do not.
         bubbles = clients <= 40 and classes <= 20
@@ -48,18 +51,12 @@ def save_partition_picture(counts: Tensor, path: str | Path, class_names: list[s
         top = figure.add_subplot(grid[0], sharex=main)
         top.tick_params(labelbottom=False)
         (_bubbles if bubbles else _shades)(main, shown)
-        main.set_xlabel(_client_label(counts))
+        main.set_xlabel(label)
         main.set_ylabel("class")
         _class_ticks(main, classes, class_names)
     _sizes(top, shown.sum(1))
     figure.suptitle(_summary(counts), fontsize=10)
     figure.savefig(path, dpi=150)
-
-
-def _client_label(counts: Tensor) -> str:
-    if len(counts) > _MOST_CLIENTS:
-        return f"client ({_MOST_CLIENTS:,} of {len(counts):,}, evenly spaced)"
-    return "client"
 
 
 def _sizes(axes: "Axes", sizes: Tensor) -> None:
@@ -82,17 +79,13 @@ def _bubbles(axes: "Axes", counts: Tensor) -> None:
     """One disc per client and class, its area in proportion to the number of samples."""
     client, label = torch.nonzero(counts).T
     largest = int(counts.max())
-    area = 190.0  # points², of the largest disc: just inside its cell
-
-    def size(count: float) -> float:
-        return area * count / largest
-
-    axes.scatter(client.numpy(), label.numpy(), s=(counts[client, label] * (area / largest)).numpy(), color=_INK)
+    scale = 190.0 / largest  # points² of a sample: the largest disc is just inside its cell
+    axes.scatter(client.numpy(), label.numpy(), s=(counts[client, label] * scale).numpy(), color=_INK)
     axes.set_ylim(-0.8, counts.shape[1] - 0.2)
     axes.set_axisbelow(True)
     axes.grid(color="0.9", linewidth=0.6)
     examples = sorted({max(1, round(largest * share)) for share in (0.1, 0.5, 1.0)})
-    handles = [axes.scatter([], [], s=size(n), color=_INK, label=f"{n:,}") for n in examples]
+    handles = [axes.scatter([], [], s=n * scale, color=_INK, label=f"{n:,}") for n in examples]
     axes.legend(
         handles=handles, title="samples", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, labelspacing=1
     )

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,14 +22,8 @@ class PooledData(FederatedDataModule):
         self.data = data
         self.num_clients = 1
         self._pooled: Dataset[Any] | None = None
-
-    def eval_batch_size_on(self, device: torch.device) -> int:
-        """The other datamodule's."""
-        return self.data.eval_batch_size_on(device)
-
-    def prepare_data(self) -> None:
-        """Download what the other datamodule downloads."""
-        self.data.prepare_data()
+        for name in ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "test_dataset"):
+            setattr(self, name, getattr(data, name))  # as the other datamodule does it
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data; only then it may know how batches are made."""
@@ -38,24 +31,12 @@ class PooledData(FederatedDataModule):
         for name in ("batch_size", "eval_batch_size", "num_workers", "collate_fn", "eval_collate_fn"):
             setattr(self, name, getattr(self.data, name))
 
-    def teardown(self, stage: str) -> None:
-        """The other datamodule's."""
-        self.data.teardown(stage)
-
     def client_dataset(self, client: int) -> Dataset[Any]:
         """The training data of all clients; there is client 0 only."""
         if client != 0:
             raise IndexError(f"There is no client {client}: pooled data have one.")
         self._pooled = self._pooled or self.data.pooled_dataset()
         return self._pooled
-
-    def val_dataset(self) -> Dataset[Any] | None:
-        """The other datamodule's."""
-        return self.data.val_dataset()
-
-    def test_dataset(self) -> Dataset[Any] | None:
-        """The other datamodule's."""
-        return self.data.test_dataset()
 
     def partition_counts(self) -> Tensor | None:
         """Samples of each class, ``[1, num_classes]``; None if labels are unknown."""

@@ -15,41 +15,22 @@ from fedlight.data.images import ImageArrays, as_images, check
 
 
 class _Named(NamedTuple):
-    """A dataset of torchvision: its class, the arguments of both splits, its folder below the root, and its origin."""
+    """A dataset of torchvision: its class, its folder below the root, and where it comes from."""
 
     cls: str
-    train: dict[str, Any]
-    test: dict[str, Any]
     folder: str
     url: str
 
 
-_BY_FLAG: tuple[dict[str, Any], dict[str, Any]] = {"train": True}, {"train": False}
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"
+_FASHION, _SVHN = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "http://ufldl.stanford.edu/housenumbers"
 _TORCHVISION = {
-    "cifar10": _Named("CIFAR10", *_BY_FLAG, "cifar-10-batches-py", f"{_TORONTO}/cifar-10-python.tar.gz, unpacked,"),
-    "cifar100": _Named("CIFAR100", *_BY_FLAG, "cifar-100-python", f"{_TORONTO}/cifar-100-python.tar.gz, unpacked,"),
-    "emnist": _Named(
-        "EMNIST",
-        {"split": "balanced", "train": True},
-        {"split": "balanced", "train": False},
-        "EMNIST/raw",
-        "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip, unpacked,",
-    ),
-    "fashion_mnist": _Named(
-        "FashionMNIST",
-        *_BY_FLAG,
-        "FashionMNIST/raw",
-        "the four files of http://fashion-mnist.s3-website.eu-central-1.amazonaws.com, unpacked,",
-    ),
-    "mnist": _Named("MNIST", *_BY_FLAG, "MNIST/raw", f"the four files of {_S3}, unpacked,"),
-    "svhn": _Named(
-        "SVHN",
-        {"split": "train"},
-        {"split": "test"},
-        ".",
-        "http://ufldl.stanford.edu/housenumbers/train_32x32.mat and test_32x32.mat",
-    ),
+    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", f"{_TORONTO}/cifar-10-python.tar.gz, unpacked,"),
+    "cifar100": _Named("CIFAR100", "cifar-100-python", f"{_TORONTO}/cifar-100-python.tar.gz, unpacked,"),
+    "emnist": _Named("EMNIST", "EMNIST/raw", "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip, unpacked,"),
+    "fashion_mnist": _Named("FashionMNIST", "FashionMNIST/raw", f"the four files of {_FASHION}, unpacked,"),
+    "mnist": _Named("MNIST", "MNIST/raw", f"the four files of {_S3}, unpacked,"),
+    "svhn": _Named("SVHN", ".", f"{_SVHN}/train_32x32.mat and test_32x32.mat"),
 }
 SOURCE_NAMES = ("digits", *sorted(_TORCHVISION))
 _OFFLINE = "`data.source: digits` needs no download."
@@ -120,8 +101,10 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
     from torchvision import datasets
 
     named = _TORCHVISION[name]
+    of_all: dict[str, Any] = {"download": download} | ({"split": "balanced"} if name == "emnist" else {})
+    splits = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
     try:
-        both = [getattr(datasets, named.cls)(root, download=download, **split) for split in (named.train, named.test)]
+        both = [getattr(datasets, named.cls)(root, **of_all, **split) for split in splits]
     except (RuntimeError, OSError) as error:
         if download:
             problem = f"could not be downloaded to `data.root` ({root}): {error}. Bring"

@@ -65,9 +65,11 @@ class CompiledStep:
             batches: micro-batches.
             state: the perturbation's state.
         """
-        leaves = zip(*(tree_leaves(batch) for batch, _ in batches), strict=True)
+        parts = zip(*(tree_leaves(batch) for batch, _ in batches), strict=True)
+        leaves = [same[0] if len(same) == 1 else torch.cat(same) for same in parts]
         self._step.spec = tree_structure(batches[0][0])
-        named = {"params": params, **numbered(map(_joined, leaves)), **_corrections(objective)}
+        named = {"params": params, **numbered(leaves)}
+        named |= {name: part for name, part in objective.parts().items() if isinstance(part, Tensor)}
         named |= {f"state/{name}": value for name, value in state.items()}
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
         key = tuple(named)
@@ -85,18 +87,3 @@ class CompiledStep:
             elif kind == "value":
                 log.merge(key_, value, out[f"weight/{key_}"], program.reductions[key_])
         return out["gradient"], state | {n.removeprefix("state/"): v for n, v in out.items() if n.startswith("state/")}
-
-
-def _corrections(objective: LocalObjective) -> dict[str, Tensor]:
-    pulls = isinstance(objective.proximal, Tensor)
-    found = {
-        "anchor": objective.anchor if pulls else None,
-        "proximal": objective.proximal,
-        "linear": objective.linear,
-        "scale": objective.gradient_scale,
-    }
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,4 +1,6 @@
-"""The check of what reaches a network, so that a wrong dataset is told in the words of the config."""
+"""What networks are made of: dense layers, and the check of what reaches them in the words of the config."""
+
+from itertools import pairwise
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -21,3 +23,13 @@ def check_images(net: nn.Module, x: Tensor, channels: int, size: int | None = No
         f"`model.net`: {name} takes images of shape [batch, {channels}, {side}], but the batch has shape"
         f" {list(x.shape)}. To fix it, {hint}."
     )
+
+
+def dense_layers(sizes: list[int], first_relu: int = 1) -> dict[str, nn.Module]:
+    """``flatten``, and layers ``fc1, fc2, ...`` with a ReLU after each but the last, counted from ``first_relu``."""
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layers[f"fc{i + 1}"] = nn.Linear(inputs, outputs)
+        if i + 2 < len(sizes):
+            layers[f"relu{first_relu + i}"] = nn.ReLU()
+    return layers

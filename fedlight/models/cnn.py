@@ -1,28 +1,28 @@
 """Convolutional networks of the papers. Each is a plain stack: convolution, ReLU, pooling, then dense layers."""
 
 from collections import OrderedDict
-from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fedlight.models._shapes import check_images
+from fedlight.models._shapes import check_images, dense_layers
 
 
-def _dense(sizes: list[int], first_relu: int) -> "OrderedDict[str, nn.Module]":
-    """Dense layers ``fc1, fc2, ...`` with a ReLU after each but the last, numbered on from ``first_relu``."""
-    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
-        layers[f"fc{i + 1}"] = nn.Linear(inputs, outputs)
-        if i + 2 < len(sizes):
-            layers[f"relu{first_relu + i}"] = nn.ReLU()
+def _stages(*convolutions: nn.Conv2d, groups: int = 0) -> dict[str, nn.Module]:
+    """After each convolution a GroupNorm, if there are ``groups``, a ReLU, and max-pooling 2; all numbered from 1."""
+    layers: dict[str, nn.Module] = {}
+    for i, convolution in enumerate(convolutions, start=1):
+        layers[f"conv{i}"] = convolution
+        if groups:
+            layers[f"norm{i}"] = nn.GroupNorm(groups, convolution.out_channels)
+        layers |= {f"relu{i}": nn.ReLU(), f"pool{i}": nn.MaxPool2d(2)}
     return layers
 
 
 class _ImageStack(nn.Sequential):
     """Layers in sequence, for images ``[B, in_channels, image_size, image_size]``."""
 
-    def __init__(self, layers: "OrderedDict[str, nn.Module]", in_channels: int, image_size: int) -> None:
-        super().__init__(layers)
+    def __init__(self, layers: dict[str, nn.Module], in_channels: int, image_size: int) -> None:
+        super().__init__(OrderedDict(layers))
         self.in_channels, self.image_size = in_channels, image_size
 
     def forward(self, input: Tensor) -> Tensor:
@@ -46,19 +46,8 @@ class CifarCNN(_ImageStack):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=nn.Conv2d(in_channels, 64, kernel_size=5),
-                relu1=nn.ReLU(),
-                pool1=nn.MaxPool2d(2),
-                conv2=nn.Conv2d(64, 64, kernel_size=5),
-                relu2=nn.ReLU(),
-                pool2=nn.MaxPool2d(2),
-                **_dense([64 * 5 * 5, 384, 192, num_classes], first_relu=3),
-            ),
-            in_channels,
-            32,
-        )
+        stages = _stages(nn.Conv2d(in_channels, 64, kernel_size=5), nn.Conv2d(64, 64, kernel_size=5))
+        super().__init__(stages | dense_layers([64 * 5 * 5, 384, 192, num_classes], first_relu=3), in_channels, 32)
 
 
 class TinyImageNetCNN(_ImageStack):
@@ -73,15 +62,8 @@ class TinyImageNetCNN(_ImageStack):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3) -> None:
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, inputs in enumerate((in_channels, 64, 64), start=1):
-            layers[f"conv{i}"] = nn.Conv2d(inputs, 64, kernel_size=3, padding=1)
-            layers[f"norm{i}"] = nn.GroupNorm(4, 64)
-            layers[f"relu{i}"] = nn.ReLU()
-            layers[f"pool{i}"] = nn.MaxPool2d(2)
-        super().__init__(
-            OrderedDict(**layers, **_dense([64 * 8 * 8, 512, 384, num_classes], first_relu=4)), in_channels, 64
-        )
+        stages = _stages(*(nn.Conv2d(c, 64, kernel_size=3, padding=1) for c in (in_channels, 64, 64)), groups=4)
+        super().__init__(stages | dense_layers([64 * 8 * 8, 512, 384, num_classes], first_relu=4), in_channels, 64)
 
 
 class SmallCNN(_ImageStack):
@@ -131,16 +113,5 @@ class LeNet(_ImageStack):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 1) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),
-                relu1=nn.ReLU(),
-                pool1=nn.MaxPool2d(2),
-                conv2=nn.Conv2d(6, 16, kernel_size=5),
-                relu2=nn.ReLU(),
-                pool2=nn.MaxPool2d(2),
-                **_dense([16 * 5 * 5, 120, 84, num_classes], first_relu=3),
-            ),
-            in_channels,
-            28,
-        )
+        stages = _stages(nn.Conv2d(in_channels, 6, kernel_size=5, padding=2), nn.Conv2d(6, 16, kernel_size=5))
+        super().__init__(stages | dense_layers([16 * 5 * 5, 120, 84, num_classes], first_relu=3), in_channels, 28)

@@ -3,10 +3,11 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+
+from fedlight.models._shapes import dense_layers
 
 
 class MLP(nn.Sequential):
@@ -25,12 +26,7 @@ class MLP(nn.Sequential):
                 f"`model.net`: MLP needs sizes of at least 1, got in_features={in_features}, hidden={list(hidden)},"
                 f" num_classes={num_classes}."
             )
-        layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-        for i, (inputs, outputs) in enumerate(pairwise(sizes), start=1):
-            layers[f"fc{i}"] = nn.Linear(inputs, outputs)
-            if i < len(sizes) - 1:
-                layers[f"relu{i}"] = nn.ReLU()
-        super().__init__(layers)
+        super().__init__(OrderedDict(dense_layers(sizes)))
         self.in_features = in_features
 
     def forward(self, input: Tensor) -> Tensor:

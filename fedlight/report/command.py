@@ -74,8 +74,10 @@ def _add_setting(
     document.add(Heading(f"Setting: {setting}"), tables.results(study, setting, metric, target))
     if (others := tables.figures(study, setting, metric)) is not None:
         document.add(others)
-    curves = dict.fromkeys([metric, "val/loss", "train/loss"])
-    drawn = [(figures.draw_curves(study, setting, m, folder / f"{_file(m)}.png"), _curve_caption(m)) for m in curves]
+    drawn = []
+    for curve in dict.fromkeys([metric, "val/loss", "train/loss"]):
+        path = figures.draw_curves(study, setting, curve, folder / f"{curve.replace('/', '_')}.png")
+        drawn.append((path, f"{curve} against rounds: mean over seeds, band of one standard deviation."))
     drawn += [
         (figures.draw_spectra(study, setting, folder / "spectra.png"), "The Hessian of the training loss."),
         (figures.draw_layers(study, setting, folder / "layers.png"), "λ_max of every layer after the last round."),
@@ -114,14 +116,6 @@ def _round(path: Path) -> tuple[int, str]:
     return (int(found[1]) if found else -1), path.name
 
 
-def _curve_caption(metric: str) -> str:
-    return f"{metric} against rounds: mean over seeds, band of one standard deviation."
-
-
-def _file(metric: str) -> str:
-    return metric.replace("/", "_")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fedlight report",
@@ -132,11 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="folders of runs or studies, or above them")
     add("-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to write (default: report/)")
     add("--metric", default="val/accuracy", help="what methods are compared by (default: val/accuracy)")
-    add(
-        "--target",
-        type=float,
-        help="count rounds to this value (default: what every method of a setting reaches)",
-    )
+    add("--target", type=float, help="count rounds to this value (default: what every method of a setting reaches)")
     add("--latex", action="store_true", help="write table.tex, too")
     add("--title", default="fedlight report", help="title of the report")
     return parser

@@ -1,29 +1,16 @@
 """The pictures of a report: readable in black and white, drawn without a window system."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlight.analysis._drawing import drawn, line_style
 from fedlight.report.groups import Group, Study
 from fedlight.report.tables import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_DASHES: list[Any] = ["-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (4, 1, 1, 1, 1, 1)), (0, (9, 3))]
-_MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
-_RC: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "0.9",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 144,
-    "text.parse_math": False,  # a dollar in a name is a dollar
-}
 
 
 def draw_curves(study: Study, setting: str, metric: str, path: Path) -> Path | None:
@@ -40,19 +27,15 @@ def draw_curves(study: Study, setting: str, metric: str, path: Path) -> Path | N
     def plot(figure: "Figure") -> None:
         axes = figure.subplots()
         for group in groups:
-            style, (rounds, means, stds) = _style(study, group), group.curve(metric)
-            mean = [m * scale for m in means]
-            if group.method.is_central:
-                axes.axhline(mean[-1], color=style["color"], linewidth=1, linestyle=style["linestyle"], zorder=1)
-                axes.annotate(
-                    f"{group.label}: {mean[-1]:.4g}", (0, mean[-1]), xycoords=("axes fraction", "data"),
-                    xytext=(4, 3), textcoords="offset points", fontsize=8,
-                )  # fmt: skip
+            if not group.method.is_central:
+                _curve(axes, study, group, metric, scale)
                 continue
-            low = [m - s * scale for m, s in zip(mean, stds, strict=True)]
-            high = [m + s * scale for m, s in zip(mean, stds, strict=True)]
-            axes.plot(rounds, mean, label=group.label, markevery=max(1, len(rounds) // 8), **style)
-            axes.fill_between(rounds, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            style, final = _style(study, group), scale * group.curve(metric)[1][-1]
+            axes.axhline(final, color=style["color"], linewidth=1, linestyle=style["linestyle"], zorder=1)
+            axes.annotate(
+                f"{group.label}: {final:.4g}", (0, final), xycoords=("axes fraction", "data"),
+                xytext=(4, 3), textcoords="offset points", fontsize=8,
+            )  # fmt: skip
         _count_rounds(axes)
         axes.set_ylabel(f"{metric} (%)" if is_share(metric) else metric)
         if setting and len(study.settings) > 1:
@@ -87,11 +70,7 @@ def _spectrum_panel(axes: "Axes", study: Study, groups: Sequence[Group], metric:
     name = "λ_max of the Hessian" if metric.endswith("lambda_max") else "trace of the Hessian"
     if several:
         for group in there:
-            rounds, means, stds = group.curve(metric)
-            style = _style(study, group)
-            axes.plot(rounds, means, label=group.label, **style)
-            band = [m - s for m, s in zip(means, stds, strict=True)], [m + s for m, s in zip(means, stds, strict=True)]
-            axes.fill_between(rounds, *band, color=style["color"], alpha=0.15, linewidth=0)
+            _curve(axes, study, group, metric)
         _count_rounds(axes)
         axes.set_ylabel(name)
     else:
@@ -148,6 +127,14 @@ def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
     return _drawn(path, plot, (7, 1.4 + 0.34 * len(groups)))
 
 
+def _curve(axes: "Axes", study: Study, group: Group, metric: str, scale: int = 1) -> None:
+    style, (rounds, means, stds) = _style(study, group), group.curve(metric)
+    mean, std = ([scale * value for value in values] for values in (means, stds))
+    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+    axes.plot(rounds, mean, label=group.label, markevery=max(1, len(rounds) // 8), **style)
+    axes.fill_between(rounds, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
 def _count_rounds(axes: "Axes") -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -175,15 +162,8 @@ def _style(study: Study, group: Group) -> dict[str, Any]:
     labels = list(dict.fromkeys(g.label for g in study.groups))
     keys = [g.method.base for g in study.groups] if _is_paired(study) else labels
     index = list(dict.fromkeys(keys)).index(group.method.base if _is_paired(study) else group.label)
-    shade = "black" if group.method.has_man else "0.5"
-    return {
-        "linestyle": _DASHES[index % len(_DASHES)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "markersize": 4.5,
-        "markerfacecolor": "black" if group.method.has_man else "white",
-        "color": shade,
-        "linewidth": 1.6,
-    }
+    shade, face = ("black", "black") if group.method.has_man else ("0.5", "white")
+    return line_style(index) | {"color": shade, "markerfacecolor": face}
 
 
 def _is_paired(study: Study) -> bool:
@@ -191,13 +171,5 @@ def _is_paired(study: Study) -> bool:
     return len({g.label for g in study.groups}) == len({g.method.name for g in study.groups})
 
 
-def _drawn(path: Path, plot: Callable[["Figure"], None], size: tuple[float, float]) -> Path:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=size, layout="constrained")
-        plot(figure)
-        figure.savefig(path)
-    return path
+def _drawn(path: Path, plot: Any, size: tuple[float, float]) -> Path:
+    return drawn(path, plot, size, {"text.parse_math": False})  # a dollar in a name is a dollar

@@ -72,11 +72,8 @@ class Group:
         Returns:
             The statistics over the seeds that did, how many of them there are, and the most rounds that one trained.
         """
-        reached = []
-        for run in self.runs:
-            first = next((r for r, value in sorted(run.series(metric).items()) if value >= target), None)
-            reached.append(first)
-        there = [r for r in reached if r is not None]
+        reached = [[r for r, value in run.series(metric).items() if value >= target] for run in self.runs]
+        there = [min(rounds) for rounds in reached if rounds]
         return Stat.of(there), len(there), max((run.rounds for run in self.runs), default=0)
 
 
@@ -131,13 +128,9 @@ def gain(group: Group, other: Group, metric: str) -> Stat | None:
     """How much higher a metric is than in another group: over the seeds that both have, or of the means."""
     ours = {run.seed: run.last(metric) for run in group.runs}
     theirs = {run.seed: run.last(metric) for run in other.runs}
-    differences = []
-    for seed in ours.keys() & theirs.keys() - {None}:
-        a, b = ours[seed], theirs[seed]
-        if a is not None and b is not None:
-            differences.append(a - b)
-    if differences:
-        return Stat.of(differences)
+    pairs = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys() - {None}]
+    if differences := Stat.of(a - b for a, b in pairs if a is not None and b is not None):
+        return differences
     mine, base = group.stat(metric), other.stat(metric)
     return None if mine is None or base is None else Stat(mine.mean - base.mean, None, 0)
 

@@ -80,8 +80,7 @@ def gains(study: Study, metric: str) -> Table | None:
         row = []
         for setting in study.settings:
             group = study.find(method, setting)
-            other = None if group is None else study.counterpart(group)
-            row.append(Cell(_DASH if group is None or other is None else show_gain(gain(group, other, metric), metric)))
+            row.append(Cell(_DASH if group is None else _gain(study, group, metric)))
         if any(cell.text != _DASH for cell in row):
             rows[method] = row
     if not rows:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ def preflight(
     _check_sizes(federation)
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
+    attempt = partial(_attempt, module, fabric, transfer)
     for where in ((client, 0), *((client, row) for _, client, row in labels)):
-        _try_one_batch(module, fabric, datamodule, transfer, *where)
+        _try_one_batch(module, datamodule, attempt, *where)
     if whole_epochs:
-        _try_batch_of_one(module, fabric, datamodule, transfer, federation.sizes)
+        _try_batch_of_one(module, datamodule, attempt, federation.sizes)
 
 
 def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
@@ -117,21 +119,14 @@ def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> No
 
 
 def _try_one_batch(
-    module: LightningModule,
-    fabric: Fabric,
-    datamodule: FederatedDataModule,
-    transfer: Callable[[Any], Any],
-    client: int,
-    start: int,
+    module: LightningModule, datamodule: FederatedDataModule, attempt: Callable[[Any], Any], client: int, start: int
 ) -> None:
     """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
         with evaluating(module):
-            loss = _trial_step(module, fabric, transfer, batch)
-        if fabric.device.type == "cuda":  # where a label is found to be out of range later
-            torch.cuda.synchronize()
+            loss = attempt(batch)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
@@ -146,11 +141,7 @@ def _try_one_batch(
 
 
 def _try_batch_of_one(
-    module: LightningModule,
-    fabric: Fabric,
-    datamodule: FederatedDataModule,
-    transfer: Callable[[Any], Any],
-    sizes: Tensor,
+    module: LightningModule, datamodule: FederatedDataModule, attempt: Callable[[Any], Any], sizes: Tensor
 ) -> None:
     """BatchNorm has no variance to divide by where a batch is one value per channel."""
     batch_size = datamodule.batch_size
@@ -159,7 +150,7 @@ def _try_batch_of_one(
         return
     client = int(alone[0])
     try:
-        _trial_step(module, fabric, transfer, first_samples(datamodule, client, 1))
+        attempt(first_samples(datamodule, client, 1))
     except ValueError as error:
         raise MisconfigurationException(
             f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
@@ -168,9 +159,12 @@ def _try_batch_of_one(
         ) from error
 
 
-def _trial_step(module: LightningModule, fabric: Fabric, transfer: Callable[[Any], Any], batch: Any) -> Any:
+def _attempt(module: LightningModule, fabric: Fabric, transfer: Callable[[Any], Any], batch: Any) -> Any:
     precision = fabric.strategy.precision
-    return trial_step(module, precision.convert_input(transfer(batch)), precision.forward_context())
+    output = trial_step(module, precision.convert_input(transfer(batch)), precision.forward_context())
+    if fabric.device.type == "cuda":  # where a label is found to be out of range later
+        torch.cuda.synchronize()
+    return output
 
 
 def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:

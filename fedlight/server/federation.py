@@ -122,7 +122,7 @@ class Federation:
         reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
         sender, rows = result.sender, reply.rows
         weight = algorithm.mean_weight(sender.num_samples)
-        update = reply.message["params"].double().sub_(received["params"])
+        update = reply.message["params"].to(torch.float64, copy=True).sub_(received["params"])
         terms = {"update": weight * update, "weight": update.new_tensor(weight)}
         terms |= algorithm.contribution({**reply.message, "update": update}, sender)
         if self.perturbation is not None:

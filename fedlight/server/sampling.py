@@ -1,6 +1,7 @@
 """Which clients train in a round."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -111,14 +112,18 @@ def draw_subset(n: int, k: int, rng: torch.Generator) -> Tensor:
 
 
 def balance(clients: list[int], sizes: Tensor, ranks: int) -> list[list[int]]:
-    """Share clients among ranks, the longest first to the rank that has least to do; each share in increasing order."""
-    load = [0] * ranks
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for size, client in sorted(zip((-sizes[clients]).tolist(), clients, strict=True)):
-        rank = min(range(ranks), key=lambda r: (load[r], r))
-        shares[rank].append(client)
-        load[rank] += max(1, -size)
-    return [sorted(s) for s in shares]
+    """Share clients among ranks, so that all have about as much to do; each share in increasing order."""
+    return [sorted(clients[i] for i in mine) for mine in share(sizes[clients].tolist(), ranks)]
+
+
+def share(sizes: Sequence[int], parts: int) -> list[list[int]]:
+    """Share what has these sizes, by position: the largest first, to the part that has least to do."""
+    load, shares = [0] * parts, [list[int]() for _ in range(parts)]
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        part = min(range(parts), key=lambda p: (load[p], p))
+        shares[part].append(i)
+        load[part] += max(1, sizes[i])
+    return shares
 
 
 def expected_clients(sampler: Sampler) -> int:

@@ -12,43 +12,35 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.studies.keys import check_keys, nearest
 
-_BOUNDS = frozenset({"min", "max"})
-_BELL = frozenset({"mu", "sigma"})
-_SHAPE = frozenset({"a", "b"})
-_KEYS: dict[str, frozenset[str]] = {
-    "constant": frozenset({"value"}),
-    "categorical": frozenset({"values"}),
-    "categorical_w_probabilities": frozenset({"values", "probabilities"}),
-    "int_uniform": _BOUNDS,
-    "uniform": _BOUNDS,
-    "log_uniform": _BOUNDS,
-    "log_uniform_values": _BOUNDS,
-    "inv_log_uniform": _BOUNDS,
-    "inv_log_uniform_values": _BOUNDS,
-    "normal": _BELL,
-    "log_normal": _BELL,
-    "beta": _SHAPE,
+_BOUNDS, _BELL, _SHAPE = {"min", "max"}, {"mu", "sigma"}, {"a", "b"}
+_Draw = Callable[[random.Random, Mapping[str, Any]], Any]
+# The keys of each distribution in the YAML, and how it is drawn from with what they say.
+_KINDS: dict[str, tuple[set[str], _Draw]] = {
+    "constant": ({"value"}, lambda rng, s: s["value"]),
+    "categorical": ({"values"}, lambda rng, s: s["values"][rng.randrange(len(s["values"]))]),
+    "categorical_w_probabilities": (
+        {"values", "probabilities"},
+        lambda rng, s: rng.choices(s["values"], s["probabilities"])[0],
+    ),
+    "int_uniform": (_BOUNDS, lambda rng, s: rng.randint(s["min"], s["max"])),
+    "uniform": (_BOUNDS, lambda rng, s: rng.uniform(s["min"], s["max"])),
+    "log_uniform": (_BOUNDS, lambda rng, s: math.exp(rng.uniform(s["min"], s["max"]))),
+    "log_uniform_values": (_BOUNDS, lambda rng, s: math.exp(rng.uniform(math.log(s["min"]), math.log(s["max"])))),
+    "inv_log_uniform": (_BOUNDS, lambda rng, s: math.exp(-rng.uniform(s["min"], s["max"]))),
+    "inv_log_uniform_values": (
+        _BOUNDS,
+        lambda rng, s: math.exp(-rng.uniform(-math.log(s["max"]), -math.log(s["min"]))),
+    ),
+    "normal": (_BELL, lambda rng, s: rng.gauss(s["mu"], s["sigma"])),
+    "log_normal": (_BELL, lambda rng, s: rng.lognormvariate(s["mu"], s["sigma"])),
+    # An exponent of 0 moves all of the mass to that end.
+    "beta": (_SHAPE, lambda rng, s: rng.betavariate(s["a"], s["b"]) if s["a"] and s["b"] else float(s["a"] > 0)),
 }
 _QUANTISED = ("uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta")
-_KEYS |= {f"q_{name}": _KEYS[name] | {"q"} for name in _QUANTISED}
+_KEYS = {kind: keys for kind, (keys, _) in _KINDS.items()}
+_KEYS |= {f"q_{kind}": _KEYS[kind] | {"q"} for kind in _QUANTISED}
 _DEFAULTS: dict[str, float] = {"q": 1.0, "mu": 0.0, "sigma": 1.0, "a": 1, "b": 1}
 _FINITE = ("constant", "categorical", "int_uniform", "q_uniform")
-
-_DRAWS: dict[str, Callable[[random.Random, Mapping[str, Any]], Any]] = {
-    "constant": lambda rng, s: s["value"],
-    "categorical": lambda rng, s: s["values"][rng.randrange(len(s["values"]))],
-    "categorical_w_probabilities": lambda rng, s: rng.choices(s["values"], s["probabilities"])[0],
-    "int_uniform": lambda rng, s: rng.randint(s["min"], s["max"]),
-    "uniform": lambda rng, s: rng.uniform(s["min"], s["max"]),
-    "log_uniform": lambda rng, s: math.exp(rng.uniform(s["min"], s["max"])),
-    "log_uniform_values": lambda rng, s: math.exp(rng.uniform(math.log(s["min"]), math.log(s["max"]))),
-    "inv_log_uniform": lambda rng, s: math.exp(-rng.uniform(s["min"], s["max"])),
-    "inv_log_uniform_values": lambda rng, s: math.exp(-rng.uniform(-math.log(s["max"]), -math.log(s["min"]))),
-    "normal": lambda rng, s: rng.gauss(s["mu"], s["sigma"]),
-    "log_normal": lambda rng, s: rng.lognormvariate(s["mu"], s["sigma"]),
-    # An exponent of 0 moves all of the mass to that end.
-    "beta": lambda rng, s: rng.betavariate(s["a"], s["b"]) if s["a"] and s["b"] else float(s["a"] > 0),
-}
 
 
 @dataclass(frozen=True)
@@ -129,9 +121,9 @@ class Distribution:
     def draw(self, rng: random.Random) -> Any:
         """One value."""
         if not self.kind.startswith("q_"):
-            return _DRAWS[self.kind](rng, self.settings)
+            return _KINDS[self.kind][1](rng, self.settings)
         q = self.settings["q"]
-        steps = round(_DRAWS[self.kind[2:]](rng, self.settings) / q)
+        steps = round(_KINDS[self.kind[2:]][1](rng, self.settings) / q)
         return steps * q
 
 

@@ -12,12 +12,13 @@ import fedlight.algorithms as algorithms
 from fedlight.data.arrays import _Storage
 from fedlight.engines.client_loop import Slot
 from fedlight.engines.cuda_graph.client_loop import GraphSlot
-from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots, share
+from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots
 from fedlight.engines.cuda_graph.recorder import Recorder
 from fedlight.engines.cuda_graph.segments import LONGEST, Segment, segments
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from fedlight.server.federation import Federation
+from fedlight.server.sampling import share
 from tests.engines import cases
 from tests.engines.tape import Tape
 from tests.helpers.half import scaled  # noqa: F401  (a fixture)

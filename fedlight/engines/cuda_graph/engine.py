@@ -19,6 +19,7 @@ from fedlight.engines.recordable import cannot, check_recordable, explain, is_ou
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.seeding import preserved_global_rng
+from fedlight.server.sampling import share
 
 MOST_SLOTS = 16
 """More clients side by side than this do not use a device better."""
@@ -34,16 +35,6 @@ def plan_slots(clients: int, free: int, each: int) -> int:
         each: bytes that the first slot took.
     """
     return max(0, min(clients, MOST_SLOTS, 1 + int(_MEMORY * free / max(1, each))) - 1)
-
-
-def share(sizes: Sequence[int], slots: int) -> list[list[int]]:
-    """Which clients each slot trains, by position: the largest first, to the slot that has least to do."""
-    load, shares = [0] * slots, [[] for _ in range(slots)]  # type: tuple[list[int], list[list[int]]]
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        slot = min(range(slots), key=lambda s: (load[s], s))
-        shares[slot].append(i)
-        load[slot] += max(1, sizes[i])
-    return shares
 
 
 class CudaGraph(Engine):

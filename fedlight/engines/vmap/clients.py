@@ -98,15 +98,12 @@ class Wave:
     def _stack(self) -> None:
         """The clients' inputs: one row each, or one for all where it is the same tensor."""
         objectives = [task.objective for task in self._tasks]
-        start = objectives[0].start
-        named: dict[str, list[Tensor]] = {}
-        if any(o.proximal != 0 for o in objectives):
-            named["anchor"] = [o.start if o.anchor is None else o.anchor for o in objectives]
-            named["proximal"] = [start.new_tensor(o.proximal) for o in objectives]
-        if any(o.linear is not None for o in objectives):
-            named["linear"] = [torch.zeros_like(start) if o.linear is None else o.linear for o in objectives]
-        if any(o.gradient_scale != 1 for o in objectives):
-            named["scale"] = [start.new_tensor(o.gradient_scale) for o in objectives]
+        start, parts, named = objectives[0].start, [o.parts() for o in objectives], dict[str, list[Tensor]]()
+        neutral: dict[str, Tensor | float] = {"anchor": start, "linear": torch.zeros_like(start)}
+        neutral |= {"proximal": 0.0, "gradient_scale": 1.0}
+        for name in (name for name in neutral if any(name in part for part in parts)):
+            given = [part.get(name, neutral[name]) for part in parts]
+            named[name] = [v if isinstance(v, Tensor) else start.new_tensor(v) for v in given]
         for part in ("state", "buffers"):
             states = [task.perturbation if part == "state" else task.buffers for task in self._tasks]
             named |= {f"{part}/{name}": [state[name] for state in states] for name in states[0]}

@@ -49,9 +49,10 @@ class _Caller(nn.Module):
 class ClientStep:
     """One client's local step as a pure function of named tensors.
 
-    Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), optionally ``anchor``, ``proximal``, ``linear`` and
-    ``scale`` of the objective, ``state/<name>`` of the perturbation and ``buffers/<name>``. Outputs: ``gradient``
-    ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``, ``weight/<name>`` of the logs.
+    Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), what there is of ``anchor``, ``proximal``,
+    ``linear`` and ``gradient_scale`` of the objective, ``state/<name>`` of the perturbation and ``buffers/<name>``.
+    Outputs: ``gradient`` ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``,
+    ``weight/<name>`` of the logs.
 
     Args:
         training: what all local trainings share.
@@ -100,13 +101,8 @@ class ClientStep:
             return torch.cat([g.reshape(-1) for g in grads.values()])
 
         before = state = _part(named, "state/")
-        objective = LocalObjective(
-            start=named["params"],
-            anchor=named.get("anchor"),
-            proximal=named.get("proximal", 0.0),
-            linear=named.get("linear"),
-            gradient_scale=named.get("scale", 1.0),
-        )
+        given = {name: named[name] for name in ("anchor", "proximal", "linear", "gradient_scale") if name in named}
+        objective = LocalObjective(start=named["params"], **given)
         with collecting_logs(self._module, log):
             g, state = local_gradient(
                 named["params"], gradient, objective, self._training.perturbation, state, self._training.clip
