@@ -231,8 +231,9 @@ class FederatedTrainer(TrainerInterface):
         session.hooks("on_round_start")
         session.layout.check(session.module)
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
-        mine = balance(clients, federation.sizes, self.world_size)[self.global_rank]
+        shares = balance(clients, federation.sizes, self.world_size)
         with clock("train"):
+            mine = federation.rows.bring(shares)
             federation.begin()
             for result in session.engine.train(round, federation.tasks(mine, session.schedule.lrs)):
                 federation.receive(result)

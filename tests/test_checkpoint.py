@@ -9,6 +9,7 @@ import random
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -317,19 +318,24 @@ def test_a_torn_checkpoint(run, damage):
 
 def test_a_flipped_bit_is_found_or_changes_nothing(run):
     """All parts of the file: what is not found, as in the space between tensors, is not read either."""
-    whole, rng = run[1].read_bytes(), random.Random(0)
-    expected, found = torch.load(run[1], weights_only=True), 0
-    leaves, spec = tree_flatten(expected)
+    whole, rng, found = run[1].read_bytes(), random.Random(0), 0
+
+    def content(path):
+        checkpoint = load_checkpoint(path)
+        clients = checkpoint["fedlight"]["clients"]
+        return tree_flatten({**checkpoint, "rows": list(clients.pop("rows"))})
+
+    leaves, spec = content(run[1])
+    assert len(leaves) > 20
     for _ in range(400):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         run[1].write_bytes(damaged)
         try:
-            loaded = load_checkpoint(run[1])
+            same, structure = content(run[1])
         except MisconfigurationException:
             found += 1
             continue
-        same, structure = tree_flatten(loaded)
         assert structure == spec
         assert all(torch.equal(a, b) if isinstance(b, Tensor) else a == b for a, b in zip(same, leaves, strict=True))
     assert found > 100
@@ -338,7 +344,8 @@ def test_a_flipped_bit_is_found_or_changes_nothing(run):
 def test_every_flipped_bit_of_a_tensor_is_found(run):
     whole = run[1].read_bytes()
     with zipfile.ZipFile(run[1]) as parts:
-        tensors = [i for i in parts.infolist() if "/data/" in i.filename and i.file_size]
+        tensors = [i for i in parts.infolist() if ("/data/" in i.filename or "/rows/" in i.filename) and i.file_size]
+        assert sum("/rows/" in i.filename for i in tensors) == 2  # a block, and how many there are
         contents = [parts.read(info) for info in tensors]
     for info, content in zip(tensors, contents, strict=True):
         damaged = bytearray(whole)
@@ -361,7 +368,7 @@ def test_another_format(run):
     saved = torch.load(run[1], weights_only=True)
     saved["fedlight"]["format"] = 99
     torch.save(saved, run[1])
-    refused(run, "has format 99, this version reads 1")
+    refused(run, "has format 99, this version reads 1 and 2")
 
 
 def test_another_model(run):
@@ -417,11 +424,15 @@ class Slow:
 
     def __init__(self, monkeypatch):
         self.go, self.written = threading.Event(), []
-        monkeypatch.setattr("fedlight.run.checkpoint.atomic_write", self)
+        monkeypatch.setattr("fedlight.run.checkpoint.atomic_file", self.write)
 
-    def __call__(self, path, content):
+    @contextmanager
+    def write(self, path):
         self.go.wait(60)
-        self.written.append((path.name, torch.load(io.BytesIO(content), weights_only=True)))
+        file = io.BytesIO()
+        yield file
+        file.seek(0)
+        self.written.append((path.name, torch.load(file, weights_only=True)))
 
 
 class Rounds(Callback):
@@ -464,11 +475,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, c
 def test_what_fails_while_training_goes_on_stops_the_run(tmp_path, monkeypatch):
     tried = threading.Event()
 
-    def full(path, content):
+    def full(path):
         tried.set()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fedlight.run.checkpoint.atomic_write", full)
+    monkeypatch.setattr("fedlight.run.checkpoint.atomic_file", full)
     rounds = []
 
     def at_end(round):

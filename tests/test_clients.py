@@ -207,12 +207,41 @@ def test_rows_in_a_checkpoint_go_to_disk_but_not_the_other_way(tmp_path):
         memory.load_state_dict(disk.state_dict())
 
 
-def test_another_process_copies_the_rows_of_the_first(tmp_path):
-    first = DiskClientStore(tmp_path / "rank0")
-    first.put(1, "algorithm", state(1, 0))
-    second = DiskClientStore(tmp_path / "rank1")
-    second.load_state_dict(first.state_dict())
-    assert same(second.get(1, "algorithm"), state(1, 0))
+def test_the_rows_of_a_process_that_is_no_more_are_copied(tmp_path):
+    first, second = DiskClientStore(tmp_path / "rank0"), DiskClientStore(tmp_path / "rank1")
+    first.put(0, "algorithm", state(0, 0))
+    second.put(1, "algorithm", state(1, 0))
+    saved = [first.state_dict(), second.state_dict()]
+    alone = DiskClientStore(tmp_path / "rank0")
+    for rank, own in enumerate(saved):
+        alone.load_state_dict(own, rank)
+    assert all(same(alone.get(i, "algorithm"), state(i, 0)) for i in (0, 1))
+    for rank, own in enumerate(saved):  # the checkpoint is still true
+        again = DiskClientStore(tmp_path / f"rank{rank}")
+        again.load_state_dict(own)
+        assert again.clients() == [rank]
+
+
+@pytest.mark.parametrize("make", [lambda path: ClientStore(), DiskClientStore])
+def test_a_row_that_is_taken_is_not_kept_any_more(tmp_path, make):
+    store = make(tmp_path / "rank0")
+    for client in range(3):
+        store.put(client, "algorithm", state(client, 0))
+        store.put(client, "latest", {"params": seeded(4, seed=client)})
+    saved = store.state_dict()
+    row = store.take(1)
+    assert row.keys() == {"algorithm", "latest"}
+    assert same(row["algorithm"], state(1, 0))
+    assert same(row["latest"], {"params": seeded(4, seed=1)})
+    assert store.clients() == [0, 2]
+    assert store.take(1) == store.take(7) == {}
+    store.put(3, "latest", {"params": seeded(4, seed=9)})  # into no slot that the checkpoint refers to
+    before = make(tmp_path / "rank0")
+    before.load_state_dict(saved)
+    assert before.clients() == [0, 1, 2]
+    assert same(before.get(1, "algorithm"), state(1, 0))
+    store.put_row(1, row)
+    assert same(store.get(1, "algorithm"), state(1, 0))
 
 
 def test_a_row_is_not_kept_alive_by_the_vector_that_it_is_a_part_of():
@@ -228,8 +257,9 @@ def test_a_snapshot_keeps_its_rows_while_the_store_goes_on():
     snapshot = store.state_dict()
     store.put(0, "latest", {"params": torch.zeros(2)})
     store.put(1, "latest", {"params": torch.zeros(2)})
-    assert list(snapshot["rows"]) == [0]
-    assert torch.equal(snapshot["rows"][0]["latest"]["params"], torch.ones(2))
+    ((client, row),) = snapshot["rows"]
+    assert client == 0
+    assert torch.equal(row["latest"]["params"], torch.ones(2))
 
 
 def test_auto_leaves_the_device_when_its_share_is_full():

@@ -9,8 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.run import checkpoint as writing
-from fedlight.run import loggers
+from fedlight.run import loggers, snapshot
 from fedlight.run.loggers import MetricsCSV, close_loggers, make_loggers, read_metrics
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
@@ -195,10 +194,10 @@ def test_a_resume_restores_the_rows_and_says_so(tmp_path):
 
 
 def test_rows_are_on_the_disk_before_the_checkpoint_that_follows(tmp_path, monkeypatch):
-    order, sync, save = [], MetricsCSV.sync, writing.save_checkpoint
+    order, sync, save = [], MetricsCSV.sync, snapshot.save_checkpoint
     monkeypatch.setattr(MetricsCSV, "sync", lambda self: (order.append(self.path.read_text()), sync(self)))
     monkeypatch.setattr(
-        writing, "save_checkpoint", lambda path, content: (order.append(content["epoch"]), save(path, content))
+        snapshot, "save_checkpoint", lambda path, content: (order.append(content["epoch"]), save(path, content))
     )
     trainer = quiet_trainer(tmp_path, max_rounds=3, callbacks=[Checkpoint(max_overhead=1)])
     trainer.fit(Regression(), Clients())

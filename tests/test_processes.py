@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from lightning.pytorch import Callback
 
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.processes import lost_process, raised_in
-from fedlight.server.clients import DiskClientStore
 from tests.helpers import processes
 from tests.helpers.runif import RunIf
 
@@ -93,20 +93,31 @@ def test_a_signal_to_one_process_stops_all_after_the_same_round(two):
     assert load_checkpoint(folder / "stopped" / "version_0" / "checkpoints" / "last.ckpt")["epoch"] == 2
 
 
-def test_every_process_finds_the_rows_of_all_clients(two):
-    """So that a run goes on in another number of processes."""
-    case = "local statistics and state on disk"
-    run = two[0] / case / "version_0"
-    saved = load_checkpoint(run / "checkpoints" / "last.ckpt")["fedlight"]
-    assert saved["clients"]["where"] == "disk"
-    assert {p.name for p in (run / "clients").iterdir()} == {"rank0", "rank1"}
-    found = []
-    for rank in ("rank0", "rank7"):
-        store = DiskClientStore(run / "clients" / rank)
-        store.load_state_dict(saved["clients"])
-        found.append({i: store.get(i, "latest")["params"] for i in store.clients()})
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][i], found[1][i]) for i in found[0])
+@pytest.mark.parametrize("case", processes.CASES)
+def test_a_row_is_kept_once_and_is_that_of_one_process(one, two, case):
+    expected, (first, second) = one[case]["kept"], (found[case]["kept"] for found in two[1])
+    assert not first.keys() & second.keys()
+    found = first | second
+    assert found.keys() == expected.keys()
+    assert bool(second) == (case not in ("perturbed", "one client, so one process is idle"))
+    for client, row in expected.items():
+        assert row.keys() == found[client].keys()
+        for part, state in row.items():
+            assert state.keys() == found[client][part].keys()
+            assert all(torch.equal(value, found[client][part][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("case", ["local statistics and state on disk", "all kinds of metrics"])
+def test_a_run_of_two_processes_goes_on_in_one(one, two, tmp_path, case):
+    """Whose checkpoint has the rows of both; on disk, each has files of its own."""
+    shutil.copytree(two[0] / case, tmp_path / case)
+    if "disk" in case:
+        assert {p.name for p in (tmp_path / case / "version_0" / "clients").iterdir()} == {"rank0", "rank1"}
+    found = processes.outcome(case, tmp_path, 1, more=1)
+    expected = processes.outcome(case, tmp_path / "one", 1, more=1)
+    assert torch.equal(found["weights"], expected["weights"])
+    assert all(torch.equal(found["views"][view], params) for view, params in expected["views"].items())
+    assert found["kept"].keys() == expected["kept"].keys()
 
 
 @pytest.mark.slow

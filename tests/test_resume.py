@@ -21,6 +21,7 @@ from fedlight.data import IID, DatasetPartition, DirichletClients
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
 from fedlight.report.runs import read_run
+from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.loggers import read_metrics
 from fedlight.run.resume import keep_config, record_changes
 from fedlight.server.sampling import Bernoulli
@@ -191,7 +192,9 @@ def test_another_algorithm_begins_anew_from_the_servers_model(tmp_path):
 
 def of_version_0_1(path):
     """Let a checkpoint say of its experiment what those of version 0.1 say."""
-    saved = torch.load(path, weights_only=True)
+    saved = load_checkpoint(path)
+    clients = saved["fedlight"]["clients"]
+    saved["fedlight"] |= {"format": 1, "clients": {**clients, "rows": dict(clients["rows"])}}
     del saved["fedlight"]["experiment"]
     saved["fedlight"] |= {"seed": 0, "algorithm": "FedProx", "perturbation": "SAM", "num_clients": 4}
     saved["fedlight"] |= {"views": ["server", "selected", "all"], "buffers": "average"}

@@ -1,7 +1,6 @@
 """Checkpoints: plain tensors and Python values, written at once or not at all."""
 
 import concurrent.futures
-import io
 import time
 import zipfile
 from collections.abc import Callable
@@ -12,22 +11,27 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.run.folder import atomic_write, unwritable
+from fedlight.run.folder import atomic_file, unwritable
+from fedlight.server.rows import SavedRows, append_rows
 
-FORMAT = 1
-"""Version of the checkpoint's layout."""
+FORMAT = 2
+"""Version of the checkpoint's layout; 1 had the clients' rows among the rest."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Serialise and write a checkpoint, its tensors on the CPU; the file appears whole or not at all.
 
+    The rows of clients, an iterable at ``fedlight/clients/rows``, are written last and one after the other.
+
     Raises:
         OSError: if the disk is full or read-only; an older file of that name is then untouched.
     """
-    buffer = io.BytesIO()
-    torch.save(_on_cpu(checkpoint), buffer)
+    rows = checkpoint.get("fedlight", {}).get("clients", {}).get("rows")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, buffer.getbuffer())  # no copy of what may be gigabytes
+    with atomic_file(path) as file:
+        torch.save(_on_cpu(checkpoint, but=rows), file)
+        if rows is not None:
+            append_rows(file, rows)
 
 
 class CheckpointWriter:
@@ -48,16 +52,16 @@ class CheckpointWriter:
         """Count seconds anew."""
         self.seconds = 0.0
 
-    def submit(self, path: Path, content: dict[str, Any], first: Callable[[], object] = bool) -> None:
-        """Write a checkpoint when those before it are written, and ``first`` has done what has to come before it."""
+    def submit(self, path: Path, *steps: Callable[[], object]) -> None:
+        """Do what makes a checkpoint, step by step, when those before it are written."""
         self._pool = self._pool or ThreadPoolExecutor(1, "fedlight-checkpoints")
-        self._writes.append(self._pool.submit(self._write, path, content, first))
+        self._writes.append(self._pool.submit(self._write, path, *steps))
 
-    def _write(self, path: Path, content: dict[str, Any], first: Callable[[], object]) -> None:
+    def _write(self, path: Path, *steps: Callable[[], object]) -> None:
         started = time.perf_counter()
         try:
-            first()
-            save_checkpoint(path, content)
+            for step in steps:
+                step()
         except OSError as error:
             raise unwritable(path.parent, error) from error
         finally:
@@ -84,11 +88,11 @@ class CheckpointWriter:
             self._pool = None
 
 
-def _on_cpu(value: Any) -> Any:
+def _on_cpu(value: Any, but: Any = None) -> Any:
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        return {k: _on_cpu(v) for k, v in value.items()}
+        return {k: _on_cpu(v, but) for k, v in value.items() if v is None or v is not but}
     return type(value)(_on_cpu(v) for v in value) if isinstance(value, list | tuple) else value
 
 
@@ -114,10 +118,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise MisconfigurationException(
             f"ckpt_path={str(path)!r} was not written by fedlight's trainer, so it holds no federated state."
         )
-    if checkpoint["fedlight"].get("format") != FORMAT:
+    found_format, clients = checkpoint["fedlight"].get("format"), checkpoint["fedlight"].get("clients", {})
+    if found_format not in (1, FORMAT):
         raise MisconfigurationException(
-            f"ckpt_path={str(path)!r} has format {checkpoint['fedlight'].get('format')}, this version reads {FORMAT}."
+            f"ckpt_path={str(path)!r} has format {found_format}, this version reads 1 and {FORMAT}."
         )
+    if clients.get("where") == "memory":
+        clients["rows"] = list(clients["rows"].items()) if found_format == 1 else SavedRows(path)
     found: dict[str, Any] = checkpoint
     return found
 

@@ -188,7 +188,8 @@ def versions(parent: Path) -> list[int]:
     return sorted(int(m[1]) for m in found if m)
 
 
-def atomic_write(path: Path, content: bytes | memoryview) -> None:
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write to a temporary file, sync it and rename it: a torn file never replaces a good one.
 
     Raises:
@@ -196,14 +197,20 @@ def atomic_write(path: Path, content: bytes | memoryview) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
+        with temporary.open("w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file as :func:`atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,24 +16,25 @@ from fedlight.run.context import RunContext
 from fedlight.run.experiment import describe, differences, plain
 from fedlight.run.folder import HISTORY, RunFolder, atomic_write, writing
 
+T = TypeVar("T")
 _OF_STATE = (
     *("algorithm", "perturbation", "trainer.views", "trainer.buffers", "trainer.precision"),
     *("data.num_clients", "data.partition", "model.trained"),
 )
 
 
-def decided(fabric: Fabric, decide: Callable[[], Path]) -> Path:
-    """What the first process decides; where it fails, it fails in every process."""
-    path, failure = Path(), None
+def decided(fabric: Fabric, decide: Callable[[], T]) -> T:
+    """What the first process decides or reads; where it fails, it fails in every process."""
+    found, failure = None, None
     if fabric.global_rank == 0:
         try:
-            path = decide()
+            found = decide()
         except MisconfigurationException as error:
             failure = str(error)
-    path, failure = fabric.broadcast((path, failure))
+    found, failure = fabric.broadcast((found, failure))
     if failure is not None:
         raise MisconfigurationException(failure)
-    return path
+    return cast(T, found)
 
 
 def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
@@ -46,7 +47,7 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
         path = decided(run.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
-    checkpoint = load_checkpoint(path)
+    checkpoint = decided(run.fabric, lambda: load_checkpoint(path))  # other machines may not see it
     parent = path.parent.parent if path.parent.name == "checkpoints" else path.resolve().parent.parent
     folder = RunFolder(parent) if path.resolve().parent.name == "checkpoints" else None
     round = checkpoint["fedlight"]["server"]["round"]

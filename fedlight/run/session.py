@@ -37,6 +37,7 @@ from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_chec
 from fedlight.run.views import Views
 from fedlight.server.clients import client_store
 from fedlight.server.federation import Federation
+from fedlight.server.rows import ClientRows
 
 STAGES = {"fit": RunningStage.TRAINING, "validate": RunningStage.VALIDATING, "test": RunningStage.TESTING}
 
@@ -87,7 +88,6 @@ class Session(RunContext):
         self._cleanup = ExitStack()
         self.movers = Movers(self)
         self.writer = CheckpointWriter()
-        self._cleanup.callback(self.writer.close)
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
@@ -176,8 +176,11 @@ class Session(RunContext):
         self.layout = ParameterLayout.of(self.module)
         folder = Path("clients") if self.folder is None else self.folder.path / "clients"
         store = client_store(settings["client_state"], folder / f"rank{self.fabric.global_rank}", self.fabric.device)
+        rows = ClientRows(store, self.datamodule.num_clients, self.fabric)
+        self._cleanup.callback(rows.close)
+        self._cleanup.callback(self.writer.close)  # before the connections that it may be using
         policy = trainer.algorithm.buffers or settings["buffers"]
-        parts = trainer.algorithm, trainer.perturbation, self.datamodule, store, policy, settings["views"], self.layout
+        parts = trainer.algorithm, trainer.perturbation, self.datamodule, rows, policy, settings["views"], self.layout
         self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved)
         self.views = Views(self)
         per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]

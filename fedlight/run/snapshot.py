@@ -1,6 +1,7 @@
 """What a run leaves on disk: the checkpoint's content, and the summary of a run."""
 
 import platform
+from collections import deque
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fedlight.run.checkpoint import FORMAT
+from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.loggers import logger_ids, read_metrics
 from fedlight.run.names import smaller_is_better
@@ -57,21 +58,27 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     known = set(checkpoint)
     run.hooks("on_save_checkpoint", checkpoint)
     added = {k: _copied(plain(v)) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
-    return {**plain(checkpoint), **added, "fedlight": checkpoint["fedlight"]}
+    fedlight = checkpoint.pop("fedlight")
+    return {**plain(checkpoint), **added, "fedlight": fedlight}
 
 
 def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait: bool) -> None:
     """Write a snapshot; the first process writes, every process calls.
 
-    Without ``wait`` it is written while training goes on, and what goes wrong is found in ``run.writer``. Rows on
-    disk are part of a checkpoint and must not change until it is written, so it is always waited for then.
+    Without ``wait`` it is written while training goes on, and what goes wrong is found in ``run.writer``; the other
+    processes hand over their clients' rows in threads like its own. Rows on disk are part of a checkpoint and must not
+    change until it is written, so it is always waited for then.
 
     Raises:
         MisconfigurationException: in every process, if it, or one before it, cannot be written.
     """
-    store, zero = run.federation.store, run.fabric.global_rank == 0
+    rows, store, zero = run.federation.rows, run.federation.store, run.fabric.global_rank == 0
+    own = content["fedlight"]["clients"]
+    whole = {**content, "fedlight": {**content["fedlight"], "clients": rows.gathered(own)}}
     if zero:
-        run.writer.submit(path, content, run.metrics_csv.sync if run.metrics_csv else bool)
+        run.writer.submit(path, lambda: _write(run, path, whole))
+    else:
+        run.writer.submit(path, lambda: rows.hand_over(own))
     if not wait and not isinstance(store, DiskClientStore):
         return
     # The others wait, too: no one leaves before it is on disk.
@@ -80,6 +87,15 @@ def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait:
         raise MisconfigurationException(failure)
     if path.stem == "last":
         store.committed()
+
+
+def _write(run: RunContext, path: Path, content: dict[str, Any]) -> None:
+    try:
+        if run.metrics_csv:
+            run.metrics_csv.sync()
+        save_checkpoint(path, content)
+    finally:  # what could not be written is received nevertheless: the others wait until they are rid of it
+        deque(content["fedlight"]["clients"].get("rows", ()), maxlen=0)
 
 
 def server_state_dict(run: RunContext) -> dict[str, Tensor]:

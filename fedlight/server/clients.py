@@ -1,9 +1,9 @@
 """What is kept for each client between rounds, in memory or in rows of files."""
 
 import os
-import shutil
 import zlib
 from collections.abc import Iterable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fedlight.run.folder import writing
 
 State = dict[str, Tensor]
+Row = dict[str, State]
 Where = Literal["auto", "device", "cpu", "disk"]
 
 
@@ -28,7 +29,7 @@ class ClientStore:
     def __init__(self, device: torch.device | str = "cpu", where: Where = "auto", limit_bytes: float = 8e9) -> None:
         self.device = torch.device(device)
         self._where, self._limit, self._bytes = where, limit_bytes, 0
-        self._rows: dict[int, dict[str, State]] = {}
+        self._rows: dict[int, Row] = {}
 
     def get(self, client: int, part: str) -> State | None:
         """The state of one part (``algorithm``, ``perturbation``, ``buffers``, ``latest``), or None if never put."""
@@ -39,9 +40,20 @@ class ClientStore:
         """Replace a client's state of one part; an empty state takes no room."""
         if not state:
             return
-        row = self._rows.setdefault(client, {})
-        target = self._place(row.pop(part, {}), state)
-        row[part] = {k: _own(v.detach().to(target)) for k, v in state.items()}
+        row = self._rows.get(client, {})  # replaced and never changed, as snapshots may hold it
+        target = self._place(row.get(part, {}), state)
+        self._rows[client] = {**row, part: {k: _own(v.detach().to(target)) for k, v in state.items()}}
+
+    def put_row(self, client: int, row: Row) -> None:
+        """Replace a client's states of several parts."""
+        for part, state in row.items():
+            self.put(client, part, state)
+
+    def take(self, client: int) -> Row:
+        """A client's states by part, which are not kept here any more."""
+        row = self._rows.pop(client, {})
+        self._bytes -= sum(map(self._device_bytes, row.values()))
+        return row
 
     def _place(self, old: State, new: State) -> torch.device:
         """Where a state goes that replaces another."""
@@ -61,24 +73,19 @@ class ClientStore:
         return sorted(self._rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """All rows, as plain dictionaries of the tensors themselves: a row is replaced, never overwritten."""
-        return {
-            "where": "memory",
-            "rows": {i: {part: dict(s) for part, s in row.items()} for i, row in sorted(self._rows.items())},
-        }
+        """All rows, with the tensors themselves: a row is replaced, never overwritten."""
+        return {"where": "memory", "rows": sorted(self._rows.items(), key=itemgetter(0))}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
+    def load_state_dict(self, state: dict[str, Any], rank: int = 0) -> None:
+        """Take over the rows of a :meth:`state_dict`, which was that of the process ``rank``.
 
         Raises:
-            ValueError: if the rows are on disk in another run's folder.
+            ValueError: if the rows are on disk.
         """
         if state["where"] != "memory":
             raise ValueError("ckpt_path: its clients' state is on disk. Continue with trainer.client_state=disk.")
-        self._rows, self._bytes = {}, 0
-        for client, row in state["rows"].items():
-            for part, saved in row.items():
-                self.put(int(client), part, saved)
+        for client, row in state["rows"]:
+            self.put_row(client, row)
 
     def committed(self) -> None:
         """A checkpoint that refers to the present rows is safely on disk."""
@@ -126,8 +133,7 @@ class DiskClientStore(ClientStore):
         layouts = self._layouts(part)
         for layout in layouts:
             if self._shapes[layout].keys() != state.keys() and client in self._slots[layout]:
-                self._retired.setdefault(layout, []).append(self._slots[layout].pop(client))
-                del self._sums[layout][client]
+                self._retire(layout, client)
         fitting = [layout for layout in layouts if self._shapes[layout].keys() == state.keys()]
         part = fitting[0] if fitting else f"{part}#{len(layouts)}" if layouts else part
         slots, free = self._slots.setdefault(part, {}), self._free.setdefault(part, [])
@@ -148,6 +154,18 @@ class DiskClientStore(ClientStore):
                     file.seek(slot * len(row))
                     file.write(row.data)
         self._sums.setdefault(part, {})[client] = _checksum(client, rows.values())
+
+    def _retire(self, layout: str, client: int) -> None:
+        self._retired.setdefault(layout, []).append(self._slots[layout].pop(client))
+        del self._sums[layout][client]
+
+    def take(self, client: int) -> Row:
+        """A client's states by part; their slots are free once the next checkpoint is on disk."""
+        row: Row = {}
+        for layout in [layout for layout, slots in self._slots.items() if client in slots]:
+            row[layout.partition("#")[0]] = self._read(layout, self._slots[layout][client])
+            self._retire(layout, client)
+        return row
 
     def clients(self) -> list[int]:
         """Clients that have state, in order."""
@@ -181,28 +199,33 @@ class DiskClientStore(ClientStore):
             "shapes": {p: {n: [d, list(s)] for n, (d, s) in v.items()} for p, v in self._shapes.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; rows that the checkpoint holds itself are written to disk.
+    def load_state_dict(self, state: dict[str, Any], rank: int | None = None) -> None:
+        """Take over the rows of a :meth:`state_dict`; those that the checkpoint holds itself are written to disk.
+
+        Args:
+            state: of the process ``rank``, in whose folder the files are.
+            rank: by default this store's own process; the rows of another one are copied.
 
         Raises:
             ValueError: if rows are missing, damaged, or have been overwritten since.
         """
         if state["where"] == "memory":
-            for client, row in state["rows"].items():
-                for part, saved in row.items():
-                    self.put(int(client), part, saved)
-            return
+            return super().load_state_dict(state)
+        folder = self._folder if rank is None else self._folder.with_name(f"rank{rank}")
+        if folder != self._folder:
+            other = DiskClientStore(folder)
+            other.load_state_dict(state)
+            for client in other.clients():
+                self.put_row(client, other.take(client))
+            return None
         self._shapes = {p: {n: (d, list(s)) for n, (d, s) in v.items()} for p, v in state["shapes"].items()}
         self._slots = {part: {int(i): int(s) for i, s in slots.items()} for part, slots in state["slots"].items()}
         self._sums = {part: {int(i): int(c) for i, c in sums.items()} for part, sums in state["checksums"].items()}
         self._free = {part: [int(s) for s in free] for part, free in state["free"].items()}
         self._retired = {}
-        first = self._folder.parent / "rank0"  # all processes have the same rows
-        if not self._folder.exists() and first.exists():
-            with writing(self._folder):
-                shutil.copytree(first, self._folder)
         for part in self._shapes:
             self._verify(part)
+        return None
 
     def _verify(self, part: str) -> None:
         rows = ((i, map(_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
@@ -250,8 +273,11 @@ def client_store(where: Where, folder: Path, device: torch.device) -> ClientStor
 
 def reweighed(mean: State, shares: Tensor, store: ClientStore) -> State:
     """The mean of the clients' latest models with other ``shares`` ``[N]``: summed up anew from their rows."""
-    first, params = mean["initial"], mean["initial"].double()
+    first = mean["initial"]
+    moved = torch.zeros_like(first, dtype=torch.float64)
     for client in store.clients():
         if (row := store.get(client, "latest")) is not None:
-            params = params + float(shares[client]) * (row["params"].double() - first)
-    return {"params": params, "initial": first, "shares": shares}
+            moved += float(shares[client]) * (row["params"].double() - first)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(moved)  # every process has the rows of some
+    return {"params": first.double() + moved, "initial": first, "shares": shares}

@@ -18,8 +18,9 @@ from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
 from fedlight.server.client_side import ClientSide
-from fedlight.server.clients import ClientStore, reweighed
+from fedlight.server.clients import reweighed
 from fedlight.server.incoming import Entry, Incoming, Report, round_metrics
+from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
 from fedlight.server.state import like, moved, num_bytes
 from fedlight.transforms.base import Transform
@@ -37,7 +38,7 @@ class Federation:
         algorithm: how clients are corrected and aggregated.
         perturbation: where gradients are taken, or None.
         datamodule: the clients' data, set up.
-        store: the clients' rows.
+        rows: what is kept of the clients.
         buffer_policy: what happens to the module's buffers.
         views: which weights are evaluated.
         layout: the order of the parameters.
@@ -51,7 +52,7 @@ class Federation:
         algorithm: Algorithm,
         perturbation: Perturbation | None,
         datamodule: FederatedDataModule,
-        store: ClientStore,
+        rows: ClientRows,
         buffer_policy: BufferPolicy,
         views: Sequence[View],
         layout: ParameterLayout,
@@ -61,14 +62,14 @@ class Federation:
     ) -> None:
         self._unmoved = unmoved
         self.algorithm, self.perturbation = algorithm, perturbation
-        self.store, self.buffer_policy, self.views = store, buffer_policy, views
+        self.rows, self.store, self.buffer_policy, self.views = rows, rows.store, buffer_policy, views
         self.num_clients = datamodule.num_clients
         self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
         algorithm.setup(self.num_clients, layout)
         if perturbation is not None:
             perturbation.setup(layout)
         self.clients = ClientSide(
-            algorithm, perturbation, datamodule, store, buffer_policy, transforms, seed, self.sizes
+            algorithm, perturbation, datamodule, self.store, buffer_policy, transforms, seed, self.sizes
         )
         weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
         self._total_weight = math.fsum(weights)
@@ -104,8 +105,7 @@ class Federation:
         received = dict(self.algorithm.broadcast(self.state.algorithm))
         if self.perturbation is not None:
             received |= self.perturbation.broadcast(self.state.perturbation)
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._received, self._incoming = received, Incoming(self._keep, share_rows=several)
+        self._received, self._incoming = received, Incoming(self.store.put_row)
         self.clients.begin(self.state, received)
 
     def tasks(self, clients: Iterable[int], lrs: tuple[float, ...] | None) -> Iterator[ClientTask]:
@@ -152,10 +152,6 @@ class Federation:
         """What clients have moved in this round, and none before."""
         names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
         return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
-
-    def _keep(self, client: int, rows: dict[str, State]) -> None:
-        for part, state in rows.items():
-            self.store.put(client, part, state)
 
     def _latest(self, client: int) -> Tensor:
         """A client's latest model; the one before the first round if it has not trained."""
@@ -237,7 +233,7 @@ class Federation:
         return {
             "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
             "initial_buffers": dict(self.clients.initial_buffers),
-            "clients": self.store.state_dict(),
+            "clients": self.rows.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any], clients: bool = True, anew: bool = False) -> None:
@@ -263,7 +259,7 @@ class Federation:
         server: dict[str, Any] = {k: moved(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
         self.state = ServerState(**server)
         if clients:
-            self.store.load_state_dict(saved["clients"])
+            self.rows.load(saved["clients"])
             mean = self.state.latest_mean
             if mean and not ("shares" in mean and torch.equal(mean["shares"].cpu(), self._shares)):
                 rank_zero_info("ckpt_path: its view `all` weighs clients otherwise than here, and is summed up anew.")

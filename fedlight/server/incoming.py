@@ -80,15 +80,12 @@ class Incoming:
 
     Args:
         keep: keeps a client's new state.
-        share_rows: whether other processes must keep the rows of this one's clients, too.
     """
 
     keep: Callable[[int, dict[str, State]], None]
-    share_rows: bool = False
     sums: ExactSums = field(default_factory=ExactSums)
     maxima: State = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
-    _rows: dict[int, dict[str, State]] = field(default_factory=dict)
     _waiting: list[Entry] = field(default_factory=list)
     _entries: int = 0
 
@@ -120,8 +117,6 @@ class Incoming:
             for name, value in entry.maxima.items():
                 self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
             self.keep(entry.report.client, entry.rows)
-            if self.share_rows:
-                self._rows[entry.report.client] = entry.rows
 
     def finish(self, fabric: Fabric, stop: int = 0) -> int:
         """Complete the sums over all processes, in one reduction; the largest ``stop``.
@@ -134,7 +129,6 @@ class Incoming:
             own = (self.reports, shapes, self.sums.terms, {k: v.cpu() for k, v in self.maxima.items()}, stop)
             everyone: list[Any] = [None] * fabric.world_size
             torch.distributed.all_gather_object(everyone, own)
-            self._take_over_rows(fabric)
             self.reports = [report for reports, *_ in everyone for report in reports]
             self.sums.terms = sum(terms for _, _, terms, _, _ in everyone)
             self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
@@ -146,14 +140,6 @@ class Incoming:
             stop = max(s for *_, s in everyone)
         self.reports.sort(key=lambda report: report.client)
         return stop
-
-    def _take_over_rows(self, fabric: Fabric) -> None:
-        rows = {i: {p: {k: v.cpu() for k, v in s.items()} for p, s in r.items()} for i, r in self._rows.items()}
-        everyone: list[Any] = [None] * fabric.world_size
-        torch.distributed.all_gather_object(everyone, rows)
-        for rank, found in enumerate(everyone):
-            for client, row in found.items() if rank != fabric.global_rank else ():
-                self.keep(client, row)
 
     def _reduce(self, shapes: dict[str, torch.Size], fabric: Fabric) -> None:
         names, device = sorted(shapes), fabric.device

@@ -93,9 +93,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def outcome(case: str, folder: Path, devices: int) -> dict[str, Any]:
-    """What a case ends with in this process: weights, statistics, metrics, warnings."""
-    settings = {"devices": devices, "name": case, "callbacks": [ClientMetrics()], **CASES[case]}
+PARTS = ("algorithm", "perturbation", "buffers", "latest")
+
+
+def outcome(case: str, folder: Path, devices: int, more: int = 0) -> dict[str, Any]:
+    """What a case ends with in this process: weights, statistics, metrics, warnings, rows that are kept here.
+
+    Trains some rounds ``more``, and continues a run that there is.
+    """
+    settings = {"devices": devices, "name": case, "max_rounds": 3, "callbacks": [ClientMetrics()], **CASES[case]}
+    settings["max_rounds"] += more
     data, model = settings.pop("data", lambda: Own(SIZES)), settings.pop("model", Measured)
     resume = settings.pop("resume", None)
     for key in ("algorithm", "perturbation"):
@@ -107,12 +114,15 @@ def outcome(case: str, folder: Path, devices: int) -> dict[str, Any]:
             quiet_trainer(folder, **{**settings, "max_rounds": resume}).fit(model(), data())
         module = model()
         trainer = quiet_trainer(folder, **settings)
-        trainer.fit(module, data(), ckpt_path=None if resume is None else "last")
+        trainer.fit(module, data(), ckpt_path="last" if resume or (more and (folder / case).exists()) else None)
+        store = trainer._session.federation.store
+        kept = {i: {part: store.get(i, part) for part in PARTS} for i in store.clients()}
         tested = trainer.test(module, data(), verbose=False)
     rows = read_metrics(trainer.run_dir / "metrics.csv")
     return {
         "world": trainer.world_size,
         "weights": weights(module),
+        "kept": {i: {part: state for part, state in row.items() if state} for i, row in kept.items()},
         "views": trainer._session.federation.state.views,
         "rows": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
         "clients": (trainer.run_dir / "clients.csv").read_text(),
