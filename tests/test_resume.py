@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,6 +229,34 @@ def test_a_learning_rate_without_a_schedule_is_known_to_version_0_1(tmp_path):
     trainer = quiet_trainer(tmp_path, max_rounds=2, algorithm=FedProx(), perturbation=SAM())
     with pytest.raises(MisconfigurationException, match="optimizer.groups.0.lr: 0.1 in the checkpoint, 0.2 here"):
         trainer.fit(Regression(lr=0.2), data(), ckpt_path="last")
+
+
+OLD = Path(__file__).parent / "helpers" / "version_0_1_0.ckpt"
+"""Written by version 0.1.0: SCAFFOLD after three rounds of two clients each, of whom client 1 was none."""
+
+
+def test_a_checkpoint_made_by_version_0_1_0_is_continued(tmp_path):
+    """The expected numbers are those with which version 0.1.0 itself went on to six rounds."""
+    assert torch.load(OLD, weights_only=True)["fedlight"]["version"] == "0.1.0"
+    model = Regression()
+    trainer = quiet_trainer(tmp_path, algorithm=SCAFFOLD(), max_rounds=6)
+    trainer.fit(model, Clients(), ckpt_path=OLD)
+    expected = [1.0790212154388428, -1.6399234533309937, 0.33669182658195496, 0.5109084844589233]
+    torch.testing.assert_close(weights(model), torch.tensor(expected))
+    store = trainer._session.federation.store
+    assert store.clients() == [0, 1, 2, 3]
+    control = [2.373650550842285, 2.830577850341797, 0.6639132499694824, 2.3111090660095215]
+    torch.testing.assert_close(store.get(2, "algorithm")["control"], torch.tensor(control))
+    equally = torch.stack([store.get(i, "latest")["params"] for i in range(4)]).mean(0)  # as it was for every method
+    torch.testing.assert_close(equally, torch.tensor([1.13156557, -1.31078720, 0.24954543, 0.65351617]))
+
+
+def test_a_checkpoint_made_by_version_0_1_0_is_tested(tmp_path):
+    trainer = quiet_trainer(tmp_path, algorithm=SCAFFOLD())
+    (found,) = trainer.test(Regression(), Clients(), ckpt_path=OLD, verbose=False)
+    assert found == pytest.approx(
+        {"test/loss": 4.57646697, "test/loss_selected": 3.79965495, "test/loss_all": 6.0342789}
+    )
 
 
 # --- what the folder keeps --------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from fedlight.run.setup import be_deterministic, local_training, make_fabric
 from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint, write_summary
 from fedlight.run.views import Views
-from fedlight.server.clients import client_store
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
@@ -175,8 +174,7 @@ class Session(RunContext):
         settings, trainer = self.settings, self.trainer
         self.layout = ParameterLayout.of(self.module)
         folder = Path("clients") if self.folder is None else self.folder.path / "clients"
-        store = client_store(settings["client_state"], folder / f"rank{self.fabric.global_rank}", self.fabric.device)
-        rows = ClientRows(store, self.datamodule.num_clients, self.fabric)
+        rows = ClientRows.of(settings["client_state"], folder, self.datamodule.num_clients, self.fabric)
         self._cleanup.callback(rows.close)
         self._cleanup.callback(self.writer.close)  # before the connections that it may be using
         policy = trainer.algorithm.buffers or settings["buffers"]

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import distributed
 
-from fedlight.server.clients import ClientStore, Row
+from fedlight.server.clients import ClientStore, Row, Where, client_store
 
 Rows = Iterable[tuple[int, Row]]
 _BLOCK_BYTES = 2**24
@@ -36,6 +36,12 @@ class ClientRows:
         self.store = store
         self._rank, self._world = fabric.global_rank, fabric.world_size
         self._owners = [client % self._world for client in range(num_clients)]
+
+    @classmethod
+    def of(cls, where: Where, folder: Path, num_clients: int, fabric: Fabric) -> "ClientRows":
+        """Those for ``trainer.client_state``; on disk, each process has a folder of its own."""
+        store = client_store(where, folder / f"rank{fabric.global_rank}", fabric.device)
+        return cls(store, num_clients, fabric)
 
     @cached_property
     def _group(self) -> Any:
