@@ -25,6 +25,8 @@ class LocalObjective:
         proximal: weight of the quadratic term; a scalar tensor where it is an input of a recorded program.
         linear: a constant added to the gradient, ``[P]``.
         gradient_scale: factor of the loss gradient; may be a scalar tensor, too.
+        optimizer: what the optimizer's state begins with instead of zeros, by the names that it has in torch
+            (``exp_avg_sq``): ``[P]``, or a scalar for all parameters (``step``); see ``Algorithm.optimizer_state``.
     """
 
     start: Tensor
@@ -32,6 +34,7 @@ class LocalObjective:
     proximal: float | Tensor = 0.0
     linear: Tensor | None = None
     gradient_scale: float | Tensor = 1.0
+    optimizer: State = field(default_factory=dict)
 
     def correct(self, gradient: Tensor, params: Tensor) -> Tensor:
         """The corrected gradient ``[P]`` (a new tensor, or ``gradient`` itself where nothing is to be corrected)."""
@@ -131,6 +134,7 @@ class ClientResult:
         lr_sum: Σ of the learning rate over the steps; S·η where it is constant in the round.
         buffers: the module's buffers after training.
         perturbation: the perturbation's state after the last step.
+        optimizer: what ``Algorithm.optimizer_state`` names of the optimizer's state after the last step, ``[P]`` each.
         metrics: logged sums, as ``name -> (weighted sum, weight)``.
         reductions: how each logged name is combined (mean, sum, min, max).
         loss_scale: the scale that 16-bit mixed precision ended with; None in other precisions.
@@ -145,6 +149,7 @@ class ClientResult:
     lr_sum: float
     buffers: State = field(default_factory=dict)
     perturbation: State = field(default_factory=dict)
+    optimizer: State = field(default_factory=dict)
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reductions: dict[str, str] = field(default_factory=dict)
     loss_scale: float | None = None

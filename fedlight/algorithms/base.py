@@ -36,6 +36,12 @@ class Algorithm:
         needs_lr: whether the method divides by the local learning rate, so that an optimizer must have one.
         lr_factors: a method that gives, from the number S of a client's local steps, a factor of the learning rate for
             each of them; None where the rate is the optimizer's.
+        optimizer_state: names of what a client sends, or keeps, of its optimizer's state, as they are in torch
+            (``exp_avg_sq``, ``momentum_buffer``): ``result.optimizer`` then has them, and ``LocalObjective.optimizer``
+            says what they begin with. Only the eager engine can do this, and optimizers whose state begins with zeros.
+        collects: whether :meth:`aggregate` needs all models at once (median, Krum): ``total`` then holds ``models``,
+            ``[K, P]`` in the order of the clients. They are K·P numbers in every process.
+        min_clients: how many clients a round must have.
         personal: whether a part of the model stays with each client: the sums then hold ``latest_models`` as well,
             Σ weight·:meth:`latest`, which is for evaluation only.
         mean_by: whether the mean of the clients' models weighs them by samples (McMahan et al. 2017) or equally.
@@ -47,6 +53,9 @@ class Algorithm:
     buffers: Literal["average", "local", "reset"] | None = None
     needs_lr: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
+    optimizer_state: tuple[str, ...] = ()
+    collects: bool = False
+    min_clients: int = 1
     personal: bool = False
     mean_by: Weighting = "samples"
     weighting: Weighting | None = None
@@ -101,7 +110,8 @@ class Algorithm:
         Args:
             server: its state before.
             total: the sums over the clients that trained, in float64: of each :meth:`contribution`, ``update``
-                (Σ weight·Δ_i with :meth:`mean_weight`), ``weight`` (Σ weight), and ``clients``, their number.
+                (Σ weight·Δ_i with :meth:`mean_weight`), ``weight`` (Σ weight), and ``clients``, their number; where
+                the algorithm :attr:`collects`, ``models``.
         """
         return {**server, "params": server["params"] + mean_update(total)}
 

@@ -36,6 +36,7 @@ class LocalTraining:
         call: calls a hook of the callbacks and of the module, as ``call("on_train_batch_start", batch, index)``.
         compile: whether the engine may compile what it runs.
         lr_factors: what the algorithm multiplies the learning rate of each local step with, or None.
+        optimizer_state: what the algorithm wants to know of the optimizer's state, by name.
         clients: clients that this process trains in a round, usually at most.
         example: a client's work, as in the first round, to try things out with.
         state: what clients may change of the module, to be put back after each; None where nothing is.
@@ -57,6 +58,7 @@ class LocalTraining:
     call: Callable[..., Any] = field(default=lambda name, *args: None)
     compile: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
+    optimizer_state: tuple[str, ...] = ()
     clients: int = 1
     example: "ClientTask | None" = None
     state: ModuleState | None = None

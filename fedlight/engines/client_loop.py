@@ -16,15 +16,14 @@ from fedlight.engines.data_order import LocalPlan, local_plan
 from fedlight.engines.fused_optimizers import begin_momentum, float32, fuse
 from fedlight.engines.hyperparameters import LocalSchedule, Values, lr_sum, set_values
 from fedlight.engines.moving import Moving
+from fedlight.engines.optimizer_state import OptimizerState
 from fedlight.local import ClientResult, LocalObjective, local_gradient
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
-from fedlight.module.step import Batch, step_loss
-from fedlight.module.step import call_step as call_step
-from fedlight.module.step import transfer_function as transfer_function
+from fedlight.module.step import Batch, step_loss, transfer_function
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator, seed_global_rng
 
@@ -48,6 +47,7 @@ class Slot:
         self.training, self.module = training, module
         self.device = training.fabric.device
         self.flat = FlatParameters(module)
+        self.optimizer_state = OptimizerState(module, self.flat, training.optimizer_state)
         self.held = Moving(module, training.findings.moving, training.state)
         self.buffers = self.held.tensors
         self.log = LogCollector(self.device)
@@ -116,8 +116,7 @@ class Slot:
 
     def _begin(self, task: ClientTask) -> None:
         self.log.reset()
-        with torch.no_grad():
-            self.flat.params.copy_(task.objective.start)
+        self.flat.params.copy_(task.objective.start)
         self.held.write(task.buffers)
         self.fresh = configure_optimizers(self.module)
         self.optimizer = self.fresh.optimizer
@@ -128,6 +127,7 @@ class Slot:
         if getattr(self._precision, "scaler", None) is not None:
             self._scaler = torch.amp.GradScaler(self.device.type, init_scale=task.loss_scale)
             begin_momentum(self.optimizer)
+        self.optimizer_state.begin(self.optimizer, task.objective.optimizer)
 
     def _result(self, task: ClientTask, state: State, num_steps: int, lr_sum: float) -> ClientResult:
         return ClientResult(
@@ -140,6 +140,7 @@ class Slot:
             lr_sum=lr_sum,
             buffers={name: value.detach().clone() for name, value in self.held.read().items()},
             perturbation=state,
+            optimizer=self.optimizer_state.read(self.optimizer),
             metrics=(sums := self.log.sums()),
             reductions={name: self.log.reduction(name) for name in sums},
             loss_scale=None if self._scaler is None else float(self._scaler.get_scale()),

@@ -23,6 +23,8 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
     Raises:
         MisconfigurationException: naming the hook, the dataset or the precision, and what to do instead.
     """
+    if training.optimizer_state:
+        raise cannot(engine, f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent")
     for reason in _reasons(training, engine):
         raise cannot(engine, reason)
 

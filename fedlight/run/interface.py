@@ -136,13 +136,13 @@ class TrainerInterface(LightningNames):
 
         Complete, and the same in every process, from ``on_round_metrics`` on until the next round begins.
         """
-        return self._session.federation.reports
+        return self._session.federation.reports if self.current_round else ()
 
     @property
     def client_val_metrics(self) -> dict[int, dict[str, float]]:
         """What validation logged on each client's own data, by client; empty in a round without such an evaluation."""
-        clients: dict[int, dict[str, float]] = self.views.clients
-        return clients
+        found: dict[int, dict[str, float]] = self.views.clients if self.current_round else {}
+        return found
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""

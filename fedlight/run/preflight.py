@@ -18,13 +18,13 @@ from torch.utils.data import default_collate
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import find_targets
-from fedlight.engines.client_loop import call_step
 from fedlight.engines.trial import watched
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.module.state import untouched
+from fedlight.module.step import call_step
 from fedlight.run.evaluation import evaluating
-from fedlight.server.federation import Federation
+from fedlight.server.federation import Federation, too_few
 
 
 def preflight(
@@ -41,11 +41,14 @@ def preflight(
     Raises:
         MisconfigurationException: naming the keys that do not fit together.
     """
-    check_schedules(module, federation.sizes.tolist(), module.trainer)
+    trainer: Any = module.trainer
+    check_schedules(module, federation.sizes.tolist(), trainer)
     _check_lr(federation, schedule)
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
     _check_sizes(federation)
+    if (found := trainer.sampler.clients_per_round) < federation.algorithm.min_clients:
+        raise too_few(federation.algorithm, f"trainer.clients_per_round gives {found}")
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
     attempt = partial(_attempt, module, fabric, transfer)

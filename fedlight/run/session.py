@@ -181,7 +181,8 @@ class Session(RunContext):
         parts = trainer.algorithm, trainer.perturbation, self.datamodule, rows, policy, settings["views"], self.layout
         self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved)
         self.views = Views(self)
-        per_round = min(2, self.federation.num_clients) if trainer.fast_dev_run else settings["clients_per_round"]
+        least = min(max(2, trainer.algorithm.min_clients), self.federation.num_clients)
+        per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
         anew = self.command == "fit" and begin_experiment(self, checkpoint)
         buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}

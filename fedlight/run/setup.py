@@ -75,6 +75,7 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
         call=run.hooks,
         compile=settings["compile"],
         lr_factors=trainer.algorithm.lr_factors,
+        optimizer_state=trainer.algorithm.optimizer_state,
         clients=math.ceil(expected_clients(trainer.sampler) / run.fabric.world_size),
         example=_example(run),
     )

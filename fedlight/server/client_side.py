@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
@@ -82,6 +84,9 @@ class ClientSide:
         """What a client has to do in this round."""
         weight = float(self._sizes[client]) / self._mean_size
         objective = self._algorithm.objective(self._received, self._own(client), weight)
+        if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
+            name = type(self._algorithm).__name__
+            raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
         perturbation: State = {}
         if self._perturbation is not None:
             own = self._own_perturbation(client)
@@ -121,7 +126,9 @@ class ClientSide:
             return
         own = self._algorithm.init_client(self._params)
         start = self._algorithm.objective(self._received, own, 1.0).start
-        _, sent = self._algorithm.client_update(self._received, own, ClientResult(0, start, start, 1, 1.0, 1, 1.0))
+        optimizer = dict.fromkeys(self._algorithm.optimizer_state, torch.zeros_like(start))
+        result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
+        _, sent = self._algorithm.client_update(self._received, own, result)
         beside: State = {}
         if self._perturbation is not None:
             own = self._perturbation.init_client(self._params)

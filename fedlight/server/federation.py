@@ -140,7 +140,8 @@ class Federation:
         }
         terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
         report = Report.of(result, weight, torch.dot(update, update), reply.num_bytes + self._buffer_bytes)
-        self._incoming.add(Entry(report, terms, counters, rows))
+        model = reply.message["params"] if algorithm.collects else None
+        self._incoming.add(Entry(report, terms, counters, rows, model))
 
     def _buffer(self, name: str) -> Tensor:
         """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
@@ -170,13 +171,18 @@ class Federation:
 
         Raises:
             FloatingPointError: if no client's message could be used.
+            MisconfigurationException: if fewer could than the algorithm needs.
         """
         incoming, old = self._incoming, self.state
         used = [report for report in incoming.reports if report.used]
         self._name_left_out([report.client for report in incoming.reports if not report.used], len(used))
+        if len(used) < self.algorithm.min_clients:
+            raise too_few(self.algorithm, f"round {old.round} has {len(used)} whose message can be used")
         total = incoming.sums.totals()
         total["clients"] = total["weight"].new_tensor(float(len(used)))
         mean_update = total["update"] / total["weight"]
+        if self.algorithm.collects:
+            total["models"] = torch.stack([model for _, model in sorted(incoming.models.items())])
         algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
         perturbation = old.perturbation
         if self.perturbation is not None:
@@ -265,6 +271,14 @@ class Federation:
                 rank_zero_info("ckpt_path: its view `all` weighs clients otherwise than here, and is summed up anew.")
                 self.state.latest_mean = mean = reweighed(mean, self._shares, self.store)
                 self.state.views["all"] = mean["params"].to(self.params.dtype)
+
+
+def too_few(algorithm: Algorithm, found: str) -> MisconfigurationException:
+    """The error for rounds with fewer clients than an algorithm needs."""
+    return MisconfigurationException(
+        f"algorithm: {type(algorithm).__name__} needs {algorithm.min_clients} clients in a round, and {found}. Raise"
+        " trainer.clients_per_round, or use another algorithm."
+    )
 
 
 def _averaged(buffer: Tensor) -> bool:

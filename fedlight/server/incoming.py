@@ -66,12 +66,14 @@ class Entry:
         terms: what is added up, by name.
         maxima: integers of which the server keeps the largest, by name.
         rows: the client's state after the round, by part; kept only if the message is used.
+        model: the model that it sent, ``[P]``, where the algorithm needs all of them.
     """
 
     report: Report
     terms: State
     maxima: State
     rows: dict[str, State]
+    model: Tensor | None = None
 
 
 @dataclass
@@ -80,12 +82,16 @@ class Incoming:
 
     Args:
         keep: keeps a client's new state.
+
+    Attributes:
+        models: those that were kept whole, by client.
     """
 
     keep: Callable[[int, dict[str, State]], None]
     sums: ExactSums = field(default_factory=ExactSums)
     maxima: State = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
+    models: dict[int, Tensor] = field(default_factory=dict)
     _waiting: list[Entry] = field(default_factory=list)
     _entries: int = 0
 
@@ -117,6 +123,8 @@ class Incoming:
             for name, value in entry.maxima.items():
                 self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
             self.keep(entry.report.client, entry.rows)
+            if entry.model is not None:
+                self.models[entry.report.client] = entry.model
 
     def finish(self, fabric: Fabric, stop: int = 0) -> int:
         """Complete the sums over all processes, in one reduction; the largest ``stop``.
@@ -126,13 +134,15 @@ class Incoming:
         self.flush()
         if fabric.world_size > 1:
             shapes = {name: part.shape for name, part in self.sums.parts.items()}
-            own = (self.reports, shapes, self.sums.terms, {k: v.cpu() for k, v in self.maxima.items()}, stop)
+            whole = [{k: v.cpu() for k, v in part.items()} for part in (self.maxima, self.models)]
+            own = (self.reports, shapes, self.sums.terms, *whole, stop)
             everyone: list[Any] = [None] * fabric.world_size
             torch.distributed.all_gather_object(everyone, own)
             self.reports = [report for reports, *_ in everyone for report in reports]
-            self.sums.terms = sum(terms for _, _, terms, _, _ in everyone)
+            self.sums.terms = sum(terms for _, _, terms, *_ in everyone)
+            self.models = {c: m.to(fabric.device) for *_, models, _ in everyone for c, m in models.items()}
             self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
-            for _, _, _, maxima, _ in everyone:
+            for _, _, _, maxima, *_ in everyone:
                 for name, value in maxima.items():
                     mine = self.maxima.get(name)
                     there = value.to(fabric.device)

@@ -117,6 +117,8 @@ def test_callbacks_see_what_each_client_reported(tmp_path):
             seen.append(list(trainer.client_reports))
             return {"clients/largest_loss": max(r.values["train/loss"] for r in trainer.client_reports if r.used)}
 
+    before = quiet_trainer(tmp_path)
+    assert (before.client_reports, before.client_val_metrics) == ((), {})
     data = Own()
     data.datasets[1] = data.dataset(torch.full((4, 3), 1e25), torch.zeros(4))
     settings = {"callbacks": [Look(), ClientMetrics()], "clients_per_round": 4}

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torchmetrics import MeanMetric, MeanSquaredError
 
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
 from fedlight.perturbations import SAM
@@ -60,6 +61,15 @@ class Own(Clients):
         return self.client_dataset(client)
 
 
+class Middle(FedAvg):
+    """The median model, without sums."""
+
+    collects = True
+
+    def aggregate(self, server: Any, total: Any) -> Any:
+        return {"params": total["models"].median(0).values}
+
+
 class Terminate(Callback):
     """The first process alone is told to stop in the second round."""
 
@@ -88,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "local statistics and state on disk": {"algorithm": SCAFFOLD, "client_state": "disk", "buffers": "local"},
     "perturbed": {"perturbation": lambda: SAM(0.05), "views": ["server"]},
     "a client diverges": {"data": diverging, "model": Regression, "clients_per_round": 1.0},
+    "all models at once": {"algorithm": lambda: Middle(), "clients_per_round": 3},
     "resumed": {"resume": 2, "max_rounds": 4},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
 }

@@ -129,7 +129,8 @@ class GraphSlot(Slot):
             if key not in held:
                 like = value if isinstance(value, Tensor) else self.flat.params.new_full((), value)
                 held[key] = like.to(self.device, copy=True)
-        return LocalObjective(start=self.flat.params, **{name: self._objective[name] for name in parts})
+        inputs: dict[str, Any] = {name: self._objective[name] for name in parts}
+        return LocalObjective(start=self.flat.params, **inputs)
 
     def _work(self, task: ClientTask, piece: Segment) -> tuple[Callable[..., None], Tensor, dict[str, Tensor]]:
         """Some local steps as a function of what is in the slot's tensors, and the samples that they read.

@@ -101,7 +101,8 @@ class ClientStep:
             return torch.cat([g.reshape(-1) for g in grads.values()])
 
         before = state = _part(named, "state/")
-        given = {name: named[name] for name in ("anchor", "proximal", "linear", "gradient_scale") if name in named}
+        names = [name for name in ("anchor", "proximal", "linear", "gradient_scale") if name in named]
+        given: dict[str, Any] = {name: named[name] for name in names}
         objective = LocalObjective(start=named["params"], **given)
         with collecting_logs(self._module, log):
             g, state = local_gradient(
