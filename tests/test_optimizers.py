@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
 
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.module.optimizers import RoundSchedule, configure_optimizers
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
+from tests.helpers.tiny import Clients, Keep, Regression, quiet_trainer, weights
 
 
 class Scheduled(Regression):
@@ -195,16 +195,10 @@ def one_cycle(steps):
 @pytest.mark.parametrize("engine", ["eager", "vmap"])
 def test_one_cycle_lasts_as_long_as_the_round_of_each_client(tmp_path, engine):
     """Clients of 5 and 12 samples take four and six steps in two epochs."""
-    keep = []
-
-    class Keep(FedAvg):
-        def aggregate(self, server, results, messages):
-            keep.extend((r.num_steps, r.lr_sum) for r in results)
-            return super().aggregate(server, results, messages)
-
-    settings = {"algorithm": Keep(), "engine": engine, "clients_per_round": 1.0, "max_rounds": 1, "local_epochs": 2}
+    keep = Keep()
+    settings = {"algorithm": keep, "engine": engine, "clients_per_round": 1.0, "max_rounds": 1, "local_epochs": 2}
     quiet_trainer(tmp_path, **settings).fit(OneCycle(), Clients(sizes=(5, 12)))
-    assert keep == [(steps, pytest.approx(sum(one_cycle(steps)))) for steps in (4, 6)]
+    assert [(r.num_steps, r.lr_sum) for r in keep.rounds[0]] == [(steps, pytest.approx(sum(one_cycle(steps)))) for steps in (4, 6)]
 
 
 def test_one_cycle_in_every_step(tmp_path):
@@ -386,17 +380,11 @@ def test_an_own_optimizer_step_is_honoured(tmp_path, settings):
 
 
 def test_the_rates_of_an_own_optimizer_step_are_those_that_algorithms_divide_by(tmp_path):
-    keep = []
-
-    class Keep(FedAvg):
-        def aggregate(self, server, results, messages):
-            keep.extend(r.lr_sum for r in results)
-            return super().aggregate(server, results, messages)
-
+    keep = Keep()
     CALLS.clear()
     model = WarmUp()
-    quiet_trainer(tmp_path, algorithm=Keep(), max_rounds=2, clients_per_round=1.0).fit(model, Clients(sizes=(8, 12)))
-    assert keep == pytest.approx([0.025 + 0.05, 0.025 + 0.05 + 0.075, 0.2, 0.3])
+    quiet_trainer(tmp_path, algorithm=keep, max_rounds=2, clients_per_round=1.0).fit(model, Clients(sizes=(8, 12)))
+    assert [r.lr_sum for results in keep.rounds for r in results] == pytest.approx([0.025 + 0.05, 0.025 + 0.05 + 0.075, 0.2, 0.3])
     assert CALLS == [(0, 0), (0, 1), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
 
 

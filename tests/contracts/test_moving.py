@@ -67,7 +67,7 @@ def test_the_order_of_the_clients_changes_nothing(name, one_process, tmp_path, m
     from fedlight.engines.eager import Eager
 
     train = Eager.train
-    monkeypatch.setattr(Eager, "train", lambda self, round, tasks: train(self, round, tasks[::-1]))
+    monkeypatch.setattr(Eager, "train", lambda self, round, tasks: train(self, round, list(tasks)[::-1]))
     assert_same_bits(run(name, tmp_path)[2], one_process(name)[2])
 
 
