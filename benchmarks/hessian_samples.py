@@ -9,15 +9,17 @@ several draws. The trace is estimated with the same random vectors throughout, s
 import argparse
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fedlight.analysis import hessian_operator, layer_blocks, top_eigenvalues, trace
+from fedlight.analysis._drawing import drawn, line_style
 from fedlight.analysis.lanczos import block_eigenvalues
-from fedlight.analysis.pictures import draw_sampling_error
 from fedlight.data.arrays import ArrayDataset
 from fedlight.models import CifarCNN, Classifier
 from fedlight.seeding import generator
@@ -49,6 +51,37 @@ def trained(data: ArrayDataset, steps: int) -> Classifier:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
     return model.eval()
+
+
+def draw_sampling_error(
+    samples: Sequence[int], errors: Mapping[str, Sequence[Sequence[float]]], path: str | Path
+) -> Path:
+    """How far a figure measured on a sample lies from that on all data.
+
+    Args:
+        samples: values of ``max_samples``.
+        errors: for each figure, and each value of ``samples``, the relative errors of several draws.
+        path: of the PNG.
+    """
+
+    def plot(figure: Any) -> None:
+        axes = figure.subplots()
+        for index, (name, draws) in enumerate(errors.items()):
+            rms = [(sum(e * e for e in errs) / len(errs)) ** 0.5 for errs in draws]
+            axes.plot(samples, [100 * e for e in rms], label=name, **line_style(index))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(list(samples), [f"{count:,}" for count in samples])
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        ticks = [m * 10**e for e in range(-6, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlabel("max_samples")
+        axes.set_ylabel("error against all samples (%, root mean square)")
+        axes.set_title("How many samples are enough")
+        axes.legend()
+
+    return drawn(path, plot, (6, 4))
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What a client does in a round: its objective, its gradient, its result. Written once, for every engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,15 +46,6 @@ class LocalObjective:
         if self.anchor is not None and not _is_constant(self.proximal, 0.0):
             out = out + self.proximal * (params - self.anchor)
         return out
-
-    def with_tensors(self) -> "LocalObjective":
-        """The same with its numbers as tensors, where they matter: made once for many steps."""
-        full = self.start.new_full
-        return replace(
-            self,
-            proximal=full((), float(self.proximal)) if self.proximal != 0 else 0.0,
-            gradient_scale=full((), float(self.gradient_scale)) if self.gradient_scale != 1 else 1.0,
-        )
 
     def parts(self) -> dict[str, Tensor | float]:
         """What :meth:`correct` reads, by name; nothing where there is nothing to correct."""

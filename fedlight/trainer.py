@@ -249,7 +249,7 @@ class FederatedTrainer(TrainerInterface):
             row |= session.views.evaluate_round()
         row |= clock.metrics()
         row |= session.hooks.collect("on_round_metrics")
-        session.schedule.advance(self.current_round, row, session.views.due)
+        session.schedule.advance("round", self.current_round, row, session.views.due)
         session.log(row)
         session.hooks("on_round_end")
         session.raise_if_interrupted(stop)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from fedlight.callbacks import partition
 from fedlight.seeding import preserved_global_rng
 from tests.helpers import leaks
 
@@ -32,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _global_rng_is_restored() -> Iterator[None]:
     with preserved_global_rng():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _partition_pictures_are_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing one takes longer than most fits here: all tests but those of the picture get an empty one."""
+
+    def save(counts: torch.Tensor, path: Path, names: list[str] | None) -> None:
+        Image.new("L", (1, 1)).save(path)
+
+    if not request.node.path.match("callbacks/test_partition.py"):
+        monkeypatch.setattr(partition, "save_partition_picture", save)
 
 
 @pytest.fixture(autouse=True)

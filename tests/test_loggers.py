@@ -83,7 +83,7 @@ def test_a_resumed_run_keeps_its_id(tmp_path):
 
 def test_group_and_name_follow_from_the_experiment_and_the_method(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    monkeypatch.setattr(loggers, "_begin_wandb", lambda logger: None)
+    monkeypatch.setattr(loggers, "_begin_wandb", lambda *_: None)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     _, logger = make_loggers("wandb", tmp_path / "study" / "version_3", {}, "FedDyn+MAN-seed1")
     settings = logger._wandb_init
@@ -219,7 +219,7 @@ class Failing(FakeWandbLogger):
 def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        monkeypatch.setattr(loggers, "_begin_wandb", lambda logger: None)  # it fails later
+        monkeypatch.setattr(loggers, "_begin_wandb", lambda *_: None)  # it fails later
         trainer = quiet_trainer(tmp_path, logger=Failing(), max_rounds=3)
         trainer.fit(Regression(), Clients())
     assert [str(w.message) for w in said if "no route" in str(w.message)] == [

@@ -280,7 +280,7 @@ def test_schedules_of_rounds_go_on_after_a_resume(name):
     for r, row in enumerate(metrics):
         states.append(whole.state_dict())
         rates.append(whole.lr)
-        whole.advance(r + 1, row)
+        whole.advance("round", r + 1, row)
     for start, state in enumerate(states):
         torch.serialization.add_safe_globals([])
         resumed = RoundSchedule(scheduled(make, "round", monitor="val/loss"))
@@ -288,7 +288,7 @@ def test_schedules_of_rounds_go_on_after_a_resume(name):
         found = []
         for r in range(start, len(metrics)):
             found.append(resumed.lr)
-            resumed.advance(r + 1, metrics[r])
+            resumed.advance("round", r + 1, metrics[r])
         assert found == rates[start:]
 
 

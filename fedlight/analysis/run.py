@@ -16,6 +16,7 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.run.context import RunContext
 from fedlight.run.folder import writing
 from fedlight.run.interface import TrainerInterface
+from fedlight.run.loggers import read_metrics
 from fedlight.run.session import Session
 
 
@@ -128,8 +129,6 @@ def _write(
     results: Mapping[str, HessianResult], subject: Subject, session: RunContext, folder: Path, stem: str
 ) -> list[Path]:
     """Files and pictures of the measurement."""
-    from fedlight.run.loggers import read_metrics
-
     records.save(results, folder / "hessian", stem)
     plots, round = folder / "plots", session.trainer.current_round - 1
     drawn = [records.draw_densities(results, plots / f"density_{stem}.png")]

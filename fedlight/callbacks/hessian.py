@@ -14,6 +14,7 @@ from fedlight.analysis.measurement import Measurement, ViewName
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, is_federated, output_folder, subject_of
 from fedlight.run.folder import optional
+from fedlight.run.loggers import log_picture, read_metrics
 
 _REDRAW = 30.0  # seconds between two drawings of the same history
 
@@ -168,15 +169,11 @@ class HessianSpectrum(Callback):
         return last or int(trainer.current_round) % self.every_n_rounds == 0
 
     def _draw_history(self, trainer: Any, module: Any, folder: Path) -> None:
-        from fedlight.run.loggers import read_metrics
-
         self._drawn_at = time.monotonic()
         rows = read_metrics(folder / "metrics.csv")
         for path in records.draw_rounds(module, rows, folder / "plots"):
             self._log(trainer, path)
 
     def _log(self, trainer: Any, picture: Path | None) -> None:
-        from fedlight.run.loggers import log_picture
-
         if picture is not None:
             log_picture(trainer.loggers, f"plots/{picture.stem.split('_')[0]}", picture)

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 from fedlight.analysis.measurement import ViewName
 from fedlight.analysis.subject import DataName, Weights, is_federated, output_folder, subject_of
 from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
+from fedlight.run.loggers import log_picture
 
 
 class LossLandscape(Callback):
@@ -67,8 +68,6 @@ class LossLandscape(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Evaluate and draw."""
-        from fedlight.run.loggers import log_picture
-
         folder = output_folder(trainer)
         if folder is None:
             return

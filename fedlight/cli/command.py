@@ -1,9 +1,10 @@
 """The command line: ``fedlight fit|validate|test|analyze``, and ``study`` and ``report`` about many runs."""
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -173,7 +174,9 @@ def main(args: ArgsType = None) -> None:
     given = sys.argv[1:] if args is None else args
     try:
         if isinstance(given, list) and given[:1] in (["study"], ["report"]):
-            sys.exit(_about_runs(given[0])(given[1:]))
+            # They train nothing themselves, so that nothing that trains has to be built.
+            package = {"study": "studies", "report": "report"}[given[0]]
+            sys.exit(importlib.import_module(f"fedlight.{package}.command").main(given[1:]))
         FederatedCLI(args)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -186,15 +189,6 @@ def main(args: ArgsType = None) -> None:
         if found is None:
             raise
         sys.exit(_fail(found))
-
-
-def _about_runs(command: str) -> Callable[[list[str]], int]:
-    """The commands that train nothing themselves, so that nothing that trains has to be built."""
-    if command == "study":
-        from fedlight.studies.command import main
-    else:
-        from fedlight.report.command import main
-    return main
 
 
 def _ours(error: BaseException | None) -> BaseException | None:

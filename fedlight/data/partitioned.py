@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fedlight.data._draws import apportion
+from fedlight.data._draws import apportion, by_client
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import NaturalGroups, Partitioner
@@ -62,9 +62,7 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
             held = shuffled[labels[shuffled] == label]
             rows.append(held)
             owners.append(torch.repeat_interleave(clients, apportion(len(held), weights)))
-    owner, row = torch.cat(owners), torch.cat(rows)
-    sizes = torch.bincount(owner, minlength=len(counts)).tolist()
-    return Partition(list(torch.split(row[torch.argsort(owner, stable=True)], sizes)))
+    return Partition(by_client(torch.cat(rows), torch.cat(owners), len(counts)))
 
 
 class PartitionedDataModule(FederatedDataModule):

@@ -81,7 +81,6 @@ class Slot:
         self._begin(task)
         state, steps = dict(task.perturbation), list(plan.steps_per_epoch)
         values = self.schedule.values(task.lrs, steps, self.fresh)
-        objective = task.objective if self._compiled is None else task.objective.with_tensors()
         now = None
         with collecting_logs(self.module, self.log):
             training.call("on_client_start", task.client)
@@ -92,7 +91,7 @@ class Slot:
                 for step in batches:
                     if values[self.done] is not now:
                         now = self._set_values(values[self.done])
-                    state, skip = self._step(objective, step, state)
+                    state, skip = self._step(task.objective, step, state)
                     if skip:  # the schedules count the steps that were taken
                         steps[epoch] = self.done - sum(steps[:epoch])
                         values = self.schedule.values(task.lrs, steps)

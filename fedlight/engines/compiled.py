@@ -61,7 +61,7 @@ class CompiledStep:
             params: w, ``[P]``.
             buffers: the module's buffers.
             log: what is logged goes there.
-            objective: what the algorithm asks for; its numbers are tensors, where they matter.
+            objective: what the algorithm asks for.
             batches: micro-batches.
             state: the perturbation's state.
         """
@@ -69,7 +69,8 @@ class CompiledStep:
         leaves = [same[0] if len(same) == 1 else torch.cat(same) for same in parts]
         self._step.spec = tree_structure(batches[0][0])
         named = {"params": params, **numbered(leaves)}
-        named |= {name: part for name, part in objective.parts().items() if isinstance(part, Tensor)}
+        for name, part in objective.parts().items():
+            named[name] = part if isinstance(part, Tensor) else params.new_full((), part)
         named |= {f"state/{name}": value for name, value in state.items()}
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
         key = tuple(named)

@@ -64,7 +64,14 @@ class Optimization:
             group["lr"] = lr
 
     def advance(self, interval: str, count: int, metrics: dict[str, Any] | None = None, evaluated: bool = True) -> None:
-        """Step the schedulers of an interval whose frequency divides ``count``, which counts from 1."""
+        """Step the schedulers of an interval whose frequency divides ``count``, which counts from 1.
+
+        Args:
+            interval: ``step``, ``epoch`` or ``round``.
+            count: how many are now complete.
+            metrics: the round's row.
+            evaluated: whether the round ended with an evaluation.
+        """
         for scheduled in self.schedulers:
             if scheduled.interval == interval and count % scheduled.frequency == 0:
                 scheduled.step(metrics, evaluated)
@@ -201,56 +208,31 @@ def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int)
             ) from error
 
 
-class RoundSchedule:
+class RoundSchedule(Optimization):
     """The learning rates of each round, from the module's schedulers whose interval is ``"round"``.
 
     Clients build a fresh optimizer every round; this one object carries the schedule across rounds.
-
-    Attributes:
-        lr: the learning rate of the first parameter group in the current round.
     """
 
     def __init__(self, module: LightningModule) -> None:
         module.zero_grad(set_to_none=True)
-        self._optimization = configure_optimizers(module)
-        # Without gradients this changes nothing; schedulers warn if their optimizer never stepped.
-        self._optimization.optimizer.step()
-        self._schedulers = [s for s in self._optimization.schedulers if s.interval == "round"]
+        found = configure_optimizers(module)
+        super().__init__(found.optimizer, found.schedulers)
+        self.optimizer.step()  # changes nothing; schedulers warn if their optimizer never stepped
+        self._schedulers = [s for s in self.schedulers if s.interval == "round"]
         for scheduled in (s for s in self._schedulers if s.reduce_on_plateau):
             name = type(scheduled.scheduler).__name__
             rank_zero_info(f"{name} steps after each round that is evaluated, by the round's {scheduled.monitor!r}.")
-        self.has_lr = all("lr" in g for g in self._optimization.optimizer.param_groups)
-
-    @property
-    def parts(self) -> tuple[list[Optimizer], list[ScheduledLR]]:
-        """The optimizer and its schedules, as lists."""
-        return [self._optimization.optimizer], self._optimization.schedulers
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the first parameter group."""
-        return self._optimization.lr
+        self.has_lr = all("lr" in g for g in self.optimizer.param_groups)
 
     @property
     def lrs(self) -> tuple[float, ...] | None:
         """The learning rate of every group in this round; None where no schedule counts rounds."""
-        if not self._schedulers:
-            return None
-        return tuple(float(g["lr"]) for g in self._optimization.optimizer.param_groups)
-
-    def advance(self, rounds: int, metrics: dict[str, Any], evaluated: bool = True) -> None:
-        """Step after a round.
-
-        Args:
-            rounds: how many are now complete.
-            metrics: the round's row.
-            evaluated: whether the round ended with an evaluation.
-        """
-        self._optimization.advance("round", rounds, metrics, evaluated)
+        return tuple(float(g["lr"]) for g in self.optimizer.param_groups) if self._schedulers else None
 
     def state_dict(self) -> dict[str, Any]:
         """Learning rates and scheduler states, as plain values."""
-        groups = [g.get("lr") for g in self._optimization.optimizer.param_groups]
+        groups = [g.get("lr") for g in self.optimizer.param_groups]
         states = [{k: v for k, v in s.scheduler.state_dict().items() if _is_plain(v)} for s in self._schedulers]
         return {"lrs": [None if lr is None else float(lr) for lr in groups], "schedulers": states}
 
@@ -258,7 +240,7 @@ class RoundSchedule:
         """Restore :meth:`state_dict`."""
         for scheduled, saved in zip(self._schedulers, state["schedulers"], strict=True):
             scheduled.scheduler.load_state_dict({**scheduled.scheduler.state_dict(), **saved})
-        for group, lr in zip(self._optimization.optimizer.param_groups, state["lrs"], strict=True):
+        for group, lr in zip(self.optimizer.param_groups, state["lrs"], strict=True):
             if lr is not None:
                 group["lr"] = lr
 

@@ -38,7 +38,7 @@ _SAMPLES = 8
 
 def describe(run: RunContext) -> dict[str, Any]:
     """What a run has in common with those that continue it, by nested keys."""
-    trainer, module, optimization = run.trainer, run.module, run.schedule._optimization
+    trainer, module, optimization = run.trainer, run.module, run.schedule
     hparams = plain({k: v for k, v in module.hparams.items() if not k.startswith("_")})
     groups = optimization.optimizer.param_groups
     return {

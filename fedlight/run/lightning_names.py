@@ -107,7 +107,7 @@ def _optimization(t: Any, s: Any) -> tuple[list[Any], list[Any]]:
     """Optimizers and schedules: the present client's, or those that count rounds."""
     slot = t.now[1]
     if not hasattr(slot, "fresh"):
-        return s.schedule.parts if hasattr(s, "schedule") else ([], [])
+        return ([s.schedule.optimizer], s.schedule.schedulers) if hasattr(s, "schedule") else ([], [])
     for scheduled in slot.fresh.schedulers:  # they stand still: what they do in the round is worked out ahead
         scheduled.scheduler._last_lr = [float(group["lr"]) for group in slot.optimizer.param_groups]
     return [slot.optimizer], slot.fresh.schedulers

@@ -163,9 +163,8 @@ def make_loggers(
             raise MisconfigurationException(
                 f"trainer.logger={entry!r} is no logger: use wandb, tensorboard, csv or the class of a logger."
             )
-        _adopt(logger, folder, ids)
         if hasattr(logger, "_wandb_init"):
-            _begin_wandb(logger)
+            _begin_wandb(logger, folder, ids.get(type(logger).__name__))
         loggers.append(logger)
     return loggers
 
@@ -190,15 +189,20 @@ def _by_name(kind: str, folder: Path, name: str | None) -> Any:
     return kind
 
 
-def _begin_wandb(logger: Any) -> None:
-    """Begin a W&B run; offline where the server cannot be reached or does not know the user."""
+def _begin_wandb(logger: Any, folder: Path, id: str | None) -> None:
+    """Begin a W&B run below the run's folder, or continue that of a checkpoint; offline where there is no server."""
     import wandb
 
+    settings = logger._wandb_init
+    if str(settings.get("dir", ".")) in (".", "None"):
+        settings["dir"] = logger._save_dir = str(folder)
+    if id is not None:
+        settings["id"] = logger._id = id
     logger.begun_here = wandb.run is None
     try:
         _ = logger.experiment
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        logger._wandb_init["mode"] = "offline"
+        settings["mode"] = "offline"
         run = logger.experiment
         rank_zero_warn(
             f"W&B cannot be reached ({str(error).splitlines()[0]}), so this run is logged offline. To upload it later:"
@@ -221,18 +225,6 @@ def close_loggers(loggers: list[Logger], status: Literal["success", "failed"]) -
     tell(loggers, lambda logger: logger.finalize(status))
     begun = [logger for logger in loggers if getattr(logger, "begun_here", False)]
     tell(begun, lambda logger: logger.experiment.finish(exit_code=int(status == "failed")))
-
-
-def _adopt(logger: Logger, folder: Path, ids: dict[str, str]) -> None:
-    """Let a W&B logger write below the run's folder and continue the run that a checkpoint belongs to."""
-    settings = getattr(logger, "_wandb_init", None)
-    if settings is None:
-        return
-    if str(settings.get("dir", ".")) in (".", "None"):
-        settings["dir"] = str(folder)
-        logger._save_dir = str(folder)  # type: ignore[attr-defined]
-    if type(logger).__name__ in ids:
-        settings["id"] = logger._id = ids[type(logger).__name__]  # type: ignore[attr-defined]
 
 
 def logger_ids(loggers: list[Logger]) -> dict[str, str]:

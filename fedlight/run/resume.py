@@ -101,7 +101,7 @@ def restore_schedule(run: RunContext, checkpoint: dict[str, Any]) -> None:
         run.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
         return
     for round in range(run.trainer.current_round):
-        run.schedule.advance(round + 1, {}, evaluated=False)
+        run.schedule.advance("round", round + 1, {}, evaluated=False)
 
 
 def _held(checkpoint: dict[str, Any]) -> dict[str, Any]:

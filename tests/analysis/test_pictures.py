@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fedlight.analysis
+from benchmarks.hessian_samples import draw_sampling_error
 from fedlight.analysis import Density, HessianResult
 from fedlight.analysis import pictures as p
 from fedlight.analysis.landscape import LossLine, LossSurface
@@ -39,7 +40,7 @@ def is_picture(path) -> bool:
         lambda path: p.draw_surface(LossSurface(GRID, GRID, BOWL, "two directions"), path),
         lambda path: p.draw_line({"a": LossLine(GRID, GRID**2), "b": LossLine(GRID, GRID)}, path, ("FedAvg", "MAN")),
         lambda path: p.draw_line(LossLine(GRID, GRID**2), path),
-        lambda path: p.draw_sampling_error([10, 100], {"λ_max": [[0.1, -0.2], [0.03, 0.01]]}, path),
+        lambda path: draw_sampling_error([10, 100], {"λ_max": [[0.1, -0.2], [0.03, 0.01]]}, path),
         lambda path: draw_layers(
             [LayerHistory(f"l{i}", [0, 5], [2.0, 1.0], [0, 1], [1.0, 0.5]) for i in range(5)], path
         ),

@@ -97,7 +97,7 @@ def test_a_traced_program_gives_the_same_bits(tmp_path, monkeypatch):
 
 def test_the_clients_may_be_split_into_waves(tmp_path, monkeypatch):
     expected, _ = cases.train(tmp_path, "vmap")
-    monkeypatch.setattr("fedlight.engines.vmap.engine._ENTRIES", 700)  # two clients of 310 parameters
+    monkeypatch.setattr("fedlight.engines.vmap.programs._ENTRIES", 700)  # two clients of 310 parameters
     found, _ = cases.train(tmp_path, "vmap")
     torch.testing.assert_close(found, expected)
 

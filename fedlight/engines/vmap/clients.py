@@ -1,6 +1,6 @@
 """Clients that train side by side in the vmap engine: their rows, their batches, their steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.data_order import local_plan, same_storage
-from fedlight.engines.hyperparameters import LocalSchedule, lr_sum
+from fedlight.engines.hyperparameters import lr_sum
 from fedlight.engines.recordable import cannot
-from fedlight.engines.vmap.programs import ClientStep, Program, numbered
-from fedlight.engines.vmap.stacked_optimizers import Block, StackedOptimizer
+from fedlight.engines.vmap.programs import WaveParts, numbered
+from fedlight.engines.vmap.stacked_optimizers import Block
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import about
 from fedlight.seeding import generator
@@ -24,27 +24,6 @@ _GATHERED_BYTES = 2**27
 
 Batch = list[Tensor]
 """The tensors of a batch, as inputs and targets."""
-
-
-@dataclass(frozen=True)
-class WaveParts:
-    """What all waves of an engine share.
-
-    Attributes:
-        training: what all local trainings share.
-        optimizer: steps the rows.
-        schedule: its hyperparameters.
-        step: one client's step.
-        program: gives the program for (sizes of the micro-batches, clients, inputs, inputs that clients share).
-        width: for how many clients the program is made that runs micro-batches of these sizes for some clients.
-    """
-
-    training: LocalTraining
-    optimizer: StackedOptimizer
-    schedule: LocalSchedule
-    step: ClientStep
-    program: Callable[[tuple[int, ...], int, tuple[str, ...], frozenset[str]], Program]
-    width: Callable[[tuple[int, ...], int], int]
 
 
 @dataclass

@@ -6,17 +6,11 @@ from itertools import islice
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
-from fedlight.engines.hyperparameters import LocalSchedule
 from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
-from fedlight.engines.vmap.clients import Wave, WaveParts
-from fedlight.engines.vmap.programs import ClientStep, Program
-from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
+from fedlight.engines.vmap.clients import Wave
+from fedlight.engines.vmap.programs import WaveParts
 from fedlight.local import ClientResult
-from fedlight.module.parameters import ParameterLayout
 from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
-
-_ENTRIES = 2**28
-"""A matrix of clients' parameters has at most so many entries: 1 GB in float32."""
 
 
 class Vmap(Engine):
@@ -37,20 +31,7 @@ class Vmap(Engine):
         """
         check_recordable(training, "vmap")
         self._training = training
-        layout = ParameterLayout.of(training.module)
-        step = ClientStep(training, layout)
-        self._parts = WaveParts(
-            training=training,
-            optimizer=StackedOptimizer(training.module, layout),
-            schedule=LocalSchedule(training.module, training.lr_factors),
-            step=step,
-            program=self._program,
-            width=self._width,
-        )
-        self._at_once = max(1, _ENTRIES // layout.numel)
-        self._programs: dict[tuple[object, ...], Program] = {}
-        if training.compile:  # a compiled program has one size: further clients wait for the next wave
-            self._at_once = min(self._at_once, training.clients)
+        self._parts = WaveParts(training)
         self._values = values_of_step(training)
         if training.example is not None:
             self._try_out(training.example)
@@ -58,33 +39,14 @@ class Vmap(Engine):
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
         if is_outdated(self._training, self._values):
-            self._programs.clear()
+            self._parts.programs.clear()
         tasks = iter(tasks)
         with preserved_global_rng():
-            while together := list(islice(tasks, self._at_once)):
+            while together := list(islice(tasks, self._parts.at_once)):
                 seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
                 with named(round, *(task.client for task in together)):
                     results = Wave(round, together, self._parts).run()
                 yield from results
-
-    def _program(self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str]) -> Program:
-        key = (sizes, clients, names, shared)
-        if key not in self._programs:
-            self._programs[key] = Program(self._parts.step, sizes, names, shared, self._compiles(sizes))
-        return self._programs[key]
-
-    def _compiles(self, sizes: tuple[int, ...]) -> bool:
-        full = (self._training.batch_size,) * self._training.accumulate_grad_batches
-        return self._training.compile and sizes == full
-
-    def _width(self, sizes: tuple[int, ...], clients: int) -> int:
-        """Compiled programs come for all clients, half of them, a quarter, and so on."""
-        if not self._compiles(sizes):
-            return clients
-        width = self._at_once
-        while (width + 1) // 2 >= clients and width > 1:
-            width = (width + 1) // 2
-        return width
 
     def _try_out(self, example: ClientTask) -> None:
         module = self._training.module
@@ -96,4 +58,4 @@ class Vmap(Engine):
         except Exception as error:
             raise cannot("vmap", explain(error, module, "cannot be batched over clients")) from error
         finally:
-            self._programs.clear()
+            self._parts.programs.clear()

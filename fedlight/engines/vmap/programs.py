@@ -14,6 +14,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.hyperparameters import LocalSchedule
+from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.parameters import ParameterLayout
@@ -21,6 +23,9 @@ from fedlight.module.step import step_loss
 from fedlight.penalties.step import penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import preserved_global_rng
+
+_ENTRIES = 2**28
+"""A matrix of clients' parameters has at most so many entries: 1 GB in float32."""
 
 Logs = dict[str, tuple[Tensor, Tensor]]
 """What was logged, by name: sum or extremum, and weight."""
@@ -187,6 +192,49 @@ class Program:
                 rank_zero_warn(f"trainer.compile: runs uncompiled, as compiling failed: {_first_line(error)}")
                 return traced.forward
             return compiled
+
+
+class WaveParts:
+    """What all waves of an engine share.
+
+    Args:
+        training: what all local trainings share.
+
+    Attributes:
+        optimizer: steps the rows.
+        schedule: its hyperparameters.
+        step: one client's step.
+        at_once: clients of a wave, at most.
+        programs: for (sizes of the micro-batches, clients, inputs, inputs that clients share).
+    """
+
+    def __init__(self, training: LocalTraining) -> None:
+        layout = ParameterLayout.of(training.module)
+        self.training, self.step = training, ClientStep(training, layout)
+        self.optimizer = StackedOptimizer(training.module, layout)
+        self.schedule = LocalSchedule(training.module, training.lr_factors)
+        self.at_once = max(1, _ENTRIES // layout.numel)
+        if training.compile:  # a compiled program has one size: further clients wait for the next wave
+            self.at_once = min(self.at_once, training.clients)
+        self.programs: dict[tuple[object, ...], Program] = {}
+
+    def program(self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str]) -> Program:
+        """The program for some clients with micro-batches of these sizes, and these inputs."""
+        key = (sizes, clients, names, shared)
+        if key not in self.programs:
+            self.programs[key] = Program(self.step, sizes, names, shared, self._compiles(sizes))
+        return self.programs[key]
+
+    def width(self, sizes: tuple[int, ...], clients: int) -> int:
+        """For how many clients there is a program: compiled ones come for all of them, half, a quarter, and so on."""
+        width = self.at_once if self._compiles(sizes) else clients
+        while (width + 1) // 2 >= clients and width > 1:
+            width = (width + 1) // 2
+        return width
+
+    def _compiles(self, sizes: tuple[int, ...]) -> bool:
+        full = (self.training.batch_size,) * self.training.accumulate_grad_batches
+        return self.training.compile and sizes == full
 
 
 _MAY_DO_NOTHING = {
