@@ -13,7 +13,7 @@ from fedlight.algorithms.fedopt import FedAdam
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.engines.client_loop import Slot
+from fedlight.engines.client_loop import ClientLoop
 from fedlight.seeding import generator
 from fedlight.server.sampling import Bernoulli, RoundRobin, draw_subset
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, Samples, quiet_trainer, weights
@@ -377,14 +377,14 @@ def test_the_mean_of_all_clients_is_weighted_as_the_methods_own_and_counts_those
     tmp_path, monkeypatch, method, rounds
 ):
     """Sizes 5, 12, 8 and 3, one client a round: after two rounds the others count with the first model."""
-    latest, train = [weights(Regression())] * 4, Slot.train
+    latest, train = [weights(Regression())] * 4, ClientLoop.train
 
     def keep(self, *args):
         result = train(self, *args)
         latest[result.client] = result.params
         return result
 
-    monkeypatch.setattr(Slot, "train", keep)
+    monkeypatch.setattr(ClientLoop, "train", keep)
     trainer = quiet_trainer(tmp_path, algorithm=method, sampler=RoundRobin(), clients_per_round=1, max_rounds=rounds)
     trainer.fit(Regression(), Clients())
     n = torch.tensor((5, 12, 8, 3) if method.mean_by == "samples" else (1, 1, 1, 1), dtype=torch.float64)

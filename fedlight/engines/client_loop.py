@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.data_order import LocalPlan, local_plan
+from fedlight.engines.batch_order import BatchOrder, batch_order
 from fedlight.engines.fused_optimizers import begin_momentum, float32, fuse
-from fedlight.engines.hyperparameters import LocalSchedule, Values, lr_sum, set_values
+from fedlight.engines.hyperparameters import LocalHyperparameters, Values, lr_sum, set_values
 from fedlight.engines.moving import Moving
 from fedlight.engines.optimizer_state import OptimizerState
 from fedlight.local import ClientResult, LocalObjective, local_gradient
@@ -23,7 +23,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
-from fedlight.module.step import Batch, step_loss, transfer_function
+from fedlight.module.step import IndexedBatch, step_loss, transfer_function
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator, seed_global_rng
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedlight.engines.compiled import CompiledStep
 
 
-class Slot:
+class ClientLoop:
     """Trains one client at a time on a module whose parameters and gradients are flat.
 
     Args:
@@ -55,9 +55,9 @@ class Slot:
         self._transfer = transfer_function(module, self.device)
         self._scaler: torch.amp.GradScaler | None = None
         self._output: dict[str, Tensor] | None = None
-        self.schedule = LocalSchedule(module, training.lr_factors)
+        self.schedule = LocalHyperparameters(module, training.lr_factors)
         self.fresh: Optimization
-        self.plan: LocalPlan
+        self.plan: BatchOrder
         self.epoch = self.batch_idx = self.done = 0
         self._own_step = overrides(module, "optimizer_step")
         self.own: OwnStep
@@ -75,7 +75,7 @@ class Slot:
 
     def _train(self, round: int, task: ClientTask) -> ClientResult:
         training = self.training
-        self.plan = plan = local_plan(round, task.client, task.dataset, training)
+        self.plan = plan = batch_order(round, task.client, task.dataset, training)
         seed_global_rng(derive_seed(training.seed, "local", round, task.client))
         self.epoch = self.batch_idx = self.done = 0
         self._begin(task)
@@ -145,14 +145,14 @@ class Slot:
             loss_scale=None if self._scaler is None else float(self._scaler.get_scale()),
         )
 
-    def _epochs(self, round: int, task: ClientTask, plan: LocalPlan) -> Iterator[Iterator[list[Batch]]]:
+    def _epochs(self, round: int, task: ClientTask, plan: BatchOrder) -> Iterator[Iterator[list[IndexedBatch]]]:
         """For each local epoch, the groups of batches that make one optimizer step."""
         read = batch_reader(round, task, plan, self.training, self._transfer, self._precision.convert_input)
         accumulate = self.training.accumulate_grad_batches
         for epoch in range(len(plan.epochs)):
             yield _groups(read(epoch), accumulate)
 
-    def _step(self, objective: LocalObjective, batches: list[Batch], state: State) -> tuple[State, bool]:
+    def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         """One local step on the batches of one optimizer step; true where a hook asks to skip the epoch's rest."""
         call = self.training.call
         for batch, self.batch_idx in batches:
@@ -175,7 +175,7 @@ class Slot:
             call("on_train_batch_end", self._output, batch, index)
         return state, False
 
-    def _set_gradient(self, objective: LocalObjective, batches: list[Batch], state: State) -> State:
+    def _set_gradient(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> State:
         """Let the parameters have the gradient of a step."""
         call, optimizer = self.training.call, self.optimizer
         call("on_before_zero_grad", optimizer)
@@ -205,7 +205,7 @@ class Slot:
     def _zero_grad(self, set_to_none: bool = True) -> None:
         self.flat.grad.zero_()  # gradients stay views of one vector
 
-    def _gradient(self, batches: list[Batch], point: Tensor, first: bool) -> Tensor:
+    def _gradient(self, batches: list[IndexedBatch], point: Tensor, first: bool) -> Tensor:
         """∇(loss + penalties) at a point ``[P]``, the mean over the step's batches."""
         here = self.flat.params
         backup = None if point is here else here.clone()
@@ -258,11 +258,11 @@ class Slot:
 def batch_reader(
     round: int,
     task: ClientTask,
-    plan: LocalPlan,
+    plan: BatchOrder,
     training: LocalTraining,
     transfer: Callable[[Any], Any],
     convert: Callable[[Any], Any],
-) -> Callable[[int], Iterator[Batch]]:
+) -> Callable[[int], Iterator[IndexedBatch]]:
     """A function that yields the batches of one local epoch, on the device."""
     dataset: Dataset[Any] = task.dataset
     if isinstance(dataset, ArrayDataset):
@@ -271,14 +271,14 @@ def batch_reader(
         order = plan.order.to(training.fabric.device)
         draws = {name: value.to(training.fabric.device) for name, value in draws.items()}
 
-        def gathered(epoch: int) -> Iterator[Batch]:
+        def gathered(epoch: int) -> Iterator[IndexedBatch]:
             for index, (begin, end) in enumerate(plan.epochs[epoch]):
                 part = {name: value[begin:end] for name, value in draws.items()}
                 yield convert(transfer(dataset.batch(order[begin:end], part))), index
 
         return gathered
 
-    def loaded(epoch: int) -> Iterator[Batch]:
+    def loaded(epoch: int) -> Iterator[IndexedBatch]:
         batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
         seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
         read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
@@ -288,8 +288,8 @@ def batch_reader(
     return loaded
 
 
-def _groups(batches: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
-    group: list[Batch] = []
+def _groups(batches: Iterator[IndexedBatch], size: int) -> Iterator[list[IndexedBatch]]:
+    group: list[IndexedBatch] = []
     for batch in batches:
         group.append(batch)
         if len(group) == size:

@@ -12,7 +12,7 @@ from fedlight.engines.vmap.programs import ClientStep, Program, numbered
 from fedlight.local import LocalObjective
 from fedlight.module.logs import LogCollector
 from fedlight.module.parameters import ParameterLayout
-from fedlight.module.step import Batch
+from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
 
 _ENGINE = "eager with trainer.compile=true"
@@ -42,7 +42,7 @@ class CompiledStep:
         if is_outdated(self._training, self._values):
             self._programs.clear()
 
-    def takes(self, batches: Sequence[Batch]) -> bool:
+    def takes(self, batches: Sequence[IndexedBatch]) -> bool:
         """Whether it is made for batches of these sizes."""
         return tuple(len(tree_leaves(batch)[0]) for batch, _ in batches) == self._sizes
 
@@ -52,7 +52,7 @@ class CompiledStep:
         buffers: State,
         log: LogCollector,
         objective: LocalObjective,
-        batches: Sequence[Batch],
+        batches: Sequence[IndexedBatch],
         state: State,
     ) -> tuple[Tensor, State]:
         """What :func:`~fedlight.local.local_gradient` gives; ``buffers`` and ``log`` are brought up to date.

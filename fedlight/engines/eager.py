@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
-from fedlight.engines.client_loop import Slot
+from fedlight.engines.client_loop import ClientLoop
 from fedlight.local import ClientResult
 from fedlight.seeding import preserved_global_rng
 
@@ -15,7 +15,7 @@ class Eager(Engine):
     """
 
     def __init__(self) -> None:
-        self._slot: Slot | None = None
+        self._slot: ClientLoop | None = None
 
     def setup(self, training: LocalTraining) -> None:
         """Rebind the module's parameters to one flat vector."""
@@ -24,7 +24,7 @@ class Eager(Engine):
             from fedlight.engines.compiled import CompiledStep  # torch.fx takes long to import
 
             self._compiled = CompiledStep(training)
-        self._slot = Slot(training, training.module, self._compiled)
+        self._slot = ClientLoop(training, training.module, self._compiled)
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients in the order of the tasks."""

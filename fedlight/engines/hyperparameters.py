@@ -19,7 +19,7 @@ Factors = Callable[[int], Sequence[float]]
 _NO_VALUES = {"params", "foreach", "fused", "capturable"}
 
 
-class LocalSchedule:
+class LocalHyperparameters:
     """What the module's schedulers with interval ``step`` or ``epoch`` do in a client's round.
 
     The schedules depend on counts only, so they are worked out on a dummy optimizer before the client trains.

@@ -13,10 +13,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from fedlight.engines.base import Findings, LocalTraining
-from fedlight.engines.client_loop import Slot
+from fedlight.engines.client_loop import ClientLoop
 from fedlight.local import LocalObjective
 from fedlight.module.state import attributes_of, untouched
-from fedlight.module.step import Batch
+from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
 
 STEPS = 3
@@ -56,7 +56,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
                 drawn.update(what for what in now if now[what] != generators[what])
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
-        slot = _TrialSlot(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
+        slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
         slot.read = read
         try:
             slot.train(0, training.example)
@@ -79,13 +79,13 @@ def _held(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_buffers()), **frozen}
 
 
-class _TrialSlot(Slot):
+class _TrialLoop(ClientLoop):
     """Watches its steps, and the batch indices that it hands out."""
 
     read: set[str]
 
-    def _step(self, objective: LocalObjective, batches: list[Batch], state: State) -> tuple[State, bool]:
-        indexed: list[Batch] = [(batch, _WatchedIndex.of(i, self.read)) for batch, i in batches]
+    def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
+        indexed: list[IndexedBatch] = [(batch, _WatchedIndex.of(i, self.read)) for batch, i in batches]
         with watched(self.module, self.read):
             return super()._step(objective, indexed, state)
 

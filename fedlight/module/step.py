@@ -14,7 +14,7 @@ from fedlight.module.logs import LOSS, LogCollector
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
 
-Batch = tuple[Any, int]
+IndexedBatch = tuple[Any, int]
 """A batch on the device and its index in the epoch."""
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

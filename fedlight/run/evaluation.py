@@ -16,7 +16,7 @@ from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import named
-from fedlight.engines.data_order import num_batches
+from fedlight.engines.batch_order import num_batches
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader, Dataset
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.engines.data_order import num_batches
+from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import overrides
 from fedlight.run.loggers import MetricsCSV
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
-from fedlight.engines.data_order import num_batches
+from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating

@@ -9,7 +9,7 @@ import fedlight.algorithms as algorithms
 from fedlight.engines.cuda_graph.engine import CudaGraph
 from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
-from fedlight.engines.vmap.programs import WaveParts
+from fedlight.engines.vmap.programs import StackedParts
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM, DualSAM
 from tests.engines import cases
@@ -55,9 +55,9 @@ def test_a_compiled_step_is_the_step(engine, name, tmp_path):
 def test_compiled_programs_are_padded_to_few_sizes(tmp_path, monkeypatch):
     """Four clients of two to four steps: those that are left never make a program of their own size."""
     sizes = set()
-    monkeypatch.setattr(WaveParts, "_compiles", lambda self, kind: kind == (4,))
-    program = WaveParts.program
-    monkeypatch.setattr(WaveParts, "program", lambda self, *key: sizes.add(key[:2]) or program(self, *key))
+    monkeypatch.setattr(StackedParts, "_compiles", lambda self, kind: kind == (4,))
+    program = StackedParts.program
+    monkeypatch.setattr(StackedParts, "program", lambda self, *key: sizes.add(key[:2]) or program(self, *key))
     cases.train(tmp_path, Vmap(), compile=True)
     assert {clients for kind, clients in sizes if kind == (4,)} == {1, 2, 4}
 

@@ -10,8 +10,8 @@ from torch import optim
 
 import fedlight.algorithms as algorithms
 from fedlight.data.arrays import _Storage
-from fedlight.engines.client_loop import Slot
-from fedlight.engines.cuda_graph.client_loop import GraphSlot
+from fedlight.engines.client_loop import ClientLoop
+from fedlight.engines.cuda_graph.client_loop import RecordedLoop
 from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots
 from fedlight.engines.cuda_graph.recorder import Recorder
 from fedlight.engines.cuda_graph.segments import LONGEST, Segment, segments
@@ -201,7 +201,7 @@ def test_a_client_that_cannot_be_recorded_is_trained_without(tmp_path):
 def test_memory_that_runs_out_in_a_late_round_leads_to_eager(tmp_path, monkeypatch):
     """Client 1 cannot be recorded any more and, beside the slots, not be trained either."""
     rounds, fails = 4, []
-    prepare, train_one = GraphSlot.prepare, Slot.train
+    prepare, train_one = RecordedLoop.prepare, ClientLoop.train
 
     def scarce_prepare(self, round, task, fresh=None):
         if round >= 2 and task.client == 1:
@@ -215,8 +215,8 @@ def test_memory_that_runs_out_in_a_late_round_leads_to_eager(tmp_path, monkeypat
         return train_one(self, round, task)
 
     expected = train(tmp_path, "eager", max_rounds=rounds)
-    monkeypatch.setattr(GraphSlot, "prepare", scarce_prepare)
-    monkeypatch.setattr(Slot, "train", scarce_train)
+    monkeypatch.setattr(RecordedLoop, "prepare", scarce_prepare)
+    monkeypatch.setattr(ClientLoop, "train", scarce_train)
     with (
         pytest.warns(UserWarning, match="client 1 is trained without a graph: .*no memory for a graph"),
         pytest.warns(UserWarning, match="device memory ran out in round 2 while client 1 trained without a graph"),

@@ -104,7 +104,7 @@ def test_the_clients_may_be_split_into_waves(tmp_path, monkeypatch):
 
 def test_reading_ahead_in_small_pieces_changes_nothing(tmp_path, monkeypatch):
     expected, _ = cases.train(tmp_path, "vmap")
-    monkeypatch.setattr("fedlight.engines.vmap.clients._GATHERED_BYTES", 1)
+    monkeypatch.setattr("fedlight.engines.vmap.stacked_clients._GATHERED_BYTES", 1)
     found, _ = cases.train(tmp_path, "vmap")
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
@@ -231,13 +231,13 @@ def test_a_frozen_layer_stays(tmp_path, monkeypatch):
 
 
 def test_an_exception_names_round_and_clients(tmp_path, monkeypatch):
-    class Fails(vmap.Wave):
+    class Fails(vmap.StackedClients):
         def __init__(self, round, tasks, parts):
             super().__init__(round, tasks, parts)
             if round == 1:
                 raise ZeroDivisionError("mine")
 
-    monkeypatch.setattr(vmap, "Wave", Fails)
+    monkeypatch.setattr(vmap, "StackedClients", Fails)
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         cases.train(tmp_path, "vmap", max_rounds=2, clients_per_round=2)
     assert re.fullmatch(r"This happened in round 1, client \d, \d.", caught.value.__notes__[0])

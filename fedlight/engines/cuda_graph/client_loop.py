@@ -11,17 +11,17 @@ from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.client_loop import Slot
+from fedlight.engines.batch_order import batch_order, same_storage
+from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.recorder import Recorder, Work
 from fedlight.engines.cuda_graph.segments import Segment, segments
-from fedlight.engines.data_order import local_plan, same_storage
 from fedlight.engines.fused_optimizers import fuse
 from fedlight.engines.hyperparameters import Values, lr_sum, set_values
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.logs import collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
-from fedlight.module.step import Batch
+from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator
 
@@ -41,8 +41,8 @@ class _Recording:
     draws: dict[str, Tensor]
 
 
-class GraphSlot(Slot):
-    """Trains one client at a time by replaying recorded steps. What is recorded is :meth:`Slot._step` itself.
+class RecordedLoop(ClientLoop):
+    """Trains one client at a time by replaying recorded steps. What is recorded is :meth:`ClientLoop._step` itself.
 
     Everything that differs between clients, rounds and steps is copied into tensors that stay where they are: model,
     buffers, optimizer state, learning rate, objective, perturbation state, samples, augmentation, and sums of what is
@@ -157,8 +157,8 @@ class GraphSlot(Slot):
 
         return work, rows, draws
 
-    def _read(self, sizes: tuple[int, ...], rows: Tensor, draws: dict[str, Tensor]) -> list[Batch]:
-        batches: list[Batch] = []
+    def _read(self, sizes: tuple[int, ...], rows: Tensor, draws: dict[str, Tensor]) -> list[IndexedBatch]:
+        batches: list[IndexedBatch] = []
         begin = 0
         for size in sizes:
             part = slice(begin, begin + size)
@@ -229,11 +229,11 @@ class Job:
         recordings: the recorded steps of each piece.
     """
 
-    def __init__(self, slot: GraphSlot, round: int, task: ClientTask, fresh: Optimization | None = None) -> None:
+    def __init__(self, slot: RecordedLoop, round: int, task: ClientTask, fresh: Optimization | None = None) -> None:
         training, dataset = slot.training, task.dataset
         assert isinstance(dataset, ArrayDataset)
         self.task = task
-        self.plan = local_plan(round, task.client, dataset, training)
+        self.plan = batch_order(round, task.client, dataset, training)
         with about(slot.module, task.client):
             self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)

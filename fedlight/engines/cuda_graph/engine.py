@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
-from fedlight.engines.client_loop import Slot
+from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
-from fedlight.engines.cuda_graph.client_loop import GraphSlot, Job
+from fedlight.engines.cuda_graph.client_loop import Job, RecordedLoop
 from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
 from fedlight.engines.fused_optimizers import FUSED, fuse
 from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
@@ -53,8 +53,8 @@ class CudaGraph(Engine):
         if slots is not None and slots < 1:
             raise ValueError(f"CudaGraph.slots={slots} must be at least 1.")
         self._wanted, self._recorder = slots, recorder or CudaRecorder
-        self._slots: list[GraphSlot] = []
-        self._plain: Slot | None = None
+        self._slots: list[RecordedLoop] = []
+        self._plain: ClientLoop | None = None
         self._compiled: CompiledStep | None = None
 
     def setup(self, training: LocalTraining) -> None:
@@ -119,7 +119,7 @@ class CudaGraph(Engine):
                 rank_zero_warn(f"trainer.engine=cuda_graph: device memory suffices for {len(self._slots)} slots.")
                 break
 
-    def _first_slot(self, example: ClientTask) -> GraphSlot:
+    def _first_slot(self, example: ClientTask) -> RecordedLoop:
         """A slot in which a step has been run as it will be recorded, and recorded: so what is in the way is found."""
         module = self._training.module
         try:
@@ -134,14 +134,14 @@ class CudaGraph(Engine):
         except Exception as error:
             raise cannot("cuda_graph", explain(error, module, "cannot be recorded")) from error
 
-    def _new_slot(self, example: ClientTask) -> GraphSlot:
+    def _new_slot(self, example: ClientTask) -> RecordedLoop:
         module = copy.deepcopy(self._training.module)
         module.trainer = self._training.module._trainer
         assert isinstance(example.dataset, ArrayDataset)
         data = example.dataset
         # Where not all data fits on the device, a slot has room for the largest client, which the example is.
         pool = data.to(self._device).pooled() if data.fits(self._device) else data.near(self._device)
-        return GraphSlot(self._training, module, pool, self._recorder(self._device), self._compiled)
+        return RecordedLoop(self._training, module, pool, self._recorder(self._device), self._compiled)
 
     def _jobs(self, round: int, tasks: Sequence[ClientTask]) -> list[list[Job]]:
         """Each slot's clients, with all that they need recorded. Those that cannot be recorded are left out."""
@@ -168,7 +168,7 @@ class CudaGraph(Engine):
 
     def _train_plainly(self, round: int, task: ClientTask) -> ClientResult:
         if self._plain is None:
-            self._plain = Slot(self._training, self._training.module)
+            self._plain = ClientLoop(self._training, self._training.module)
         try:
             return self._plain.train(round, task)
         except torch.OutOfMemoryError:

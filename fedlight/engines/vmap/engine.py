@@ -7,8 +7,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
-from fedlight.engines.vmap.clients import Wave
-from fedlight.engines.vmap.programs import WaveParts
+from fedlight.engines.vmap.programs import StackedParts
+from fedlight.engines.vmap.stacked_clients import StackedClients
 from fedlight.local import ClientResult
 from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
 
@@ -31,7 +31,7 @@ class Vmap(Engine):
         """
         check_recordable(training, "vmap")
         self._training = training
-        self._parts = WaveParts(training)
+        self._parts = StackedParts(training)
         self._values = values_of_step(training)
         if training.example is not None:
             self._try_out(training.example)
@@ -45,14 +45,14 @@ class Vmap(Engine):
             while together := list(islice(tasks, self._parts.at_once)):
                 seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
                 with named(round, *(task.client for task in together)):
-                    results = Wave(round, together, self._parts).run()
+                    results = StackedClients(round, together, self._parts).run()
                 yield from results
 
     def _try_out(self, example: ClientTask) -> None:
         module = self._training.module
         try:
             with preserved_global_rng():
-                Wave(0, [example, example], self._parts).run(steps=1)
+                StackedClients(0, [example, example], self._parts).run(steps=1)
         except MisconfigurationException:
             raise
         except Exception as error:

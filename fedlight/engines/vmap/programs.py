@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.hyperparameters import LocalSchedule
+from fedlight.engines.hyperparameters import LocalHyperparameters
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs
@@ -194,7 +194,7 @@ class Program:
             return compiled
 
 
-class WaveParts:
+class StackedParts:
     """What all waves of an engine share.
 
     Args:
@@ -212,7 +212,7 @@ class WaveParts:
         layout = ParameterLayout.of(training.module)
         self.training, self.step = training, ClientStep(training, layout)
         self.optimizer = StackedOptimizer(training.module, layout)
-        self.schedule = LocalSchedule(training.module, training.lr_factors)
+        self.schedule = LocalHyperparameters(training.module, training.lr_factors)
         self.at_once = max(1, _ENTRIES // layout.numel)
         if training.compile:  # a compiled program has one size: further clients wait for the next wave
             self.at_once = min(self.at_once, training.clients)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.data_order import local_plan, same_storage
+from fedlight.engines.batch_order import batch_order, same_storage
 from fedlight.engines.hyperparameters import lr_sum
 from fedlight.engines.recordable import cannot
-from fedlight.engines.vmap.programs import WaveParts, numbered
+from fedlight.engines.vmap.programs import StackedParts, numbered
 from fedlight.engines.vmap.stacked_optimizers import Block
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import about
@@ -22,7 +22,7 @@ _GATHERED_BYTES = 2**27
 """Batches are read ahead, as many as fit into so many bytes."""
 
 
-Batch = list[Tensor]
+Tensors = list[Tensor]
 """The tensors of a batch, as inputs and targets."""
 
 
@@ -35,7 +35,7 @@ class _Group:
     begins: list[int] = field(default_factory=list)
 
 
-class Wave:
+class StackedClients:
     """The local training of some clients in one round.
 
     Rows are sorted by number of steps, the longest first: in every step the clients that still train are the first
@@ -47,9 +47,9 @@ class Wave:
         parts: what all waves share.
     """
 
-    def __init__(self, round: int, tasks: Sequence[ClientTask], parts: WaveParts) -> None:
+    def __init__(self, round: int, tasks: Sequence[ClientTask], parts: StackedParts) -> None:
         self._parts, self._training = parts, parts.training
-        plans = [local_plan(round, task.client, task.dataset, parts.training) for task in tasks]
+        plans = [batch_order(round, task.client, task.dataset, parts.training) for task in tasks]
         keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: keys[i])
         self._rank = [order.index(i) for i in range(len(tasks))]
@@ -119,7 +119,7 @@ class Wave:
             group.begins.append(begin)
         return list(groups.values())
 
-    def _read(self, total: int) -> Iterator[tuple[int, list[tuple[_Group, Batch]]]]:
+    def _read(self, total: int) -> Iterator[tuple[int, list[tuple[_Group, Tensors]]]]:
         """Each step's groups with their batches, ``[A, n, ...]``."""
         ahead = self._data.samples_ahead
         step = 0
@@ -134,7 +134,7 @@ class Wave:
                 yield step, [(group, next(batches)) for group in groups]
                 step += 1
 
-    def _gradient(self, groups: list[tuple[_Group, Batch]]) -> Tensor:
+    def _gradient(self, groups: list[tuple[_Group, Tensors]]) -> Tensor:
         """Run a step's programs; the gradient ``[A, P]`` of the A clients that still train."""
         if len(groups) == 1:
             return self._run(*groups[0], slice(len(groups[0][0].rows)))
@@ -145,7 +145,7 @@ class Wave:
             gradient[rows] = self._run(group, batch, rows)
         return gradient
 
-    def _run(self, group: _Group, batch: Batch, rows: slice | Tensor) -> Tensor:
+    def _run(self, group: _Group, batch: Tensors, rows: slice | Tensor) -> Tensor:
         """Run one program on some rows, keep what it changed, and return their gradients."""
         count = len(group.rows)
         width = self._parts.width(group.sizes, count)
@@ -241,7 +241,7 @@ class _Data:
             1, _GATHERED_BYTES // max(1, sum(4 * leaf[:1].numel() for leaf in first.storage.leaves))
         )
 
-    def read(self, groups: Sequence[_Group]) -> Iterator[Batch]:
+    def read(self, groups: Sequence[_Group]) -> Iterator[Tensors]:
         """The batches ``[A, n, ...]`` of some groups; all those of one size are read together."""
         cells: dict[int, list[tuple[int, int]]] = {}
         for group in groups:
@@ -253,7 +253,7 @@ class _Data:
             yield [leaf[used[n] : used[n] + count] for leaf in read[n]]
             used[n] += count
 
-    def _gather(self, pairs: Sequence[tuple[int, int]], n: int) -> Batch:
+    def _gather(self, pairs: Sequence[tuple[int, int]], n: int) -> Tensors:
         if self._pooled is None:
             parts = [self._one(row, slice(begin, begin + n)) for row, begin in pairs]
             leaves = [torch.cat(same) for same in zip(*parts, strict=True)]
@@ -264,6 +264,6 @@ class _Data:
             leaves = self._pooled.leaves(self._positions[index], draws)
         return [leaf.unflatten(0, (len(pairs), n)) for leaf in self._convert(leaves)]
 
-    def _one(self, row: int, part: slice) -> Batch:
+    def _one(self, row: int, part: slice) -> Tensors:
         draws = {name: value[part] for name, value in self._draws[row].items()}
         return self.datasets[row].leaves(self._orders[row][part], draws)

@@ -26,7 +26,7 @@ def num_batches(num_samples: int, batch_size: int, limit: int | float | None) ->
     return max(1, int(batches * limit)) if isinstance(limit, float) else min(batches, limit)
 
 
-class LocalPlan:
+class BatchOrder:
     """The batches of one client in one round, by epoch, as positions in its dataset.
 
     Attributes:
@@ -70,10 +70,10 @@ class LocalPlan:
         return sum(self.steps_per_epoch)
 
 
-def local_plan(round: int, client: int, dataset: Dataset[object], training: LocalTraining) -> LocalPlan:
+def batch_order(round: int, client: int, dataset: Dataset[object], training: LocalTraining) -> BatchOrder:
     """The plan of a client's round, from the generator of (seed, "order", round, client)."""
     size = len(dataset)  # type: ignore[arg-type]
-    return LocalPlan(size, training, generator(training.seed, "order", round, client))
+    return BatchOrder(size, training, generator(training.seed, "order", round, client))
 
 
 def same_storage(one: ArrayDataset, other: ArrayDataset) -> bool:
