@@ -231,7 +231,7 @@ class FederatedTrainer(TrainerInterface):
         session.hooks("on_round_start")
         session.layout.check(session.module)
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
-        shares = balance(clients, federation.sizes, self.world_size)
+        shares = balance(clients, federation.sizes, federation.rows.owners, self.world_size)
         with clock("train"):
             mine = federation.rows.bring(shares)
             federation.begin()

@@ -93,12 +93,21 @@ def test_a_sampler_must_sample():
 
 def test_work_is_shared_by_size():
     sizes = torch.tensor([10, 1, 7, 3, 3, 0, 8])
-    shares = balance([0, 1, 2, 3, 4, 6], sizes, 2)
+    shares = balance([0, 1, 2, 3, 4, 6], sizes, [0] * 7, 2)
     assert sorted(c for share in shares for c in share) == [0, 1, 2, 3, 4, 6]
     assert [int(sizes[s].sum()) for s in shares] == [16, 16]
     assert all(share == sorted(share) for share in shares)
-    assert balance([3], sizes, 3) == [[3], [], []]
-    assert balance([4, 2, 0], sizes, 1) == [[0, 2, 4]]
+    assert balance([3], sizes, [0] * 7, 3) == [[3], [], []]
+    assert balance([4, 2, 0], sizes, [0] * 7, 1) == [[0, 2, 4]]
+
+
+def test_of_clients_of_one_size_as_many_as_possible_stay_where_they_are():
+    same = torch.full((6,), 5)
+    assert balance([0, 1, 2, 3], same, [1, 1, 0, 0, 1, 1], 2) == [[2, 3], [0, 1]]
+    assert balance([0, 1, 2, 3], same, [1] * 6, 2) == [[2, 3], [0, 1]]  # two have to go
+    assert balance([0, 1, 2], same, [2, 2, 2], 3) == [[1], [2], [0]]
+    sizes = torch.tensor([9, 4, 4, 1, 1])  # the first one's size decides where the rest may be
+    assert balance([0, 1, 2, 3, 4], sizes, [1, 0, 1, 1, 0], 2) == [[0, 4], [1, 2, 3]]
 
 
 def test_what_to_plan_for():

@@ -30,12 +30,15 @@ class ClientRows:
         store: where this process keeps its rows.
         num_clients: N.
         fabric: the processes.
+
+    Attributes:
+        owners: the process that keeps each client's row, or would keep it.
     """
 
     def __init__(self, store: ClientStore, num_clients: int, fabric: Fabric) -> None:
         self.store = store
         self._rank, self._world = fabric.global_rank, fabric.world_size
-        self._owners = [client % self._world for client in range(num_clients)]
+        self.owners = [client % self._world for client in range(num_clients)]
 
     @classmethod
     def of(cls, where: Where, folder: Path, num_clients: int, fabric: Fabric) -> "ClientRows":
@@ -65,9 +68,9 @@ class ClientRows:
         moves: dict[tuple[int, int], list[int]] = {}
         for rank, clients in enumerate(shares):
             for client in clients:
-                if self._owners[client] != rank:
-                    moves.setdefault((self._owners[client], rank), []).append(client)
-                    self._owners[client] = rank
+                if self.owners[client] != rank:
+                    moves.setdefault((self.owners[client], rank), []).append(client)
+                    self.owners[client] = rank
         for (source, target), clients in sorted(moves.items()):  # in one order everywhere, so that none waits for ever
             if source == self._rank:
                 _send(((client, self.store.take(client)) for client in clients), target, self._group)
@@ -119,7 +122,7 @@ class ClientRows:
             for rank, files in enumerate(saved.get("ranks", [saved])):  # version 0.1: the first process had all
                 keeper = rank % self._world
                 for client in {int(i) for slots in files["slots"].values() for i in slots}:
-                    self._owners[client] = keeper
+                    self.owners[client] = keeper
                 if keeper == self._rank:
                     self.store.load_state_dict(files, rank)
             return
@@ -130,7 +133,7 @@ class ClientRows:
         self.store.load_state_dict({"where": "memory", "rows": rows})
 
     def _of(self, rows: Rows, rank: int) -> Rows:
-        return ((client, row) for client, row in rows if self._owners[client] == rank)
+        return ((client, row) for client, row in rows if self.owners[client] == rank)
 
     def close(self) -> None:
         """Close the connections."""

@@ -1,6 +1,7 @@
 """Which clients train in a round."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -111,9 +112,26 @@ def draw_subset(n: int, k: int, rng: torch.Generator) -> Tensor:
     return torch.tensor(sorted(chosen))
 
 
-def balance(clients: list[int], sizes: Tensor, ranks: int) -> list[list[int]]:
-    """Share clients among ranks, so that all have about as much to do; each share in increasing order."""
-    return [sorted(clients[i] for i in mine) for mine in share(sizes[clients].tolist(), ranks)]
+def balance(clients: list[int], sizes: Tensor, owners: Sequence[int], ranks: int) -> list[list[int]]:
+    """Share clients among ranks, so that all have about as much to do; each share in increasing order.
+
+    Of clients of one size, as many as possible go to the ranks that own them.
+    """
+    size_of = dict(zip(clients, sizes[clients].tolist(), strict=True))
+    room: dict[int, Counter[int]] = {size: Counter() for size in size_of.values()}
+    for rank, mine in enumerate(share(list(size_of.values()), ranks)):
+        for i in mine:
+            room[size_of[clients[i]]][rank] += 1
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for at_home in (True, False):
+        for client in [c for c in clients if c in size_of]:
+            left = room[size_of[client]]
+            rank = owners[client] if at_home else max(left, key=left.__getitem__)
+            if left[rank]:
+                left[rank] -= 1
+                shares[rank].append(client)
+                del size_of[client]
+    return [sorted(mine) for mine in shares]
 
 
 def share(sizes: Sequence[int], parts: int) -> list[list[int]]:
