@@ -4,7 +4,7 @@
 
 The model is the CNN of `configs/paper/cifar100.yaml` after some steps of SGD. Every method gets the same batches. The
 first table compares one Hessian-vector product with a plain forward, backward and second backward pass. PyHessian is
-used where it is installed (`pip install pyhessian`); curvlinops is a dependency of fedlight.
+used where it is installed (`pip install pyhessian`); curvlinops comes with fedlight's extra `dev`.
 """
 
 import argparse

@@ -196,6 +196,8 @@ def _ours(error: BaseException | None) -> BaseException | None:
     while error is not None:
         if isinstance(error, MisconfigurationException) or raised_in(error).split(".")[0] == fedlight.__name__:
             return error
+        if str(error).startswith("Does not validate against any of the Union"):  # it has swallowed the error inside
+            return ValueError(readable(str(error)).strip())
         error = error.__cause__ or error.__context__
     return None
 

@@ -72,24 +72,21 @@ class OptimizerState:
         flat.params.copy_(before)
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                _check_begins_with_zero(optimizer, name, value, parameter)
                 if name == "step":
                     state[name] = value * 0
+                elif value is not None and not _is_zero(value, parameter):
+                    raise _refused(optimizer, f"keeps {name}, which does not begin with zeros of the parameter's shape")
         held = sorted({name for state in optimizer.state.values() for name in state})
-        if missing := [name for name in self._names if name not in held]:
-            raise _refused(optimizer, f"{', '.join(missing)} of the optimizer's state, and", f"keeps {held or 'none'}")
+        if not {*self._names} <= {*held}:
+            raise _refused(optimizer, f"keeps {held or 'none'}, and not {' and '.join(self._names)}")
 
 
-def _check_begins_with_zero(optimizer: Optimizer, name: str, value: Any, parameter: Tensor) -> None:
-    if name == "step" or value is None:
-        return
-    if not isinstance(value, Tensor) or value.shape != parameter.shape or bool(value.any()):
-        what = f"keeps {name}, which does not begin with zeros of the parameter's shape"
-        raise _refused(optimizer, "the optimizer's state, and", what)
+def _is_zero(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and not bool(value.any())
 
 
-def _refused(optimizer: Optimizer, wanted: str, found: str) -> MisconfigurationException:
+def _refused(optimizer: Optimizer, found: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"algorithm: it sends {wanted} {type(optimizer).__name__} (model.configure_optimizers) {found}. Use another"
-        " optimizer, or another algorithm."
+        f"algorithm: it asks for the optimizer's state, and {type(optimizer).__name__} of model.configure_optimizers"
+        f" {found}. Use another optimizer, or another algorithm."
     )

@@ -112,7 +112,8 @@ class ClientSide:
         if self._transforms:
             rng = generator(self._seed, "transform", self._server.round, client)
             kept = self._store.get(client, "transforms") or {}
-            message, crossed, rows["transforms"] = send(self._transforms, self._received, message, kept, rng)
+            with named(self._server.round, client):
+                message, crossed, rows["transforms"] = send(self._transforms, self._received, message, kept, rng)
         if self._perturbation is not None:
             own = self._own_perturbation(client)
             rows["perturbation"], beside = self._perturbation.client_update(own, result.perturbation, result.start)
@@ -135,7 +136,7 @@ class ClientSide:
             _, beside = self._perturbation.client_update(
                 own, self._perturbation.begin(self._received, own, start), start
             )
-        check_messages(self._transforms, type(self._algorithm).__name__, sent, beside)
+        check_messages(self._transforms, type(self._algorithm).__name__, self._received, sent, beside)
 
     @property
     def _params(self) -> Tensor:

@@ -68,13 +68,16 @@ def check_chain(transforms: Sequence[Transform]) -> None:
         )
 
 
-def check_messages(transforms: Sequence[Transform], who: str, sent: Iterable[str], beside: Iterable[str]) -> None:
-    """Refuse what a chain cannot be applied to.
+def check_messages(
+    transforms: Sequence[Transform], who: str, received: State, sent: State, beside: Iterable[str]
+) -> None:
+    """Refuse what a chain cannot be applied to: its names are looked at, and each tensor is sent once.
 
     Args:
         transforms: the chain.
         who: the algorithm.
-        sent: names of what it sends.
+        received: what a client receives.
+        sent: what it sends.
         beside: names of what a perturbation sends.
 
     Raises:
@@ -93,6 +96,14 @@ def check_messages(transforms: Sequence[Transform], who: str, sent: Iterable[str
                 f"trainer.transforms: {name} bounds a model's update, and {who} sends {', '.join(extra)} as well, whose"
                 " size is another. Use an algorithm that sends its model alone (FedAvg, FedDyn), or leave it out."
             )
+    for name, value in sent.items():
+        try:
+            send(transforms, received, {name: value}, {}, torch.Generator())
+        except Exception as error:
+            raise MisconfigurationException(
+                f"trainer.transforms: {[type(t).__name__ for t in transforms]} cannot take {name} of {who}, which is"
+                f" {value.dtype} {list(value.shape)}. Use others, or none. {type(error).__name__}: {error}"
+            ) from error
 
 
 def send(
@@ -116,6 +127,8 @@ def send(
         vector = message[name] if start is None else message[name] - start
         state = {k.removeprefix(f"{name}/"): v for k, v in own.items() if k.startswith(f"{name}/")}
         sent, size, state = _through(transforms, vector, state, rng)
+        if sent.shape != vector.shape:
+            raise ValueError(f"{name}, {list(vector.shape)}, arrives as {list(sent.shape)}")
         crossed += size
         kept |= {f"{name}/{k}": v for k, v in state.items()}
         if sent is not vector:

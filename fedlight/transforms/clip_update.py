@@ -21,7 +21,7 @@ class ClipUpdate(Transform):
     update_only = True
 
     def __init__(self, norm: float = 1.0) -> None:
-        self.norm = check_hyperparameter("transforms.norm", norm, positive=True)
+        self.norm = check_hyperparameter("trainer.transforms.norm", norm, positive=True)
 
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """The clipped update."""

@@ -26,7 +26,7 @@ class Quantize(Transform):
 
     def __init__(self, bits: int = 8) -> None:
         if type(bits) is not int or not 1 <= bits <= 16:
-            raise MisconfigurationException(f"transforms.bits={bits!r} must be a whole number from 1 to 16.")
+            raise MisconfigurationException(f"trainer.transforms.bits={bits!r} must be a whole number from 1 to 16.")
         self.bits = bits
 
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:

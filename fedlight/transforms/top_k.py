@@ -25,7 +25,7 @@ class TopK(Transform):
     stage = 1
 
     def __init__(self, fraction: float = 0.05) -> None:
-        self.fraction = check_hyperparameter("transforms.fraction", fraction, positive=True, at_most=1)
+        self.fraction = check_hyperparameter("trainer.transforms.fraction", fraction, positive=True, at_most=1)
 
     def init_client(self, vector: Tensor) -> State:
         """Nothing has been left out."""

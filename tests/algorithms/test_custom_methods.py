@@ -245,8 +245,8 @@ class Silent(Kept):
 @pytest.mark.parametrize(
     ("model", "settings", "message"),
     [
-        (Adam, {}, r"sends momentum_buffer of the optimizer's state, and AdamW .* keeps \['exp_avg', 'exp_avg_sq'"),
-        (NoMomentum, {}, "SGD .* keeps none. Use another optimizer"),
+        (Adam, {}, r"AdamW .* keeps \['exp_avg', 'exp_avg_sq', 'step'\], and not momentum_buffer"),
+        (NoMomentum, {}, "SGD .* keeps none, and not momentum_buffer. Use another optimizer"),
         (Rprop, {}, "Rprop .* keeps step_size, which does not begin with zeros"),
         (WithMomentum, {"engine": "vmap"}, "trainer.engine=vmap: the algorithm has momentum_buffer of the optimizer's"),
         (WithMomentum, {"algorithm": Silent()}, r"Silent.optimizer_state must name \['momentum_buffer'\]"),

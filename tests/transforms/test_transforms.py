@@ -170,3 +170,46 @@ def test_settings_that_make_no_sense():
 def test_a_message_that_a_transform_cannot_handle_is_refused_before_training(tmp_path, algorithm, chain, message):
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path, algorithm=algorithm, transforms=chain).fit(Regression(), Clients())
+
+
+class Scalar(FedAvg):
+    """Sends its largest weight as well."""
+
+    def client_update(self, received, client, result):
+        return client, {"params": result.params, "largest": result.params.max()}
+
+
+class Halved(Transform):
+    """Hands on half of the entries, and does not put the others back."""
+
+    def encode(self, vector, own, rng):
+        return vector[::2], {}, own
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "chain", "message"),
+    [
+        (Scalar(), [Quantize()], r"\['Quantize'\] cannot take largest of Scalar, which is torch.float32 \[\]"),
+        (FedAvg(), [Halved()], r"\['Halved'\] cannot take params .*ValueError: params, \[4\], arrives as \[2\]"),
+    ],
+)
+def test_a_tensor_that_a_chain_fails_on_is_found_before_training(tmp_path, algorithm, chain, message):
+    trainer = quiet_trainer(tmp_path, algorithm=algorithm, transforms=chain)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer.fit(Regression(), Clients())
+    assert not list(tmp_path.glob("default/version_*"))
+
+
+class FailsLater(Transform):
+    """Fails where an update is not zero."""
+
+    def encode(self, vector, own, rng):
+        if vector.any():
+            raise RuntimeError("a mistake of one's own")
+        return vector, {}, own
+
+
+def test_a_transform_that_fails_in_a_round_names_round_and_client(tmp_path):
+    with pytest.raises(RuntimeError, match="of one's own") as caught:
+        quiet_trainer(tmp_path, transforms=FailsLater()).fit(Regression(), Clients())
+    assert caught.value.__notes__[0].startswith("This happened in round 0, client ")
