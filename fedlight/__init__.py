@@ -8,80 +8,62 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlight import algorithms, callbacks, data, engines, models, penalties, perturbations, transforms
-    from fedlight.algorithms.base import Algorithm
-    from fedlight.algorithms.fedavg import FedAvg
-    from fedlight.algorithms.fedprox import FedProx
-    from fedlight.callbacks.checkpoint import Checkpoint
-    from fedlight.callbacks.hessian import HessianSpectrum
-    from fedlight.callbacks.landscape import LossLandscape
-    from fedlight.callbacks.progress import RoundProgress
-    from fedlight.data import DatasetPartition, FederatedDataModule, ImageData
-    from fedlight.local import ClientResult, LocalObjective
-    from fedlight.models import Classifier
-    from fedlight.penalties.base import Penalty
-    from fedlight.penalties.man import MAN
-    from fedlight.perturbations.base import Perturbation
-    from fedlight.server import sampling
-    from fedlight.trainer import FederatedTrainer
+    from fedlight import algorithms as algorithms
+    from fedlight import callbacks as callbacks
+    from fedlight import data as data
+    from fedlight import engines as engines
+    from fedlight import models as models
+    from fedlight import penalties as penalties
+    from fedlight import perturbations as perturbations
+    from fedlight import transforms as transforms
+    from fedlight.algorithms.base import Algorithm as Algorithm
+    from fedlight.algorithms.fedavg import FedAvg as FedAvg
+    from fedlight.algorithms.fedprox import FedProx as FedProx
+    from fedlight.callbacks.checkpoint import Checkpoint as Checkpoint
+    from fedlight.callbacks.hessian import HessianSpectrum as HessianSpectrum
+    from fedlight.callbacks.landscape import LossLandscape as LossLandscape
+    from fedlight.callbacks.progress import RoundProgress as RoundProgress
+    from fedlight.data import DatasetPartition as DatasetPartition
+    from fedlight.data import FederatedDataModule as FederatedDataModule
+    from fedlight.data import ImageData as ImageData
+    from fedlight.local import ClientResult as ClientResult
+    from fedlight.local import LocalObjective as LocalObjective
+    from fedlight.models import Classifier as Classifier
+    from fedlight.penalties.base import Penalty as Penalty
+    from fedlight.penalties.man import MAN as MAN
+    from fedlight.perturbations.base import Perturbation as Perturbation
+    from fedlight.server import sampling as sampling
+    from fedlight.trainer import FederatedTrainer as FederatedTrainer
 
 __version__ = "0.1.0"
 
-__all__ = [
-    # the trainer
-    "FederatedTrainer",
-    # flatness
-    "HessianSpectrum",
-    "LossLandscape",
-    "MAN",
-    "Penalty",
-    "Perturbation",
-    # algorithms
-    "Algorithm",
-    "ClientResult",
-    "FedAvg",
-    "FedProx",
-    "LocalObjective",
-    # data and models
-    "Classifier",
-    "DatasetPartition",
-    "FederatedDataModule",
-    "ImageData",
-    # other callbacks
-    "Checkpoint",
-    "RoundProgress",
-    # packages
-    "algorithms",
-    "callbacks",
-    "data",
-    "engines",
-    "models",
-    "penalties",
-    "perturbations",
-    "sampling",
-    "transforms",
-]
-
 # Loaded when they are asked for: `from fedlight import MAN` loads what MAN needs, and nothing of the trainer.
 _WHERE = {
-    "Algorithm": "algorithms.base",
-    "Checkpoint": "callbacks.checkpoint",
-    "Classifier": "models",
-    "ClientResult": "local",
-    "DatasetPartition": "data",
-    "FedAvg": "algorithms.fedavg",
-    "FedProx": "algorithms.fedprox",
-    "FederatedDataModule": "data",
+    # the trainer
     "FederatedTrainer": "trainer",
+    # flatness
     "HessianSpectrum": "callbacks.hessian",
-    "ImageData": "data",
-    "LocalObjective": "local",
     "LossLandscape": "callbacks.landscape",
     "MAN": "penalties.man",
     "Penalty": "penalties.base",
     "Perturbation": "perturbations.base",
+    # algorithms
+    "Algorithm": "algorithms.base",
+    "ClientResult": "local",
+    "FedAvg": "algorithms.fedavg",
+    "FedProx": "algorithms.fedprox",
+    "LocalObjective": "local",
+    # data and models
+    "Classifier": "models",
+    "DatasetPartition": "data",
+    "FederatedDataModule": "data",
+    "ImageData": "data",
+    # other callbacks
+    "Checkpoint": "callbacks.checkpoint",
     "RoundProgress": "callbacks.progress",
 }
+__all__ = [*_WHERE, "algorithms", "callbacks", "data", "engines", "models"]
+__all__ += ["penalties", "perturbations", "sampling", "transforms"]
 
 # Where modules of 0.1 are: their old paths go on working in YAML files, programs and the settings of checkpoints.
 MOVED = {

@@ -118,7 +118,7 @@ def _of_iterable(
             break
         size = batch_size(batch)
         if size > left:
-            batch = _cut(batch, size, int(left))
+            batch = apply_to_collection(batch, Tensor, partial(_first, size=size, left=int(left)))
             size = batch_size(batch)  # graphs stay together
         left -= size
         if number % world_size == rank:
@@ -127,8 +127,5 @@ def _of_iterable(
     return Batches(kept.__getitem__, sizes)
 
 
-def _cut(batch: Any, size: int, left: int) -> Any:
-    def first(leaf: Tensor) -> Tensor:
-        return leaf[:left] if leaf.ndim and len(leaf) == size else leaf
-
-    return apply_to_collection(batch, Tensor, first)
+def _first(leaf: Tensor, size: int, left: int) -> Tensor:
+    return leaf[:left] if leaf.ndim and len(leaf) == size else leaf

@@ -8,7 +8,7 @@ Source: Wu and Simon, 2000, "Thick-restart Lanczos method for large symmetric ei
 
 import math
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -70,14 +70,7 @@ def top_eigenvalues(
     """
     k = _checked_k(k, operator.size, tolerance)
     iteration = lanczos(operator, operator.size, k, generator, smallest, tolerance, max_products, basis)
-    vector = next(iteration)
-    while True:
-        try:
-            vector = iteration.send(operator.matvec(vector))
-        except StopIteration as stop:
-            pairs: Eigenpairs = stop.value
-            break
-    pairs = _verified(operator, pairs)
+    pairs = _verified(operator, _driven({"": iteration}, lambda asked: [operator.matvec(asked[""])])[""])
     if not pairs.converged:
         worst = float((pairs.residuals / pairs.values.abs().clamp(min=1e-300)).max())
         warnings.warn(
@@ -97,22 +90,25 @@ def block_eigenvalues(
     max_products: int = 200,
 ) -> dict[str, Eigenpairs]:
     """The largest eigenvalue of each diagonal block. All iterations advance together and share every batch's graph."""
-    iterations: dict[str, Iteration] = {}
-    vectors: dict[str, Tensor] = {}
-    done: dict[str, Eigenpairs] = {}
-    for name, block in blocks.items():
-        size = sum(operator.parameters[i].numel() for i in block)
-        iterations[name] = lanczos(operator, size, 1, generator, False, tolerance, max_products)
-        vectors[name] = next(iterations[name])
+    sizes = {name: sum(operator.parameters[i].numel() for i in block) for name, block in blocks.items()}
+    settings = generator, False, tolerance, max_products
+    iterations = {name: lanczos(operator, size, 1, *settings) for name, size in sizes.items()}
+    return _driven(iterations, lambda asked: operator.products([(blocks[name], v) for name, v in asked.items()]))
+
+
+def _driven(
+    iterations: Mapping[str, Iteration], products: Callable[[dict[str, Tensor]], list[Tensor]]
+) -> dict[str, Eigenpairs]:
+    """Let iterations run side by side to their ends; ``products`` gives each the product that it asks for."""
+    vectors, done = {name: next(iteration) for name, iteration in iterations.items()}, dict[str, Eigenpairs]()
     while vectors:
-        products = operator.products([(blocks[name], vector) for name, vector in vectors.items()])
-        for name, product in zip(list(vectors), products, strict=True):
+        for name, product in zip(list(vectors), products(vectors), strict=True):
             try:
                 vectors[name] = iterations[name].send(product)
             except StopIteration as stop:
                 done[name] = stop.value
                 del vectors[name]
-    return {name: done[name] for name in blocks}
+    return {name: done[name] for name in iterations}
 
 
 def lanczos(

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlight.analysis.operators import HessianOperator
+from fedlight.analysis.result import save_arrays
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class LossSurface:
 
     def save(self, path: str | Path) -> None:
         """Write the grid to an ``.npz`` file."""
-        _save(path, a=self.a, b=self.b, loss=self.loss)
+        save_arrays(path, {"a": self.a, "b": self.b, "loss": self.loss})
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class LossLine:
 
     def save(self, path: str | Path) -> None:
         """Write the line to an ``.npz`` file."""
-        _save(path, t=self.t, loss=self.loss)
+        save_arrays(path, {"t": self.t, "loss": self.loss})
 
 
 def filter_normalised_directions(parameters: Sequence[Tensor], generator: torch.Generator, count: int = 2) -> Tensor:
@@ -155,11 +154,3 @@ def _check(points: int, radius: float) -> None:
         raise ValueError(f"`points` must be at least 3, got {points}.")
     if not radius > 0:
         raise ValueError(f"`radius` must be positive, got {radius}.")
-
-
-def _save(path: str | Path, **arrays: Tensor) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    named: dict[str, Any] = {name: value.numpy() for name, value in arrays.items()}
-    with path.open("wb") as file:
-        np.savez(file, **named)

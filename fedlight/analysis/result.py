@@ -1,6 +1,7 @@
 """What a measurement of curvature found."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,12 @@ class HessianResult:
             }
         arrays |= {"layer_names": np.array(list(self.layers), dtype=str), "layer_lambda_max": [*self.layers.values()]}
         arrays |= {"seconds_names": np.array(list(self.seconds), dtype=str), "seconds": list(self.seconds.values())}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
+        save_arrays(path, arrays)
+
+
+def save_arrays(path: str | Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays to an ``.npz`` file of just that name, and make its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)

@@ -222,13 +222,10 @@ class ClientLoop:
             self.held.write(kept)
         if backup is not None:
             here.copy_(backup)
-        self._unscale(last=backup is not None or not self._two_passes)
-        return self.flat.grad
-
-    @property
-    def _two_passes(self) -> bool:
         perturbation = self.training.perturbation
-        return perturbation is not None and perturbation.needs_gradient
+        alone = perturbation is None or not perturbation.needs_gradient
+        self._unscale(last=backup is not None or alone)
+        return self.flat.grad
 
     def _unscale(self, last: bool) -> None:
         if self._scaler is None:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from fedlight.report import figures, tables
-from fedlight.report.document import Document, Heading, Picture, Text
+from fedlight.report.document import Block, Heading, Picture, Text
 from fedlight.report.groups import Group, Study, group_runs
 from fedlight.report.runs import find_runs
 from fedlight.report.writers import write_html, write_latex, write_markdown
@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
     return 0 if study.groups else 1
 
 
-def make_report(study: Study, pictures: Path, metric: str, target: float | None, title: str) -> Document:
+def make_report(study: Study, pictures: Path, metric: str, target: float | None, title: str) -> list[Block]:
     """Everything there is to say about a study.
 
     Args:
@@ -42,38 +42,33 @@ def make_report(study: Study, pictures: Path, metric: str, target: float | None,
         target: the value to count rounds to; by default what every method of a setting reaches.
         title: of the document.
     """
-    document = Document([Heading(title, 1)])
-    _add_state(document, study)
+    blocks: list[Block | None] = [Heading(title, 1), *_state(study)]
     if study.groups:
-        document.add(Heading(f"Methods and settings: {metric}"), tables.overview(study, metric))
-        if (gains := tables.gains(study, metric)) is not None:
-            document.add(gains)
+        blocks += [Heading(f"Methods and settings: {metric}"), tables.overview(study, metric)]
+        blocks.append(tables.gains(study, metric))
         for index, setting in enumerate(study.settings):
-            _add_setting(document, study, setting, pictures / f"setting{index + 1}", metric, target)
+            blocks += _setting(study, setting, pictures / f"setting{index + 1}", metric, target)
         if (differences := tables.differences(study)) is not None:
-            document.add(Heading("What differs between the configurations"), differences)
-        document.add(Heading("Versions"), tables.versions(study))
-    document.add(Heading("Runs"), tables.run_list(study))
-    return document
+            blocks += [Heading("What differs between the configurations"), differences]
+        blocks += [Heading("Versions"), tables.versions(study)]
+    blocks += [Heading("Runs"), tables.run_list(study)]
+    return [block for block in blocks if block is not None]
 
 
-def _add_state(document: Document, study: Study) -> None:
-    document.add(Text(f"{len(study.used)} of {len(study.runs)} runs make up the tables."))
+def _state(study: Study) -> list[Block]:
+    blocks: list[Block] = [Text(f"{len(study.used)} of {len(study.runs)} runs make up the tables.")]
     counts: Counter[str] = Counter(run.status for run in study.runs if run.status != "finished")
     if study.repeated:
         counts["repeated"] = len(study.repeated)
     if counts:
         named = ", ".join(f"{n} {status}" for status, n in counts.items())
-        document.add(Text(f"Not in the tables: {named}. See the list of runs at the end.", warning=True))
+        blocks.append(Text(f"Not in the tables: {named}. See the list of runs at the end.", warning=True))
+    return blocks
 
 
-def _add_setting(
-    document: Document, study: Study, setting: str, folder: Path, metric: str, target: float | None
-) -> None:
+def _setting(study: Study, setting: str, folder: Path, metric: str, target: float | None) -> list[Block | None]:
     target = tables.default_target(study.within(setting), metric) if target is None else target
-    document.add(Heading(f"Setting: {setting}"), tables.results(study, setting, metric, target))
-    if (others := tables.figures(study, setting, metric)) is not None:
-        document.add(others)
+    results, others = tables.results(study, setting, metric, target), tables.figures(study, setting, metric)
     drawn = []
     for curve in dict.fromkeys([metric, "val/loss", "train/loss"]):
         path = figures.draw_curves(study, setting, curve, folder / f"{curve.replace('/', '_')}.png")
@@ -83,8 +78,8 @@ def _add_setting(
         (figures.draw_layers(study, setting, folder / "layers.png"), "λ_max of every layer after the last round."),
         (figures.draw_clients(study, setting, folder / "clients.png"), "Accuracy per client after the last round."),
     ]
-    document.add(*(Picture(path, caption) for path, caption in drawn if path is not None))
-    document.add(*_run_pictures(study.within(setting), folder))
+    pictures = [Picture(path, caption) for path, caption in drawn if path is not None]
+    return [Heading(f"Setting: {setting}"), results, others, *pictures, *_run_pictures(study.within(setting), folder)]
 
 
 def _run_pictures(groups: list[Group], folder: Path) -> list[Picture]:

@@ -1,7 +1,7 @@
 """What a report consists of, before it is written as Markdown or HTML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -52,17 +52,7 @@ class Picture:
 
 
 Block = Heading | Text | Table | Picture
-
-
-@dataclass
-class Document:
-    """Headings, paragraphs, tables and pictures in order."""
-
-    blocks: list[Block] = field(default_factory=list)
-
-    def add(self, *blocks: Block) -> None:
-        """Add to the end."""
-        self.blocks += blocks
+"""A document is a list of these."""
 
 
 def cells(*texts: str) -> list[Cell]:

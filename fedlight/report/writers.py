@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedlight.report.document import Cell, Document, Heading, Picture, Table, Text
+from fedlight.report.document import Block, Cell, Heading, Table, Text
 from fedlight.run.folder import atomic_write, writing
 
 _CSS = """
@@ -28,10 +28,10 @@ img { max-width: 100%; height: auto; }
 """.strip()
 
 
-def write_markdown(document: Document, path: Path) -> None:
+def write_markdown(document: Sequence[Block], path: Path) -> None:
     """Write GitHub's Markdown; pictures are linked by their path beside the file."""
     parts = []
-    for block in document.blocks:
+    for block in document:
         if isinstance(block, Heading):
             parts.append("#" * block.level + " " + _markdown(block.text))
         elif isinstance(block, Text):
@@ -65,17 +65,17 @@ def _is_text(table: Table) -> bool:
     return numbers * 2 < len(behind)
 
 
-def write_html(document: Document, path: Path) -> None:
+def write_html(document: Sequence[Block], path: Path) -> None:
     """Write one file that needs no other: pictures are part of it."""
-    title = next((b.text for b in document.blocks if isinstance(b, Heading)), "report")
-    body = "\n".join(_html(block) for block in document.blocks)
+    title = next((b.text for b in document if isinstance(b, Heading)), "report")
+    body = "\n".join(_html(block) for block in document)
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>\n{_CSS}\n</style>'
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n{viewport}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
     _write(path, page)
 
 
-def _html(block: Heading | Text | Table | Picture) -> str:
+def _html(block: Block) -> str:
     if isinstance(block, Heading):
         return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
     if isinstance(block, Text):

@@ -81,17 +81,14 @@ class StudyRunner:
             descriptor = slot.take()
             if descriptor is None:
                 self._slots.append(slot)
-                self._say_waiting()
+                if not self._waiting_said and not self._active:
+                    self._say(f"{len(self._slots)} runs are in the hands of another process; waiting for them.")
+                    self._waiting_said = True
             elif slot.summary() is not None:  # another process has finished it
                 slot.release()
                 self._finish_line(slot, "finished by another process")
             else:
                 self._begin(slot, descriptor)
-
-    def _say_waiting(self) -> None:
-        if not self._waiting_said and not self._active:
-            self._say(f"{len(self._slots)} runs are in the hands of another process; waiting for them.")
-            self._waiting_said = True
 
     def _begin(self, slot: RunSlot, descriptor: int) -> None:
         words = command(self.study, slot.run, self.root, slot.resumable())

@@ -10,7 +10,7 @@ import pytest
 
 from fedlight.report import tables
 from fedlight.report.command import main
-from fedlight.report.document import Cell, Document, Heading, Picture, Table, Text
+from fedlight.report.document import Cell, Heading, Picture, Table, Text
 from fedlight.report.groups import group_runs
 from fedlight.report.runs import find_runs
 from fedlight.report.writers import write_html, write_latex, write_markdown
@@ -184,7 +184,7 @@ def test_writers_escape(tmp_path):
     table = Table(["a|b", "c_d"], [[Cell("<x>", bold=True), Cell("50 % & {y}")]], "a *note*")
     picture = tmp_path / "p q.png"
     picture.write_bytes(b"\x89PNG")
-    document = Document([Heading("T#", 1), Text("<script>", warning=True), table, Picture(picture, "c<a>p")])
+    document = [Heading("T#", 1), Text("<script>", warning=True), table, Picture(picture, "c<a>p")]
     write_markdown(document, tmp_path / "r.md")
     write_html(document, tmp_path / "r.html")
     write_latex(table, tmp_path / "t.tex")

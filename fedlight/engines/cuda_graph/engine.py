@@ -78,7 +78,10 @@ class CudaGraph(Engine):
         """Train the clients, in all slots side by side."""
         tasks = list(tasks)
         with preserved_global_rng():
-            self._record_anew_if_needed()
+            if is_outdated(self._training, self._values) and self._slots:
+                self._slots.clear()
+                assert self._training.example is not None
+                self._make_slots(self._training.example)
             jobs = self._jobs(round, tasks)
             results: dict[int, ClientResult] = {}
             for slot in self._slots:
@@ -190,12 +193,6 @@ class CudaGraph(Engine):
         self._free_memory()
         what = explain(error, self._training.module, "could not be recorded")
         rank_zero_warn(f"trainer.engine=cuda_graph: client {task.client} is trained without a graph: {what}")
-
-    def _record_anew_if_needed(self) -> None:
-        if is_outdated(self._training, self._values) and self._slots:
-            self._slots.clear()
-            assert self._training.example is not None
-            self._make_slots(self._training.example)
 
 
 def _check_optimizer(module: LightningModule, device: torch.device) -> None:

@@ -189,7 +189,8 @@ class Program:
             try:
                 compiled(*tensors)
             except Exception as error:
-                rank_zero_warn(f"trainer.compile: runs uncompiled, as compiling failed: {_first_line(error)}")
+                what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                rank_zero_warn(f"trainer.compile: runs uncompiled, as compiling failed: {what}")
                 return traced.forward
             return compiled
 
@@ -270,8 +271,3 @@ def simplified(traced: GraphModule) -> GraphModule:
 def _same_layout(one: Node, other: Any) -> bool:
     a, b = one.meta.get("val"), other.meta.get("val")
     return a is not None and b is not None and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
