@@ -19,7 +19,7 @@ IMAGES = {
     "tinyimagenet": ((64, 64, 3), 200),
     "pacs": ((64, 64, 3), 7),
     "cifar100": ((32, 32, 3), 100),
-    "resnet18gn": ((32, 32, 3), 100),
+    "resnet18gn": ((8, 8, 3), 100),  # it takes any size
     "cifar10": ((32, 32, 3), 10),
     "small_cnn": ((32, 32, 3), 10),
     "fashion": ((28, 28), 10),

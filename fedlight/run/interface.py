@@ -81,7 +81,10 @@ class TrainerInterface(LightningNames):
         callbacks = settings.pop("callbacks")
         given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         self.callbacks: list[Callback] = in_federated_terms(c for c in given if c is not None)
-        self._add_default_callbacks(settings)
+        wanted = settings["enable_checkpointing"], settings["enable_progress_bar"], True
+        for default, is_wanted in zip((Checkpoint, RoundProgress, PartitionPicture), wanted, strict=True):
+            if is_wanted and not any(isinstance(c, default) for c in self.callbacks):
+                self.callbacks.append(default())
         settings["default_root_dir"] = Path(settings["default_root_dir"])
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
@@ -103,14 +106,6 @@ class TrainerInterface(LightningNames):
         penalties = [type(c).__name__ for c in self.callbacks if isinstance(c, Penalty) and getattr(c, "zeta", 1) != 0]
         names = type(self.algorithm).__name__, None if added is None else type(added).__name__
         return method_name(*names, penalties, self.settings["centralized"])
-
-    def _add_default_callbacks(self, settings: dict[str, Any]) -> None:
-        if settings["enable_checkpointing"] and not any(isinstance(c, Checkpoint) for c in self.callbacks):
-            self.callbacks.append(Checkpoint())
-        if settings["enable_progress_bar"] and not any(isinstance(c, RoundProgress) for c in self.callbacks):
-            self.callbacks.append(RoundProgress())
-        if not any(isinstance(c, PartitionPicture) for c in self.callbacks):
-            self.callbacks.append(PartitionPicture())
 
     @property
     def current_round(self) -> int:
