@@ -3,7 +3,6 @@
 import os
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +23,22 @@ _WORTH_S = 60.0
 """Seconds of training on one core from which on starting more processes, some seconds, is worth it."""
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a run computes.
-
-    Attributes:
-        step_flop: floating-point operations of a local step, forward and backward.
-        steps: local steps of a round, of all clients.
-        clients: K.
-        rounds: T.
-    """
-
-    step_flop: float
-    steps: float
-    clients: int
-    rounds: int
-
-    @property
-    def seconds(self) -> float:
-        """A guess of what training takes on one core."""
-        return self.rounds * self.steps * (_STEP_S + self.step_flop / _FLOP_PER_S)
-
-
-def share_cores(work: Workload, cores: int) -> tuple[int, int]:
-    """Processes, and threads of each, that are fastest for a workload.
+def num_processes(step_flop: float, steps: float, clients: int, rounds: int, cores: int) -> int:
+    """How many processes are fastest for a workload.
 
     A process a core is faster than a thread a core, as clients need not wait for each other. Where steps are large the
     choice does not depend on how many there are, and where they are small every process has one thread: so a run that
     is continued for more rounds, or cut into several, gives the same bits.
+
+    Args:
+        step_flop: floating-point operations of a local step, forward and backward.
+        steps: local steps of a round, of all clients.
+        clients: K.
+        rounds: T.
+        cores: of the machine.
     """
-    processes = max(1, min(cores, work.clients))
-    if work.step_flop >= LARGE_STEP:
-        return processes, cores // processes
-    return processes if work.seconds >= _WORTH_S else 1, 1
+    seconds = rounds * steps * (_STEP_S + step_flop / _FLOP_PER_S)  # on one core
+    return max(1, min(cores, clients)) if step_flop >= LARGE_STEP or seconds >= _WORTH_S else 1
 
 
 def available_cores() -> int:
@@ -80,7 +62,7 @@ def resolve_devices(run: RunContext) -> Any:
     if run.command != "fit" or not alone or "OMP_NUM_THREADS" in os.environ or not started_as_command():
         return given
     work = estimate(run)
-    return given if work is None else share_cores(work, available_cores())[0]
+    return given if work is None else num_processes(*work, available_cores())
 
 
 def choose_threads(run: RunContext) -> int | None:
@@ -109,8 +91,8 @@ def started_as_command() -> bool:
     return spec.name == "fedlight.__main__" if spec is not None else Path(sys.argv[0]).name == "fedlight"
 
 
-def estimate(run: RunContext) -> Workload | None:
-    """What the run's fit will compute; None where the model cannot be tried out yet."""
+def estimate(run: RunContext) -> tuple[float, float, int, int] | None:
+    """FLOP of a step, steps and clients of a round, and rounds; None where the model cannot be tried out yet."""
     settings, data = run.settings, run.datamodule
     try:
         data.prepare_data()
@@ -124,7 +106,7 @@ def estimate(run: RunContext) -> Workload | None:
     clients = wanted if isinstance(wanted, int) else max(1, round(wanted * len(sizes)))
     batches = num_batches(round(sum(sizes) / len(sizes)), data.batch_size, settings["limit_train_batches"])
     per_client = settings["local_steps"] or settings["local_epochs"] * batches
-    return Workload(flop, clients * per_client, clients, settings["max_rounds"])
+    return flop, clients * per_client, clients, settings["max_rounds"]
 
 
 def step_flop(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> float:
