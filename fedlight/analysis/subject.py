@@ -55,7 +55,9 @@ class Subject:
         """The task loss at the weights of a view, on a copy of the module."""
         loss = TaskLoss(self.module, torch.float64 if double else torch.float32, self.device)
         if view in self.weights:
-            load_weights(loss.module, self.weights[view])
+            params, buffers = self.weights[view]
+            load_flat_parameters(loss.module, params)
+            load_tensors(loss.module, buffers)
         return loss
 
     def data(self, name: DataName) -> Dataset[Any] | None:
@@ -80,13 +82,6 @@ class Subject:
         if self.world_size > 1 and self.device.type == "cpu":  # the processes share the machine's
             memory = free_memory(self.device) // (4 * self.world_size)
         return {"transfer": self.transfer, "collate_fn": self.collate_fn, "graph_memory": memory}
-
-
-def load_weights(module: LightningModule, weights: Weights) -> None:
-    """Write parameters and buffers into a module."""
-    params, buffers = weights
-    load_flat_parameters(module, params)
-    load_tensors(module, buffers)
 
 
 def is_federated(trainer: Any) -> bool:

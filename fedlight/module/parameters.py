@@ -166,11 +166,9 @@ class FlatParameters:
             parameter.grad = None
 
 
-def flat_parameters(module: nn.Module, layout: ParameterLayout | None = None) -> Tensor:
+def flat_parameters(module: nn.Module) -> Tensor:
     """A copy of the module's trainable parameters as one vector ``[P]``."""
-    parameters = dict(module.named_parameters())
-    infos = (layout or ParameterLayout.of(module)).parameters
-    return torch.cat([parameters[info.name].detach().reshape(-1) for info in infos])
+    return torch.cat([p.detach().reshape(-1) for p in module.parameters() if p.requires_grad])
 
 
 @torch.no_grad()

@@ -70,13 +70,12 @@ def _acts_on_entries(module: nn.Module) -> bool:
         return False
 
 
-def find_layers(module: nn.Module, selectors: Sequence[Selector] | None, who: str) -> dict[str, nn.Module]:
+def find_layers(module: nn.Module, selectors: Sequence[Selector] | None) -> dict[str, nn.Module]:
     """The submodules that selectors stand for, by name, in the order of the module.
 
     Args:
         module: whose submodules are searched.
         selectors: as ``MAN(layers=...)``; None for all activation modules.
-        who: named in the error.
 
     Raises:
         MisconfigurationException: if a selector can match nothing, no function either; it lists what there is.

@@ -53,7 +53,7 @@ class MAN(Penalty):
 
     def observe(self, module: nn.Module) -> dict[str, nn.Module]:
         """The layers, by the name that they have in the module."""
-        return find_layers(module, self.layers, "MAN")
+        return find_layers(module, self.layers)
 
     def takes(self, name: str, doubt: str, function: bool) -> bool:
         """By default what nothing speaks against; else what ``layers`` names."""

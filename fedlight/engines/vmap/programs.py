@@ -189,7 +189,7 @@ class Program:
             try:
                 compiled(*tensors)
             except Exception as error:
-                what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                what = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
                 rank_zero_warn(f"trainer.compile: runs uncompiled, as compiling failed: {what}")
                 return traced.forward
             return compiled
