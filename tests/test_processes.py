@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +143,9 @@ class Lost(Callback):
 
     def on_client_end(self, trainer, pl_module, client):
         if trainer.current_round == 2 and trainer.global_rank == self.rank:
+            last, end = trainer.run_dir / "checkpoints" / "last.ckpt", time.monotonic() + 60
+            while not last.exists() and time.monotonic() < end:  # it is written while training goes on
+                time.sleep(0.01)
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ZeroDivisionError("mine")

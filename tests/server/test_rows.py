@@ -1,5 +1,6 @@
 """Clients' rows travel, are kept once, and stream into checkpoints and back."""
 
+import errno
 import gc
 import io
 import queue
@@ -15,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.algorithms import SCAFFOLD
+from fedlight.run import snapshot
 from fedlight.run.checkpoint import load_checkpoint, save_checkpoint
 from fedlight.server import rows
 from fedlight.server.clients import ClientStore, DiskClientStore
@@ -213,6 +215,29 @@ def test_rows_of_one_of_several_processes_are_no_checkpoint():
     saved = processes(2, 0, ClientStore()).state_dict()
     with pytest.raises(ValueError, match="written when one of several processes had failed.* continue from `last`"):
         processes(2, 0, ClientStore()).load(saved)
+
+
+def test_where_nothing_can_be_written_the_others_are_rid_of_their_rows_all_the_same(monkeypatch, tmp_path):
+    """They would wait for ever otherwise, and the first process could not stop them."""
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedlight.run.checkpoint.atomic_file", full)
+
+    def work(rank):
+        own = processes(3, rank, ClientStore())
+        own.store.put_row(rank, row(rank))
+        saved = own.state_dict()
+        if rank:
+            own.gathered(saved)
+            return own.hand_over(saved)
+        content = {"fedlight": {"clients": own.gathered(saved)}}
+        with pytest.raises(OSError, match="No space left"):
+            snapshot._write(SimpleNamespace(metrics_csv=None), tmp_path / "a.ckpt", content)
+        return "said"
+
+    assert together(monkeypatch, 3, work)[0] == ["said", None, None]
 
 
 def test_a_torn_file_of_rows_is_no_checkpoint(tmp_path):
