@@ -42,7 +42,8 @@ class ClientStore:
             return
         row = self._rows.get(client, {})  # replaced and never changed, as snapshots may hold it
         target = self._place(row.get(part, {}), state)
-        self._rows[client] = {**row, part: {k: _own(v.detach().to(target)) for k, v in state.items()}}
+        # Copies: rows then lie side by side, and not each among what its client's round lets go of.
+        self._rows[client] = {**row, part: {k: v.detach().to(target, copy=True) for k, v in state.items()}}
 
     def put_row(self, client: int, row: Row) -> None:
         """Replace a client's states of several parts."""
@@ -252,11 +253,6 @@ def _checksum(client: int, rows: Iterable[Any]) -> int:
     for row in rows:
         client = zlib.crc32(row.data, client)
     return client
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if it is a part of something larger, which would be kept alive with it."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def _size(state: State) -> int:
