@@ -48,14 +48,8 @@ def main(**settings) -> FederatedTrainer:
     """Train with it; like any algorithm it goes with a perturbation and with MAN."""
     torch.manual_seed(0)
     options = {"max_rounds": 15, "clients_per_round": 0.5, "local_epochs": 2, "name": "custom_algorithm", **settings}
-    trainer = FederatedTrainer(
-        algorithm=FedExP(eps=1e-3),
-        perturbation=SAM(rho=0.05),
-        callbacks=[MAN(zeta=0.15)],
-        **options,
-    )
-    model = Classifier(MLP(in_features=64, num_classes=10), num_classes=10)
-    trainer.fit(model, ImageData("digits", num_clients=20, batch_size=16))
+    trainer = FederatedTrainer(algorithm=FedExP(), perturbation=SAM(rho=0.05), callbacks=[MAN(zeta=0.15)], **options)
+    trainer.fit(Classifier(MLP(64, 10), num_classes=10), ImageData("digits", num_clients=20, batch_size=16))
     return trainer
 
 
