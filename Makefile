@@ -1,4 +1,4 @@
-# make demo | test | test-gpu | lint | format | clean
+# make demo | test | test-all | test-gpu | lint | format | clean
 #
 # Each target creates .venv and installs fedlight into it the first time. `make test VENV=` uses the Python
 # that is active instead (a conda environment, a container) and installs nothing.
@@ -16,11 +16,12 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format clean
+.PHONY: help demo test test-all test-gpu lint format clean
 
 help:
 	@echo "make demo      train FedAvg and FedAvg+MAN on real images, side by side"
 	@echo "make test      run the tests (PYTEST_ARGS='-k man' passes options on)"
+	@echo "make test-all  run also those that take more than ten seconds each"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make lint      ruff and mypy; make format fixes what it can"
 	@echo "make clean     remove .venv and caches"
@@ -29,6 +30,9 @@ demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
 test: $(INSTALLED)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)
 	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(INSTALLED)
