@@ -77,6 +77,21 @@ def test_two_processes_end_with_the_bits_of_one(one, two, case):
     assert two[1][0][case]["tested"] == two[1][1][case]["tested"] == expected["tested"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
+def test_more_processes_end_with_the_bits_of_one(one, tmp_path, world):
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(world))
+    code, errors, saved = start(tmp_path, *torchrun, "-m", "tests.helpers.processes", str(tmp_path), "many")
+    assert code == 0, errors
+    for case in processes.MANY:
+        for found in saved:
+            assert found[case]["world"] == world
+            assert torch.equal(found[case]["weights"], one[case]["weights"])
+            assert found[case]["views"].keys() == one[case]["views"].keys()
+            assert all(torch.equal(v, one[case]["views"][k]) for k, v in found[case]["views"].items())
+        assert saved[0][case]["clients"] == one[case]["clients"]
+
+
 def test_a_client_that_diverges_is_left_out(one, two):
     assert len(one["a client diverges"]["left out"]) == 3
     assert "left out clients [1]" in two[1][0]["a client diverges"]["left out"][0]

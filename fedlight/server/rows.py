@@ -4,7 +4,6 @@ import io
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,22 +38,16 @@ class ClientRows:
         self.store = store
         self._rank, self._world = fabric.global_rank, fabric.world_size
         self.owners = [client % self._world for client in range(num_clients)]
+        # Made by all processes at once, here. Rows are in main memory, for which those of GPUs may have no way; the
+        # messages of threads that write checkpoints must not meet those of the rounds.
+        self._group: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
+        self._background: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
 
     @classmethod
     def of(cls, where: Where, folder: Path, num_clients: int, fabric: Fabric) -> "ClientRows":
         """Those for ``trainer.client_state``; on disk, each process has a folder of its own."""
         store = client_store(where, folder / f"rank{fabric.global_rank}", fabric.device)
         return cls(store, num_clients, fabric)
-
-    @cached_property
-    def _group(self) -> Any:
-        """Rows are in main memory; the processes of GPUs may have no way for these."""
-        return distributed.new_group(backend="gloo")
-
-    @cached_property
-    def _background(self) -> Any:
-        """For the threads that write checkpoints: their messages must not meet those of the rounds."""
-        return distributed.new_group(backend="gloo")
 
     def bring(self, shares: Sequence[list[int]]) -> list[int]:
         """Let the rows of those that train in each process be there; every process calls.
@@ -137,9 +130,9 @@ class ClientRows:
 
     def close(self) -> None:
         """Close the connections."""
-        for name in ("_group", "_background"):
-            if name in vars(self):
-                distributed.destroy_process_group(vars(self).pop(name))
+        for group in (self._group, self._background):
+            if group is not None:
+                distributed.destroy_process_group(group)
 
 
 def _send(rows: Rows, target: int, group: Any) -> None:

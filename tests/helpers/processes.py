@@ -2,7 +2,7 @@
 
 ``torchrun --standalone --nproc_per_node 2 -m tests.helpers.processes FOLDER`` runs all of them in one process group;
 ``python -m tests.helpers.processes FOLDER launch`` lets Fabric start the second process, trains, tests, and is stopped
-by a SIGTERM that the first process alone receives.
+by a SIGTERM that the first process alone receives; ``FOLDER many`` runs some cases in any number of processes.
 """
 
 import os
@@ -103,6 +103,9 @@ CASES: dict[str, dict[str, Any]] = {
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
 }
 
+MANY = ["all kinds of metrics", "local statistics and state on disk", "a client diverges", "all models at once"]
+"""Cases for more processes than two; in some rounds there are fewer clients."""
+
 
 PARTS = ("algorithm", "perturbation", "buffers", "latest")
 
@@ -182,5 +185,10 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         _save(lambda: outcome("all kinds of metrics", where, 2), where)
         sys.exit(stopped(where, 2))
-    _save(lambda: everything(where, 2), where)
+    if sys.argv[2:] == ["many"]:
+        torch.set_num_threads(1)
+        world = int(os.environ["WORLD_SIZE"])
+        _save(lambda: {case: outcome(case, where, world) for case in MANY}, where)
+    else:
+        _save(lambda: everything(where, 2), where)
     torch.distributed.destroy_process_group()
