@@ -44,19 +44,20 @@ class Checkpoint(RoundCallback):
             raise ValueError(f"Checkpoint.max_overhead={max_overhead} must be above 0 and at most 1.")
         self.monitor, self.mode = monitor, mode
         self.every_n_rounds, self.max_overhead = every_n_rounds, max_overhead
+        self._begin()
+
+    def _begin(self) -> None:
         self.best: float | None = None
         self._chosen: str | None = None
         self._said = False
         self._pending: dict[str, Any] | None = None
-        self._written_at = -math.inf
-        self._cost = 0.0
+        self._written_at, self._cost = -math.inf, 0.0
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin a run anew; a resumed one gets its state back afterwards."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.best, self._pending, self._chosen, self._said = None, None, None, False
-            self._written_at, self._cost = -math.inf, 0.0
+            self._begin()
 
     def on_round_end(self, trainer: Any, pl_module: Any) -> None:
         """Write what is due."""
@@ -125,11 +126,10 @@ class Checkpoint(RoundCallback):
     def _is_best(self, monitor: str | None, metrics: dict[str, Any]) -> bool:
         if monitor is None:
             return False
-        value, larger = float(metrics[monitor]), self._larger(monitor)
-        if math.isnan(value) or (self.best is not None and (value <= self.best if larger else value >= self.best)):
-            return False
-        self.best = value
-        return True
+        value, sign = float(metrics[monitor]), 1 if self._larger(monitor) else -1
+        better = not math.isnan(value) and (self.best is None or sign * value > sign * self.best)
+        self.best = value if better else self.best
+        return better
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, and of what."""

@@ -111,8 +111,7 @@ class HessianSpectrum(Callback):
                 measured[key] = self.measurement.run(subject, view)
             self.results[view] = measured[key]
         self._undrawn = trainer.current_round - 1
-        folder = output_folder(trainer)
-        if folder is not None and trainer.is_global_zero:
+        if (folder := _folder(trainer)) is not None:
             with optional(self, "HessianSpectrum's files"):
                 records.save(self.results, folder / "hessian", f"round{self._undrawn}")
         return records.metrics(self.results)
@@ -120,23 +119,20 @@ class HessianSpectrum(Callback):
     def on_round_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw what was measured."""
         round, self._undrawn = self._undrawn, None
-        folder = output_folder(trainer)
-        if round is None or folder is None or not trainer.is_global_zero:
+        folder = _folder(trainer)
+        if round is None or folder is None:
             return
-        plots = folder / "plots"
         if trainer.current_round < trainer.max_rounds:  # the last one and the one before it stay
-            for old in plots.glob("density_round*.png"):
+            for old in (folder / "plots").glob("density_round*.png"):
                 old.unlink()
-        self._log(trainer, records.draw_densities(self.results, plots / f"density_round{round}.png"))
-        records.log_density(trainer.loggers, self.results)
+        self._draw_density(trainer, folder, f"round{round}")
         if time.monotonic() - self._drawn_at > _REDRAW:
             self._draw_history(trainer, pl_module, folder)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Draw the layers and the eigenvalues over the rounds."""
         vars(self).pop("on_train_epoch_end", None)
-        folder = output_folder(trainer)
-        if is_federated(trainer) and folder is not None and trainer.is_global_zero:
+        if is_federated(trainer) and (folder := _folder(trainer)) is not None:
             self._draw_history(trainer, pl_module, folder)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -151,15 +147,12 @@ class HessianSpectrum(Callback):
         if epoch == self._epoch or ((epoch + 1) % self.every_n_rounds and not last):
             return
         self._epoch = epoch
-        result = self.measurement.run(subject_of(trainer, pl_module))
-        self.results = {"server": result}
+        self.results = {"server": self.measurement.run(subject_of(trainer, pl_module))}
         pl_module.log_dict(records.metrics(self.results), sync_dist=trainer.world_size > 1)
-        folder = output_folder(trainer)
-        if folder is not None and trainer.is_global_zero:
+        if (folder := _folder(trainer)) is not None:
             with optional(self, "HessianSpectrum's files and pictures"):
                 records.save(self.results, folder / "hessian", f"epoch{epoch}")
-                self._log(trainer, records.draw_densities(self.results, folder / "plots" / f"density_epoch{epoch}.png"))
-                records.log_density(trainer.loggers, self.results)
+                self._draw_density(trainer, folder, f"epoch{epoch}")
 
     def _is_due(self, trainer: Any, subject: Subject) -> bool:
         last = trainer.current_round >= trainer.max_rounds
@@ -168,12 +161,19 @@ class HessianSpectrum(Callback):
             last = float(subject.total(interrupted) if subject.world_size > 1 else interrupted) == 0
         return last or int(trainer.current_round) % self.every_n_rounds == 0
 
+    def _draw_density(self, trainer: Any, folder: Path, when: str) -> None:
+        picture = records.draw_densities(self.results, folder / "plots" / f"density_{when}.png")
+        if picture is not None:
+            log_picture(trainer.loggers, "plots/density", picture)
+        records.log_density(trainer.loggers, self.results)
+
     def _draw_history(self, trainer: Any, module: Any, folder: Path) -> None:
         self._drawn_at = time.monotonic()
-        rows = read_metrics(folder / "metrics.csv")
-        for path in records.draw_rounds(module, rows, folder / "plots"):
-            self._log(trainer, path)
+        for path in records.draw_rounds(module, read_metrics(folder / "metrics.csv"), folder / "plots"):
+            log_picture(trainer.loggers, f"plots/{path.stem}", path)
 
-    def _log(self, trainer: Any, picture: Path | None) -> None:
-        if picture is not None:
-            log_picture(trainer.loggers, f"plots/{picture.stem.split('_')[0]}", picture)
+
+def _folder(trainer: Any) -> Path | None:
+    """Where this process writes; every one must ask."""
+    folder = output_folder(trainer)
+    return folder if trainer.is_global_zero else None

@@ -56,16 +56,13 @@ class RoundProgress(RoundCallback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the last state of the bar on the screen."""
-        self._stop()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the last state of the bar on the screen."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the last state of the bar on the screen."""
+        self.on_train_end(trainer, pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_bar": None}

@@ -1,7 +1,5 @@
 """Random draws, integer shares and checks that partitions are made of. Pure functions of their arguments."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -73,13 +71,6 @@ def by_client(rows: Tensor, clients: Tensor, num_clients: int) -> list[Tensor]:
     """Rows sorted into one tensor per client, in the order given."""
     sizes = torch.bincount(clients, minlength=num_clients).tolist()
     return list(torch.split(rows[torch.argsort(clients, stable=True)], sizes))
-
-
-def positive(value: float, key: str) -> float:
-    """The value, or an error that names its key."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"`data.partitioner.{key}` must be a positive number, got {value}.")
-    return value
 
 
 def at_least_one(value: int, key: str) -> int:

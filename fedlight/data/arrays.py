@@ -134,9 +134,9 @@ class ArrayDataset(Dataset[Any]):
             raise IndexError(f"There is no sample {index} in a dataset of {len(self)}.")
         return self.__getitems__([index % len(self)])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
+    def __getitems__(self, indices: list[int], draws: dict[str, Tensor] | None = None) -> list[Any]:
         """What a ``DataLoader`` calls for a batch: one gather, then a list that any collate function takes."""
-        leaves = self.leaves(torch.tensor(indices, device=self.device))
+        leaves = self.leaves(torch.tensor(indices, device=self.device), draws)
         return [self.storage.build(list(sample)) for sample in zip(*(leaf.unbind() for leaf in leaves), strict=True)]
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:

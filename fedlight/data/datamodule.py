@@ -93,14 +93,8 @@ class FederatedDataModule(LightningDataModule):
         dataset, rng = self.pooled_dataset(), generator(self.seed, "pooled order")
         if isinstance(dataset, ArrayDataset):
             dataset = _Augmented(dataset, self.seed)
-        return DataLoader(
-            dataset,
-            self.batch_size,
-            shuffle=True,
-            generator=rng,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-        )
+        reading: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self.collate_fn}
+        return DataLoader(dataset, self.batch_size, shuffle=True, generator=rng, **reading)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation data: for a plain ``Trainer``."""
@@ -116,23 +110,17 @@ class FederatedDataModule(LightningDataModule):
         return DataLoader(dataset, self.eval_batch_size, num_workers=self.num_workers, collate_fn=self.eval_collate_fn)
 
 
-class _Augmented(Dataset[Any]):
-    """An ArrayDataset whose batches are augmented as a loader reads them."""
+class _Augmented(ArrayDataset):
+    """A dataset whose batches are augmented as a loader reads them."""
 
     def __init__(self, dataset: ArrayDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+        self._set(dataset.storage, dataset.indices, dataset.transform)
+        self._seed = seed
         self._generators: dict[int, torch.Generator] = {}
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([index])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+    def __getitems__(self, indices: list[int], draws: dict[str, Tensor] | None = None) -> list[Any]:
         worker = torch.utils.data.get_worker_info()
         # A worker's seed differs from epoch to epoch and comes from the loader's own generator.
         key = 0 if worker is None else worker.seed
-        rng = self._generators.setdefault(key, generator(self.seed, "pooled augmentation", key))
-        inputs, targets = self.dataset.batch(torch.tensor(indices), self.dataset.draw(len(indices), rng))
-        return list(zip(inputs.unbind(), targets.unbind(), strict=True))
+        rng = self._generators.setdefault(key, generator(self._seed, "pooled augmentation", key))
+        return super().__getitems__(indices, self.draw(len(indices), rng))

@@ -108,7 +108,8 @@ class DatasetPartition(PartitionedDataModule):
         self._encode()
         targets, self.classes = self._numbers("targets", self._targets, size, self.classes)
         groups, _ = self._numbers("groups", self._groups, size)
-        self._val_targets = None if self._val is None else find_targets(self._val, self._keys, self.classes)
+        val_targets = None if self._val is None else find_targets(self._val, self._keys, self.classes)
+        self._strata = None if targets is None or val_targets is None else (targets, val_targets)
         self.divide(size, targets, len(self.classes) or None, groups)
 
     @property

@@ -11,9 +11,8 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.images import ImageArrays, as_images, holdout
+from fedlight.data.images import ImageArrays, as_images, check, held_out_for_test, take
 from fedlight.data.splits import split_of
-from fedlight.seeding import generator
 
 _ROLES = {"x": "x|images?|imgs?|data|inputs?|features?|pixels?", "y": "y|labels?|targets?", "group": "groups?"}
 
@@ -50,12 +49,14 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     rank_zero_info(
         f"{where}: {said}; {told or 'labels as they are'}; test on {test or f'{test_fraction:g} of each class'}."
     )
-    group: dict[str | None, Tensor] = dict(zip(grouped, codes, strict=True))
-    if not test:
-        rows = holdout(y[0], test_fraction, generator(0, "test split"))
-        x, y = ([values[0][part] for part in rows] for values in (x, y))
-        group = {split: group["train"][part] for split, part in zip(("train", test), rows, strict=True) if group}
-    return ImageArrays(x[0], y[0], x[1], y[1], group.get("train"), group.get(test), classes, groups)
+    group = dict(zip(grouped, codes, strict=True))
+    # Without a test set all is taken for both, and divided then.
+    both = ImageArrays(x[0], y[0], x[-1], y[-1], group.get("train"), group.get(splits[-1]), classes, groups)
+    if test:
+        return both
+    check(both, str(path))
+    _, strata = torch.unique(torch.stack([y[0], *codes]), dim=1, return_inverse=True)
+    return take(both, *held_out_for_test(strata, test_fraction))
 
 
 def _role(key: str) -> str | None:

@@ -4,14 +4,14 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.images import ImageArrays, holdout
+from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 from fedlight.data.splits import splits_among
-from fedlight.seeding import generator
 
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 _NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
@@ -58,7 +58,9 @@ def load_folder(
         files, test_files = _hold_out_domains(root, files + test_files, test_domains)
         said = f"test on the domains {test_domains}"
     if not test_files:
-        files, test_files = _hold_out_share(files, test_fraction)
+        _, strata = np.unique(["/".join(f.folders) for f in files], return_inverse=True)
+        both = held_out_for_test(torch.from_numpy(strata), test_fraction)
+        files, test_files = ([files[row] for row in rows] for rows in both)
         said = f"test on {test_fraction:g} of each class{said}"
     classes = sorted({f.label for f in files})
     foreign = sorted({f.label for f in test_files} - set(classes))
@@ -83,17 +85,6 @@ def _hold_out_domains(root: Path, files: list[_File], test_domains: list[str]) -
             f"`data.test_domains` is {test_domains}, but must be some of the domains of {root}, and not all: {domains}."
         )
     return [f for f in files if f.domain not in test_domains], [f for f in files if f.domain in test_domains]
-
-
-def _hold_out_share(files: list[_File], fraction: float) -> tuple[list[_File], list[_File]]:
-    """The same share of each class and domain. It belongs to the source, so it does not depend on the run's seed."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"`data.test_fraction` must lie between 0 and 1, got {fraction}; the folder has no test set.")
-    strata = sorted({(f.domain or "", f.label) for f in files})
-    number = {stratum: i for i, stratum in enumerate(strata)}
-    labels = torch.tensor([number[f.domain or "", f.label] for f in files])
-    keep, out = holdout(labels, fraction, generator(0, "test split"))
-    return [files[i] for i in keep.tolist()], [files[i] for i in out.tolist()]
 
 
 def _split(root: Path) -> tuple[list[_File], list[_File], str]:
@@ -173,6 +164,5 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
 
 def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
     """Class and domain of each file, as numbers."""
-    label, domain = ({name: i for i, name in enumerate(names)} for names in (classes, domains))
-    y = torch.tensor([label[f.label] for f in files], dtype=torch.int64)
-    return y, torch.tensor([domain[f.domain or ""] for f in files], dtype=torch.int64) if domains else None
+    y = torch.from_numpy(np.searchsorted(classes, [f.label for f in files]))
+    return y, torch.from_numpy(np.searchsorted(domains, [f.domain or "" for f in files])) if domains else None

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
@@ -120,55 +119,37 @@ class ImageData(PartitionedDataModule):
         stored = ArrayDataset(arrays.x_train, arrays.y_train, transform=training)
         self._test = ArrayDataset(arrays.x_test, arrays.y_test, transform=evaluation)
         self._val, group_val = self._test, arrays.group_test
-        train_rows, groups = None, arrays.group_train
+        self._train, groups = stored, arrays.group_train
         if self.val_fraction > 0:
-            train_rows, val_rows = self._hold_out(arrays)
-            self._val = stored.view(val_rows, evaluation)
+            rows = holdout(arrays.y_train, self.val_fraction, generator(self.seed, "validation split"))
+            if 0 in map(len, rows):
+                raise ValueError(
+                    f"`data.val_fraction` is {self.val_fraction}: of {len(arrays.y_train)} training images that leaves "
+                    f"{len(rows[0])} for training and {len(rows[1])} for validation."
+                )
+            self._train, self._val = stored.view(rows[0], training), stored.view(rows[1], evaluation)
             if groups is not None:
-                groups, group_val = groups[train_rows], groups[val_rows]
-        self._train = stored.view(train_rows, training)
-        targets = _labels(self._train)
+                groups, group_val = groups[rows[0]], groups[rows[1]]
+        targets, val_targets = (d.targets[d.positions(torch.arange(len(d)))] for d in (self._train, self._val))
         self.divide(len(targets), targets, arrays.num_classes, groups)
-        self._val_targets = _labels(self._val)
-        self._strata = _strata(targets, groups, self._val_targets, group_val, arrays.num_classes)
+        if groups is not None and group_val is not None and bool(torch.isin(groups, group_val).all()):
+            groups, group_val = groups * arrays.num_classes, group_val * arrays.num_classes
+            targets, val_targets = groups + targets, group_val + val_targets
+        self._strata = targets, val_targets
 
     def _transforms(self, arrays: ImageArrays) -> tuple[BatchTransform, BatchTransform]:
         """How images are normalised for evaluation; and for training, with augmentation if there is one."""
         channels = arrays.x_train.shape[1]
-        statistics: tuple[list[float], list[float]]
         if not isinstance(self.normalize, str):
-            statistics = self.normalize
+            mean, std = self.normalize
         elif self.normalize == "none":
-            statistics = [0.0] * channels, [1.0] * channels
+            mean, std = [0.0] * channels, [1.0] * channels
         elif self.normalize == "auto" and self.source not in STATISTICS:
-            statistics = channel_statistics(arrays.x_train)
+            mean, std = channel_statistics(arrays.x_train)
         else:
-            statistics = STATISTICS[self.source if self.normalize == "auto" else self.normalize]
-        mean, std = statistics
+            mean, std = STATISTICS[self.source if self.normalize == "auto" else self.normalize]
         if len(mean) != channels:
             raise ValueError(f"`data.normalize` is for {len(mean)} channels, but the images have {channels}.")
         augment = channels == 3 and self.source != "svhn" if self.augment is None else self.augment
         training = {"flip": 0.5, "crop_padding": self.crop_padding} if augment else {}
         return BatchTransform(mean, std), BatchTransform(mean, std, **training)  # type: ignore[arg-type]
-
-    def _hold_out(self, arrays: ImageArrays) -> tuple[Tensor, Tensor]:
-        keep, out = holdout(arrays.y_train, self.val_fraction, generator(self.seed, "validation split"))
-        if len(keep) == 0 or len(out) == 0:
-            raise ValueError(
-                f"`data.val_fraction` is {self.val_fraction}: of {len(arrays.y_train)} training images that leaves "
-                f"{len(keep)} for training and {len(out)} for validation."
-            )
-        return keep, out
-
-
-def _labels(dataset: ArrayDataset) -> Tensor:
-    return dataset.targets if dataset.indices is None else dataset.targets[dataset.indices]
-
-
-def _strata(
-    targets: Tensor, groups: Tensor | None, val_targets: Tensor, val_groups: Tensor | None, num_classes: int
-) -> tuple[Tensor, Tensor] | None:
-    """Class and domain as one label, where the validation set has the domains of the training set."""
-    if groups is None or val_groups is None or not bool(torch.isin(groups, val_groups).all()):
-        return None
-    return groups * num_classes + targets, val_groups * num_classes + val_targets

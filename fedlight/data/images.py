@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlight.data._draws import rank_in_group
 from fedlight.data.pixels import FULL_SCALES, white_of
+from fedlight.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -161,18 +162,30 @@ def holdout(strata: Tensor, fraction: float, rng: torch.Generator) -> tuple[Tens
     return torch.nonzero(~out).flatten(), torch.nonzero(out).flatten()
 
 
+def held_out_for_test(strata: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Rows for training, and for the test set that a source lacks: the same ones whatever the run's seed."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"`data.test_fraction` must lie between 0 and 1, got {fraction}; the source has no test set.")
+    return holdout(strata, fraction, generator(0, "test split"))
+
+
+def take(arrays: ImageArrays, train: Tensor, test: Tensor) -> ImageArrays:
+    """Some rows of both sets."""
+    changes: dict[str, Any] = {}
+    for split, rows in (("train", train), ("test", test)):
+        held = {f"{name}_{split}": getattr(arrays, f"{name}_{split}") for name in ("x", "y", "group")}
+        changes |= {name: None if values is None else values[rows] for name, values in held.items()}
+    return replace(arrays, **changes)
+
+
 def limit(arrays: ImageArrays, num_samples: int, rng: torch.Generator) -> ImageArrays:
     """At most ``num_samples`` training and as many test images, drawn at random and kept in order."""
     if num_samples < 1:
         raise ValueError(f"`data.limit_samples` must be at least 1, got {num_samples}.")
-    changes: dict[str, Any] = {}
-    for split in ("train", "test"):
-        x, y, group = (getattr(arrays, f"{name}_{split}") for name in ("x", "y", "group"))
-        rows = torch.randperm(len(x), generator=rng)[:num_samples].sort().values
-        changes |= {f"x_{split}": x[rows], f"y_{split}": y[rows]}
-        changes[f"group_{split}"] = None if group is None else group[rows]
+    sizes = len(arrays.y_train), len(arrays.y_test)
     classes = arrays.classes or [str(c) for c in range(arrays.num_classes)]  # a rare class may lose its last image
-    return replace(arrays, classes=classes, **changes)
+    rows = (torch.randperm(size, generator=rng)[:num_samples].sort().values for size in sizes)
+    return take(replace(arrays, classes=classes), *rows)
 
 
 def channel_statistics(x: Tensor) -> tuple[list[float], list[float]]:

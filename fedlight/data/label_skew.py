@@ -1,8 +1,9 @@
 """Partitions with label skew: clients differ in the classes that they hold."""
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from fedlight.checks import check_hyperparameter
 from fedlight.data._draws import (
     apportion,
     at_least_one,
@@ -11,7 +12,6 @@ from fedlight.data._draws import (
     check_min_size,
     dirichlet,
     even_sizes,
-    positive,
     rank_in_group,
     rows_by_class,
 )
@@ -32,11 +32,9 @@ class DirichletClients(Partitioner):
     """
 
     def __init__(self, alpha: float = 0.3) -> None:
-        self.alpha = positive(alpha, "alpha")
+        self.alpha = check_hyperparameter("`data.partitioner.alpha`", alpha, positive=True)
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw priors, then a class for every place of every client, then a sample for each."""
         rows, counts = rows_by_class(targets, generator)
         prior = dirichlet(self.alpha, num_clients, len(counts), generator)
@@ -49,7 +47,7 @@ class DirichletClients(Partitioner):
         return by_client(taken, places, num_clients)
 
 
-def _draw_from_pools(prior: Tensor, places: Tensor, counts: Tensor, generator: torch.Generator) -> Tensor:
+def _draw_from_pools(prior: Tensor, places: Tensor, counts: Tensor, generator: Generator) -> Tensor:
     """A class for each place in turn, from its client's prior over the classes that are not used up by then.
 
     All places draw at once. Up to the first place whose class is used up, that is what drawing one by one gives. Every
@@ -100,12 +98,10 @@ class DirichletClasses(Partitioner):
     """
 
     def __init__(self, alpha: float = 0.3, min_size: int = 1, max_tries: int = 100) -> None:
-        self.alpha, self.min_size = positive(alpha, "alpha"), at_least_one(min_size, "min_size")
-        self.max_tries = at_least_one(max_tries, "max_tries")
+        self.alpha = check_hyperparameter("`data.partitioner.alpha`", alpha, positive=True)
+        self.min_size, self.max_tries = at_least_one(min_size, "min_size"), at_least_one(max_tries, "max_tries")
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw numbers of samples until they meet the minimum, then cut."""
         check_min_size(self.min_size, num_clients, len(targets))
         rows, counts = rows_by_class(targets, generator)
@@ -123,7 +119,7 @@ class DirichletClasses(Partitioner):
             "best. A smaller min_size, fewer clients (`data.num_clients`) or a larger `data.partitioner.alpha` help."
         )
 
-    def _shares(self, counts: Tensor, num_clients: int, generator: torch.Generator) -> Tensor:
+    def _shares(self, counts: Tensor, num_clients: int, generator: Generator) -> Tensor:
         """How many samples of each class each client gets, ``[C, N]``."""
         proportions = dirichlet(self.alpha, len(counts), num_clients, generator)
         shares = torch.zeros(len(counts), num_clients, dtype=torch.int64)
@@ -151,9 +147,7 @@ class Shards(Partitioner):
     def __init__(self, classes_per_client: int = 2) -> None:
         self.classes_per_client = at_least_one(classes_per_client, "classes_per_client")
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Cut the classes into shards and deal them in k rounds of one shard per client."""
         rows, counts = rows_by_class(targets, generator)
         num_shards, present = num_clients * self.classes_per_client, counts > 0
@@ -186,7 +180,7 @@ def _shards_per_class(counts: Tensor, num_shards: int) -> Tensor:
     return present + apportion(spare, counts - present) if spare else present
 
 
-def _deal(label_of_shard: Tensor, num_clients: int, generator: torch.Generator) -> Tensor:
+def _deal(label_of_shard: Tensor, num_clients: int, generator: Generator) -> Tensor:
     """A client for each shard, ``[S]``: each client once in N shards, none the same class twice if possible."""
     dealt: list[Tensor] = []
     for labels in torch.split(label_of_shard, num_clients):

@@ -4,13 +4,13 @@ A partitioner is a pure function of the labels and a generator. Every sample goe
 gets at least one, and what cannot be done is an error.
 """
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
+from fedlight.checks import check_hyperparameter
 from fedlight.data._draws import apportion, at_least_one, by_client, check_min_size, rank_in_group, rows_by_class
 
 
@@ -24,7 +24,7 @@ class Partitioner(ABC):
     needs_labels: ClassVar[bool] = True
 
     def __call__(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None = None
+        self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None = None
     ) -> list[Tensor]:
         """Divide samples among clients.
 
@@ -62,9 +62,7 @@ class Partitioner(ABC):
         return parts
 
     @abstractmethod
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """The rows of each client; arguments as in :meth:`__call__`, already checked."""
 
     def __repr__(self) -> str:
@@ -76,9 +74,7 @@ class IID(Partitioner):
 
     needs_labels: ClassVar[bool] = False
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Deal the samples out like cards, class after class, to the clients in random order."""
         rows, _ = rows_by_class(targets, generator)
         seats = torch.randperm(num_clients, generator=generator)
@@ -98,13 +94,10 @@ class QuantitySkew(Partitioner):
     needs_labels: ClassVar[bool] = False
 
     def __init__(self, sigma: float = 1.0, min_size: int = 1) -> None:
-        if not 0 <= sigma < math.inf:
-            raise ValueError(f"`data.partitioner.sigma` must be 0 or more, got {sigma}.")
-        self.sigma, self.min_size = sigma, at_least_one(min_size, "min_size")
+        self.sigma = check_hyperparameter("`data.partitioner.sigma`", sigma)
+        self.min_size = at_least_one(min_size, "min_size")
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw sizes and cut a random order of all samples."""
         n = len(targets)
         check_min_size(self.min_size, num_clients, n)
@@ -132,9 +125,7 @@ class NaturalGroups(Partitioner):
 
     needs_labels: ClassVar[bool] = False
 
-    def split(
-        self, targets: Tensor, num_clients: int, generator: torch.Generator, groups: Tensor | None
-    ) -> list[Tensor]:
+    def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Divide each group among its clients."""
         if groups is None:
             raise ValueError(

@@ -68,7 +68,7 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
 class PartitionedDataModule(FederatedDataModule):
     """Base of datamodules that hold all data in one place and divide it among clients.
 
-    A subclass sets ``_train`` (and ``_val``, ``_test``, and ``_val_targets`` where they are known) in ``setup``, and
+    A subclass sets ``_train`` (and ``_val``, ``_test``, and ``_strata`` where labels are known) in ``setup``, and
     calls :meth:`divide` once.
 
     Args:
@@ -108,8 +108,7 @@ class PartitionedDataModule(FederatedDataModule):
         self._train: Any = None
         self._val: Any = None
         self._test: Any = None
-        self._val_targets: Tensor | None = None
-        self._strata: tuple[Tensor, Tensor] | None = None  # finer labels of training and validation data
+        self._strata: tuple[Tensor, Tensor] | None = None  # classes, or finer labels, of training and validation data
         self._counts: Tensor | None = None
         self._held_out: Partition | None = None
 
@@ -181,14 +180,11 @@ class PartitionedDataModule(FederatedDataModule):
         shared, evaluating all clients reads the validation data once, and the same seed gives the same samples. None
         for a client that is too small to get any, and where classes are unknown.
         """
-        if self.partition is None or self._counts is None or self._val_targets is None:
+        if self.partition is None or self._strata is None:
             return None
         if self._held_out is None:
-            counts, labels = self._counts, self._val_targets
-            if self._strata is not None:
-                number = 1 + int(torch.cat(self._strata).max())
-                counts, labels = self.partition.counts(self._strata[0], number), self._strata[1]
-            self._held_out = match_proportions(counts, labels, generator(self.seed, "client validation"))
+            counts = self.partition.counts(self._strata[0], 1 + int(torch.cat(self._strata).max()))
+            self._held_out = match_proportions(counts, self._strata[1], generator(self.seed, "client validation"))
         rows = self._held_out[client]
         return _rows(self._val, rows) if len(rows) else None
 

@@ -1,13 +1,14 @@
 """One copy of the data for all processes of a machine."""
 
+import mmap
 import os
 import tempfile
-from itertools import accumulate
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
+from torch.serialization import set_default_mmap_options
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
@@ -41,7 +42,8 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     files = {node: found for node, _, found in everyone if found is not None}
     possible = all(other == layout and node in files for node, other, _ in everyone)
     if possible:
-        mapped = iter(_map(files[fabric.node_rank], tensors))
+        with set_default_mmap_options(mmap.MAP_SHARED):
+            mapped = iter(torch.load(files[fabric.node_rank], mmap=True))
         for storage in storages:
             storage.replace([next(mapped) for _ in storage.leaves])
     torch.distributed.barrier()
@@ -56,26 +58,9 @@ def _write(tensors: list[Tensor]) -> str | None:
     try:
         descriptor, path = tempfile.mkstemp(prefix="fedlight-data-")
         with os.fdopen(descriptor, "wb") as file:
-            for tensor, begin in zip(tensors, _offsets(tensors), strict=False):
-                file.seek(begin)
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.truncate(_offsets(tensors)[-1])
-    except OSError:
+            torch.save(tensors, file)
+    except (OSError, RuntimeError):  # torch's own, where it cannot write on
         if path:
             os.unlink(path)
         return None
     return path
-
-
-def _offsets(tensors: list[Tensor]) -> list[int]:
-    """Where each tensor begins, at a multiple of 64 bytes; and the size of all."""
-    return [0, *accumulate(-(-t.nbytes // 64) * 64 for t in tensors)]
-
-
-def _map(path: str, like: list[Tensor]) -> list[Tensor]:
-    offsets = _offsets(like)
-    if offsets[-1] == 0:
-        return like
-    whole = torch.from_file(path, shared=True, size=offsets[-1], dtype=torch.uint8)
-    parts = [whole[begin : begin + t.nbytes] for t, begin in zip(like, offsets, strict=False)]
-    return [part.view(t.dtype).view(t.shape) for part, t in zip(parts, like, strict=True)]

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +13,15 @@ from fedlight.data.files import has_idx, load_idx, load_npz
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check
 
-
-class _Named(NamedTuple):
-    """A dataset of torchvision: its class, its folder below the root, and where it comes from."""
-
-    cls: str
-    folder: str
-    url: str
-
-
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FASHION, _SVHN = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "http://ufldl.stanford.edu/housenumbers"
-_TORCHVISION = {
-    "cifar10": _Named("CIFAR10", "cifar-10-batches-py", f"{_TORONTO}/cifar-10-python.tar.gz, unpacked,"),
-    "cifar100": _Named("CIFAR100", "cifar-100-python", f"{_TORONTO}/cifar-100-python.tar.gz, unpacked,"),
-    "emnist": _Named("EMNIST", "EMNIST/raw", "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip, unpacked,"),
-    "fashion_mnist": _Named("FashionMNIST", "FashionMNIST/raw", f"the four files of {_FASHION}, unpacked,"),
-    "mnist": _Named("MNIST", "MNIST/raw", f"the four files of {_S3}, unpacked,"),
-    "svhn": _Named("SVHN", ".", f"{_SVHN}/train_32x32.mat and test_32x32.mat"),
+_TORCHVISION = {  # torchvision's class, its folder below the root, and where it comes from
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", f"{_TORONTO}/cifar-10-python.tar.gz, unpacked,"),
+    "cifar100": ("CIFAR100", "cifar-100-python", f"{_TORONTO}/cifar-100-python.tar.gz, unpacked,"),
+    "emnist": ("EMNIST", "EMNIST/raw", "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip, unpacked,"),
+    "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", f"the four files of {_FASHION}, unpacked,"),
+    "mnist": ("MNIST", "MNIST/raw", f"the four files of {_S3}, unpacked,"),
+    "svhn": ("SVHN", ".", f"{_SVHN}/train_32x32.mat and test_32x32.mat"),
 }
 SOURCE_NAMES = ("digits", *sorted(_TORCHVISION))
 _OFFLINE = "`data.source: digits` needs no download."
@@ -100,18 +91,18 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
     """Both splits of a torchvision dataset, as the arrays that it keeps."""
     from torchvision import datasets
 
-    named = _TORCHVISION[name]
+    cls, folder, url = _TORCHVISION[name]
     of_all: dict[str, Any] = {"download": download} | ({"split": "balanced"} if name == "emnist" else {})
     splits = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
     try:
-        both = [getattr(datasets, named.cls)(root, **of_all, **split) for split in splits]
+        both = [getattr(datasets, cls)(root, **of_all, **split) for split in splits]
     except (RuntimeError, OSError) as error:
         if download:
             problem = f"could not be downloaded to `data.root` ({root}): {error}. Bring"
         else:
             problem = f"is not in `data.root` ({root}). Set `data.download: true`, or bring"
         raise MisconfigurationException(
-            f"`data.source: {name}` {problem} {named.url} to {root / named.folder}. {_OFFLINE}"
+            f"`data.source: {name}` {problem} {url} to {root / folder}. {_OFFLINE}"
         ) from error
     x, _ = as_images({split: np.asarray(d.data) for split, d in zip(("train", "test"), both, strict=True)}, name)
     y = [torch.as_tensor(np.asarray(d.labels if name == "svhn" else d.targets)).long() for d in both]

@@ -28,10 +28,8 @@ class _ImageStack(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, image_size, image_size]``."""
         check_images(self, input, self.in_channels, self.image_size)
-        x = input
-        for layer in self:
-            x = layer(x)
-        return x
+        logits: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        return logits
 
 
 class CifarCNN(_ImageStack):

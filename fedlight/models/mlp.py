@@ -38,7 +38,5 @@ class MLP(nn.Sequential):
                 f" {list(input.shape)}. To fix it, set `model.net.in_features: {found}`, or choose another"
                 " `data.source`."
             )
-        x = input
-        for layer in self:
-            x = layer(x)
-        return x
+        logits: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
+        return logits
