@@ -17,15 +17,9 @@ def dirichlet(alpha: float, num_rows: int, num_columns: int, generator: torch.Ge
 
 
 def categorical(probabilities: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """For each entry of ``rows`` one draw from that row of ``probabilities``.
+    """For each of ``rows`` ``[n]`` a column drawn from that row of ``probabilities`` ``[R, C]``; none of probability 0.
 
-    Args:
-        probabilities: ``[R, C]`` float64, not negative; each row has a positive sum.
-        rows: ``[n]`` int64.
-        generator: where the n uniform numbers come from.
-
-    Returns:
-        ``[n]`` int64 in 0 .. C-1; never a column of probability 0.
+    The probabilities are float64 and need not sum to 1; every row has a positive sum.
     """
     num_rows, columns = probabilities.shape
     cumulative = probabilities.cumsum(1)

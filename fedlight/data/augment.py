@@ -53,11 +53,6 @@ class BatchTransform:
         self._byte_scale = (1 / (255 * std_)).float()
 
     @property
-    def augments(self) -> bool:
-        """Whether :meth:`draw` gives anything."""
-        return self.flip > 0 or self.crops
-
-    @property
     def crops(self) -> bool:
         """Whether images are cropped."""
         return self.crop_padding > 0 and self.crop_probability > 0

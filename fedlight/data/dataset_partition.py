@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.loaders import Loaded, is_hf, loaded
@@ -170,6 +170,7 @@ def find_targets(dataset: Any, keys: Sequence[str] = _LABELS, names: Sequence[st
 
 def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
     """What a dataset keeps for each sample in a column or attribute of one of these names; None if there is none."""
+    dataset = in_memory(dataset)
     if isinstance(dataset, Subset):
         inner = find_values(dataset.dataset, keys)
         return None if inner is None else [inner[int(row)] for row in dataset.indices]
@@ -181,8 +182,6 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
         key = next((key for key in keys if isinstance(tree, dict) and key in tree), None)
         found: Any = tree[key] if key is not None else dataset.targets if keys is _LABELS else None
         found = None if found is None else found[dataset.positions(torch.arange(len(dataset)))]
-    elif isinstance(dataset, TensorDataset):
-        found = dataset.tensors[-1] if keys is _LABELS else None
     elif is_hf(dataset):
         key = next((key for key in keys if key in dataset.column_names), None)
         found = None if key is None else list(dataset.with_format(None)[key])

@@ -28,8 +28,8 @@ class _File:
         return self.folders[-1]
 
     @property
-    def domain(self) -> str | None:
-        return self.folders[0] if len(self.folders) > 1 else None
+    def domain(self) -> str:
+        return self.folders[0] if len(self.folders) > 1 else ""
 
 
 def load_folder(
@@ -54,19 +54,25 @@ def load_folder(
     if image_size is not None and image_size < 1:
         raise ValueError(f"`data.image_size` must be at least 1 pixel, got {image_size}.")
     files, test_files, said = _split(root)
+    everything = files + test_files
+    domains = sorted({f.domain for f in everything} - {""})
     if test_domains:
-        files, test_files = _hold_out_domains(root, files + test_files, test_domains)
+        if not set(test_domains) < set(domains):
+            raise ValueError(
+                f"`data.test_domains` is {test_domains}, but must be some of the domains of {root}, and not all: "
+                f"{domains}."
+            )
+        files, test_files = ([f for f in everything if (f.domain in test_domains) == held] for held in (False, True))
         said = f"test on the domains {test_domains}"
     if not test_files:
         _, strata = np.unique(["/".join(f.folders) for f in files], return_inverse=True)
         both = held_out_for_test(torch.from_numpy(strata), test_fraction)
-        files, test_files = ([files[row] for row in rows] for rows in both)
+        files, test_files = ([files[row] for row in rows.tolist()] for rows in both)
         said = f"test on {test_fraction:g} of each class{said}"
     classes = sorted({f.label for f in files})
     foreign = sorted({f.label for f in test_files} - set(classes))
     if foreign:
         raise ValueError(f"`data.source` ({root}): the test set has classes without a training image: {foreign[:5]}.")
-    domains = sorted({f.domain for f in files + test_files if f.domain is not None})
     x = read_images([f.path for f in files + test_files], image_size)
     (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
     shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
@@ -75,16 +81,6 @@ def load_folder(
         f"classes, {len(domains) or 'no'} domains; {said}."
     )
     return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
-
-
-def _hold_out_domains(root: Path, files: list[_File], test_domains: list[str]) -> tuple[list[_File], list[_File]]:
-    """A held-out domain is never trained on, and the test is on nothing else."""
-    domains = sorted({f.domain for f in files if f.domain is not None})
-    if not set(test_domains) < set(domains):
-        raise ValueError(
-            f"`data.test_domains` is {test_domains}, but must be some of the domains of {root}, and not all: {domains}."
-        )
-    return [f for f in files if f.domain not in test_domains], [f for f in files if f.domain in test_domains]
 
 
 def _split(root: Path) -> tuple[list[_File], list[_File], str]:
@@ -165,4 +161,4 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
 def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
     """Class and domain of each file, as numbers."""
     y = torch.from_numpy(np.searchsorted(classes, [f.label for f in files]))
-    return y, torch.from_numpy(np.searchsorted(domains, [f.domain or "" for f in files])) if domains else None
+    return y, torch.from_numpy(np.searchsorted(domains, [f.domain for f in files])) if domains else None

@@ -45,11 +45,8 @@ class ImageArrays:
 
     def save(self, path: str | Path) -> None:
         """Write an ``.npz`` file that is a source again, and is read much faster than a folder of files."""
-        arrays = {name: getattr(self, name) for name in ("x_train", "y_train", "x_test", "y_test")}
-        groups = {name: getattr(self, name) for name in ("group_train", "group_test")}
-        arrays |= {name: value for name, value in groups.items() if value is not None}
-        names = {name: np.array(value) for name, value in (("classes", self.classes), ("groups", self.groups)) if value}
-        np.savez(path, allow_pickle=False, **{name: value.numpy() for name, value in arrays.items()}, **names)
+        held = {name: np.asarray(value) for name, value in vars(self).items() if value is not None and len(value)}
+        np.savez(path, allow_pickle=False, **held)
 
 
 def as_images(held: Mapping[str, np.ndarray[Any, Any]], source: str) -> tuple[list[Tensor], str]:

@@ -54,14 +54,8 @@ def _draw_from_pools(prior: Tensor, places: Tensor, counts: Tensor, generator: G
     later place that drew a used-up class draws again from what is left, and so on: one pass per class at most. Places
     that drew another class keep it, since a draw that avoids the used-up classes is a draw from what is left.
 
-    Args:
-        prior: ``[N, C]``, class probabilities of each client.
-        places: ``[n]``, the client of each place, in the order of the draws.
-        counts: ``[C]``, samples of each class; their sum is n.
-        generator: source of the draws.
-
-    Returns:
-        ``[n]`` classes, each class c exactly ``counts[c]`` times.
+    ``prior`` is ``[N, C]``; ``places`` has the client of each place, ``[n]``, in the order of the draws; class c comes
+    ``counts[c]`` times, n in all.
     """
     left, begin = counts.clone(), 0
     labels = categorical(_restrict(prior, left), places, generator)

@@ -1,6 +1,5 @@
 """A dataset in one place, divided among clients."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,10 +74,7 @@ class PartitionedDataModule(FederatedDataModule):
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which samples.
         batch_size: samples of a batch in local training.
-        eval_batch_size: samples of a batch in evaluation; by default ``batch_size``.
-        num_workers: worker processes of loaders.
-        collate_fn: makes a batch of a list of samples.
-        seed: seed of the partition.
+        others, more: what else :class:`~fedlight.data.FederatedDataModule` takes; ``seed`` is that of the partition.
 
     Attributes:
         partition: the rows of each client; None before ``setup``.
@@ -86,16 +82,9 @@ class PartitionedDataModule(FederatedDataModule):
     """
 
     def __init__(
-        self,
-        num_clients: int | None,
-        partitioner: Partitioner,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
-        seed: int = 0,
+        self, num_clients: int | None, partitioner: Partitioner, batch_size: int = 32, *others: Any, **more: Any
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, collate_fn, seed)
+        super().__init__(batch_size, *others, **more)
         if num_clients is not None:
             if num_clients < 1:
                 raise ValueError(f"`data.num_clients` must be at least 1, got {num_clients}.")

@@ -28,32 +28,26 @@ def save_partition_picture(counts: Tensor, path: str | Path, class_names: list[s
     """
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
-    counts = counts.cpu()
-    shown = counts
-    if len(counts) > _MOST_CLIENTS:
-        shown = counts[torch.linspace(0, len(counts) - 1, _MOST_CLIENTS).long()]
-    clients, classes = shown.shape
+    counts = shown = counts.cpu()
     label = "client"
     if len(counts) > _MOST_CLIENTS:
+        shown = counts[torch.linspace(0, len(counts) - 1, _MOST_CLIENTS).long()]
         label = f"client ({_MOST_CLIENTS:,} of {len(counts):,}, evenly spaced)"
+    clients, classes = shown.shape
     if classes == 1:
         figure = Figure(figsize=(8, 3), layout="constrained")
-        top = figure.add_subplot()
-        top.set_xlabel(label)
+        top = main = figure.subplots()
     else:
         # Bubbles need a square cell each, shades do not.
         bubbles = clients <= 40 and classes <= 20
         height = 0.34 * classes + 2.4 if bubbles else 6.0
         width = 0.34 * clients + 2.4 if bubbles else 9.0
         figure = Figure(figsize=(min(max(width, 6.5), 14.0), min(max(height, 4.5), 9.0)), layout="constrained")
-        grid = figure.add_gridspec(2, 1, height_ratios=(1, 4))
-        main = figure.add_subplot(grid[1])
-        top = figure.add_subplot(grid[0], sharex=main)
-        top.tick_params(labelbottom=False)
+        top, main = figure.subplots(2, sharex=True, height_ratios=(1, 4))
         (_bubbles if bubbles else _shades)(main, shown)
-        main.set_xlabel(label)
         main.set_ylabel("class")
         _class_ticks(main, classes, class_names)
+    main.set_xlabel(label)
     _sizes(top, shown.sum(1))
     figure.suptitle(_summary(counts), fontsize=10)
     figure.savefig(path, dpi=150)

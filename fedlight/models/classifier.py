@@ -128,19 +128,14 @@ class Classifier(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        interval = "epoch" if self.lr_interval == "round" and self._in_plain_trainer() else self.lr_interval
+        plain = isinstance(getattr(self, "_trainer", None), Trainer)  # `self.trainer` raises where there is none
+        interval = "epoch" if self.lr_interval == "round" and plain else self.lr_interval
         # Lightning's ReduceLROnPlateau says what it monitors; others ignore the key.
         monitor = getattr(scheduler, "monitor", None) or "val/loss"
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": monitor},
         }
-
-    def _in_plain_trainer(self) -> bool:
-        try:
-            return isinstance(self.trainer, Trainer)
-        except RuntimeError:  # attached to no trainer
-            return False
 
 
 def _picklable(optimizer: OptimizerCallable) -> OptimizerCallable:

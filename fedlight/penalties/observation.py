@@ -2,11 +2,13 @@
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -31,15 +33,12 @@ Source = tuple[str, str]
 """What is a layer or none as one: a function in all modules of a class, or a submodule ("", its name)."""
 
 
+@dataclass
 class _Findings:
     """What the first step has shown: one for all copies of a module."""
 
-    def __init__(self) -> None:
-        self.doubts: dict[Source, str] | None = None  # what speaks against each source's being a layer, or ""
-        self.takes: dict[tuple[Source, str], bool] = {}  # by source and name
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Findings":
-        return self
+    doubts: dict[Source, str] | None = None  # what speaks against each source's being a layer, or ""
+    takes: dict[tuple[Source, str], bool] = field(default_factory=dict)  # by source and name
 
 
 class Observation(TorchFunctionMode):
@@ -56,7 +55,7 @@ class Observation(TorchFunctionMode):
         self._findings, self._settled = _Findings(), not self.looking
         self._doubts: dict[Source, str] = {}
         self._with_grad, self._recording = True, False
-        self._left_out: set[str] = set()
+        self._told = WarningCache()
         self.forget()
         labels = {child: label for label, child in observed.items()}
         names = {child: name for name, child in reversed([("", module), *named_submodules(module)])}
@@ -132,7 +131,10 @@ class Observation(TorchFunctionMode):
             # Activation checkpointing repeats a forward pass during backward, and expects the same tensors to be saved.
             self.penalty.measure(output)
         elif self._recording and self._with_grad and not torch.is_grad_enabled():
-            self._leave_out(name)
+            self._told.warn(
+                f"{type(self.penalty).__name__} leaves out '{name}', which training_step runs under torch.no_grad(). "
+                "That is right for a frozen network; with activation checkpointing, set `use_reentrant=False`."
+            )
         elif self._recording:
             key, calls = name, 1
             while key in self.measured:
@@ -147,14 +149,6 @@ class Observation(TorchFunctionMode):
         if (source, name) not in takes:
             takes[source, name] = self.penalty.takes(name, (doubts or {}).get(source, ""), bool(source[0]))
         return takes[source, name]
-
-    def _leave_out(self, name: str) -> None:
-        if name not in self._left_out:
-            self._left_out.add(name)
-            rank_zero_warn(
-                f"{type(self.penalty).__name__} leaves out '{name}', which training_step runs under torch.no_grad(). "
-                "That is right for a frozen network; with activation checkpointing, set `use_reentrant=False`."
-            )
 
     def term(self, module: nn.Module) -> Tensor:
         """The penalty of the step."""
@@ -196,7 +190,7 @@ class Observation(TorchFunctionMode):
         return self.__dict__ | {"measured": {}, "_called": {}, "_squashed": [], "_stack": [], "_recording": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
-        memo[id(self.penalty)] = self.penalty
+        memo |= {id(shared): shared for shared in (self.penalty, self._findings)}
         clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
+from fedlight.analysis.batches import analysis_batches
 from fedlight.data import (
     IID,
     ArrayDataset,
@@ -204,6 +205,15 @@ def test_pooled_training_data_is_shuffled_augmented_and_repeatable():
 def test_workers_augment_differently_and_repeatably():
     runs = [torch.cat([x for x, _ in pooled(2, augment=True).train_dataloader()]) for _ in range(2)]
     assert torch.equal(runs[0], runs[1])
+
+
+def test_a_stock_loader_reads_trees_and_an_analysis_sees_no_augmentation():
+    tree = {"x": torch.arange(6.0)[:, None], "y": torch.arange(6) % 2}
+    (batch,) = ready(DatasetPartition(tree, num_clients=2, batch_size=6)).train_dataloader()
+    assert batch["y"].tolist() == (batch["x"][:, 0] % 2).tolist()
+    data = pooled(augment=True)
+    found = analysis_batches(data.train_dataloader().dataset, device=torch.device("cpu"), batch_size=120)
+    assert torch.equal(found[0][0], data.pooled_dataset().batch(torch.arange(120))[0])
 
 
 def test_iid_is_the_default_of_any_dataset():

@@ -213,6 +213,15 @@ def test_npz_with_other_names(load, arrays, names):
         assert torch.bincount(got.y_train).tolist() == torch.bincount(got.y_test).tolist() == [2, 2, 2]
 
 
+def test_npz_without_a_test_set_gives_up_a_share_of_each_class_and_group(load):
+    x, y, group = np.zeros((40, 4, 5), np.uint8), np.arange(40) % 2, np.arange(40) // 2 % 2
+    got = load(**dict.fromkeys(("x_test", "y_test")), x_train=x, y_train=y, group_train=group)
+    assert torch.bincount(got.y_test * 2 + got.group_test).tolist() == [2] * 4
+    for wrong in ({"y_train": y[:30]}, {"group_train": group[:30]}):
+        with pytest.raises(ValueError, match="x_train holds 40 images, but y_train"):
+            load(**{"x_test": None, "y_test": None, "x_train": x, "y_train": y, "group_train": group} | wrong)
+
+
 def test_npz_of_medmnist(load, arrays):
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     held = dict(zip(keys, arrays.values(), strict=True)) | {
