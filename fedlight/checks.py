@@ -3,6 +3,13 @@
 import math
 
 
+def check_at_least_one(key: str, value: int) -> int:
+    """Return ``value``, or raise a ValueError that names its key."""
+    if value < 1:
+        raise ValueError(f"{key} must be at least 1, got {value}.")
+    return value
+
+
 def check_hyperparameter(
     key: str, value: float, *, positive: bool = False, below: float = math.inf, at_most: float = math.inf
 ) -> float:

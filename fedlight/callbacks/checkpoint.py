@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks._rounds import RoundCallback
+from fedlight.checks import check_at_least_one, check_hyperparameter
 from fedlight.run.checkpoint import CheckpointWriter, save_checkpoint
 from fedlight.run.names import preferred_metric, smaller_is_better
 
@@ -38,12 +39,9 @@ class Checkpoint(RoundCallback):
         every_n_rounds: int = 1,
         max_overhead: float = 0.1,
     ) -> None:
-        if every_n_rounds < 1:
-            raise ValueError(f"Checkpoint.every_n_rounds={every_n_rounds} must be at least 1.")
-        if not 0 < max_overhead <= 1:
-            raise ValueError(f"Checkpoint.max_overhead={max_overhead} must be above 0 and at most 1.")
         self.monitor, self.mode = monitor, mode
-        self.every_n_rounds, self.max_overhead = every_n_rounds, max_overhead
+        self.every_n_rounds = check_at_least_one("Checkpoint.every_n_rounds", every_n_rounds)
+        self.max_overhead = check_hyperparameter("Checkpoint.max_overhead", max_overhead, positive=True, at_most=1)
         self._begin()
 
     def _begin(self) -> None:

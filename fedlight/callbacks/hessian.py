@@ -13,6 +13,7 @@ from fedlight.analysis import records
 from fedlight.analysis.measurement import Measurement, ViewName
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, is_federated, output_folder, subject_of
+from fedlight.checks import check_at_least_one
 from fedlight.run.folder import optional
 from fedlight.run.loggers import log_picture, read_metrics
 
@@ -71,9 +72,7 @@ class HessianSpectrum(Callback):
         tolerance: float = 1e-3,
         seed: int = 0,
     ) -> None:
-        if every_n_rounds < 1:
-            raise ValueError(f"HessianSpectrum: `every_n_rounds` must be at least 1, got {every_n_rounds}.")
-        self.every_n_rounds = every_n_rounds
+        self.every_n_rounds = check_at_least_one("HessianSpectrum: `every_n_rounds`", every_n_rounds)
         what = "HessianSpectrum", top_k, density, trace, layerwise
         self.measurement = Measurement(*what, data, max_samples, views, float64, sam_rho, tolerance, seed)
         self.results: dict[str, HessianResult] = {}

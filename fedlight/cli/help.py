@@ -18,12 +18,7 @@ _KEPT = 20
 
 
 def print_help(args: Sequence[str], make: Callable[[], object]) -> bool:
-    """Print what ``make`` prints for these arguments, from the cache if it is there; False where it is no help.
-
-    Args:
-        args: the command line.
-        make: prints the help and exits.
-    """
+    """Print what ``make``, which exits, prints for a command line, from the cache if it is there; False for no help."""
     if not 1 <= len(args) <= 2 or args[-1] not in ("--help", "-h") or args[0].startswith("-") != (len(args) == 1):
         return False
     path = _folder() / f"{_key(args)}.txt"

@@ -67,13 +67,6 @@ def by_client(rows: Tensor, clients: Tensor, num_clients: int) -> list[Tensor]:
     return list(torch.split(rows[torch.argsort(clients, stable=True)], sizes))
 
 
-def at_least_one(value: int, key: str) -> int:
-    """The value, or an error that names its key."""
-    if value < 1:
-        raise ValueError(f"`data.partitioner.{key}` must be at least 1, got {value}.")
-    return value
-
-
 def check_min_size(min_size: int, num_clients: int, num_samples: int) -> None:
     """Raise an error where the clients' minimum sizes add up to more than there is."""
     if min_size * num_clients > num_samples:

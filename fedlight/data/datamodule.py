@@ -8,6 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.seeding import generator
 
@@ -44,11 +45,10 @@ class FederatedDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"`data.{key}` must be at least 1, got {value}.")
-        self.batch_size, self.num_workers, self.collate_fn, self.seed = batch_size, num_workers, collate_fn, seed
-        self.eval_batch_size, self.eval_collate_fn = eval_batch_size or batch_size, collate_fn
+        self.batch_size = self.eval_batch_size = check_at_least_one("`data.batch_size`", batch_size)
+        if eval_batch_size is not None:
+            self.eval_batch_size = check_at_least_one("`data.eval_batch_size`", eval_batch_size)
+        self.num_workers, self.collate_fn, self.eval_collate_fn, self.seed = num_workers, collate_fn, collate_fn, seed
 
     def eval_batch_size_on(self, device: torch.device) -> int:
         """Samples of a batch in evaluation on a device: ``eval_batch_size``, unless a subclass knows better.

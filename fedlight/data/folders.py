@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
+from fedlight.checks import check_at_least_one
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 from fedlight.data.splits import splits_among
@@ -51,8 +52,8 @@ def load_folder(
         ValueError: for a tree that can be read in two ways, images of different sizes, files that cannot be read, or
             names that do not exist.
     """
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"`data.image_size` must be at least 1 pixel, got {image_size}.")
+    if image_size is not None:
+        check_at_least_one("`data.image_size`", image_size)
     files, test_files, said = _split(root)
     everything = files + test_files
     domains = sorted({f.domain for f in everything} - {""})

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlight.checks import check_at_least_one
 from fedlight.data._draws import rank_in_group
 from fedlight.data.pixels import FULL_SCALES, white_of
 from fedlight.seeding import generator
@@ -74,13 +75,9 @@ def as_images(held: Mapping[str, np.ndarray[Any, Any]], source: str) -> tuple[li
     white = {kind: white_of(top, known.get(kind, FULL_SCALES[1:])) for kind, top in tops.items()}
     signs = {low < 0 for low, high in ranges.values() if low or high}
     signed = signs == {True} and set(kinds.values()) == {"f"}  # images of mean 0 are left as they are
-    lit = (
-        [1.0]
-        if signed or 0 in white.values()
-        else [ranges[k][1] / white[kinds[k]] for k in held if ranges[k][1]] or [1]
-    )
+    lit = [ranges[k][1] / white[kinds[k]] for k in held if ranges[k][1] and white[kinds[k]]] or [1.0]
     said = ", ".join(f"{k} {x.dtype.name} {ranges[k][0]:g} .. {ranges[k][1]:g}" for k, x in held.items())
-    if ((True in signs or 0 in white.values()) and not signed) or min(lit) < max(lit) / 10:
+    if not signed and (True in signs or 0 in white.values() or min(lit) < max(lit) / 10):
         raise ValueError(
             f"`data.source` ({source}): it is not clear what is white in {said}. Pixels are bytes, or lie in 0 .. 1, "
             "0 .. 255 or 0 .. 65535 in all arrays; floating-point numbers may also have mean 0 in all of them."
@@ -118,11 +115,7 @@ def _layouts(x: np.ndarray[Any, Any], what: str) -> dict[tuple[int, ...], bool]:
 
 
 def check(arrays: ImageArrays, source: str) -> None:
-    """Check shapes, labels and values.
-
-    Raises:
-        ValueError: for what a model could not be trained on.
-    """
+    """Raise a ValueError for shapes, labels and values that a model could not be trained on."""
     where = f"`data.source` ({source})"
     for split in ("train", "test"):
         x, y, group = (getattr(arrays, f"{name}_{split}") for name in ("x", "y", "group"))
@@ -177,8 +170,7 @@ def take(arrays: ImageArrays, train: Tensor, test: Tensor) -> ImageArrays:
 
 def limit(arrays: ImageArrays, num_samples: int, rng: torch.Generator) -> ImageArrays:
     """At most ``num_samples`` training and as many test images, drawn at random and kept in order."""
-    if num_samples < 1:
-        raise ValueError(f"`data.limit_samples` must be at least 1, got {num_samples}.")
+    check_at_least_one("`data.limit_samples`", num_samples)
     sizes = len(arrays.y_train), len(arrays.y_test)
     classes = arrays.classes or [str(c) for c in range(arrays.num_classes)]  # a rare class may lose its last image
     rows = (torch.randperm(size, generator=rng)[:num_samples].sort().values for size in sizes)
@@ -186,11 +178,7 @@ def limit(arrays: ImageArrays, num_samples: int, rng: torch.Generator) -> ImageA
 
 
 def channel_statistics(x: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of pixels in [0, 1]; a constant channel has deviation 1.
-
-    Args:
-        x: ``[n, C, H, W]`` uint8 or floating-point.
-    """
+    """Mean and deviation of each channel of ``[n, C, H, W]``, of pixels in [0, 1]; 1 is a constant one's deviation."""
     total, squares = torch.zeros(2, x.shape[1], dtype=torch.float64).unbind()
     for part in torch.split(x, 4096):
         values = part.double().transpose(0, 1).flatten(1)

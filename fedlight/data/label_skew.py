@@ -3,10 +3,9 @@
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import check_at_least_one, check_hyperparameter
 from fedlight.data._draws import (
     apportion,
-    at_least_one,
     by_client,
     categorical,
     check_min_size,
@@ -93,7 +92,8 @@ class DirichletClasses(Partitioner):
 
     def __init__(self, alpha: float = 0.3, min_size: int = 1, max_tries: int = 100) -> None:
         self.alpha = check_hyperparameter("`data.partitioner.alpha`", alpha, positive=True)
-        self.min_size, self.max_tries = at_least_one(min_size, "min_size"), at_least_one(max_tries, "max_tries")
+        self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
+        self.max_tries = check_at_least_one("`data.partitioner.max_tries`", max_tries)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw numbers of samples until they meet the minimum, then cut."""
@@ -139,13 +139,14 @@ class Shards(Partitioner):
     """
 
     def __init__(self, classes_per_client: int = 2) -> None:
-        self.classes_per_client = at_least_one(classes_per_client, "classes_per_client")
+        self.classes_per_client = check_at_least_one("`data.partitioner.classes_per_client`", classes_per_client)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Cut the classes into shards and deal them in k rounds of one shard per client."""
         rows, counts = rows_by_class(targets, generator)
-        num_shards, present = num_clients * self.classes_per_client, counts > 0
-        if num_shards < int(present.sum()):
+        num_shards, present = num_clients * self.classes_per_client, (counts > 0).long()
+        spare = num_shards - int(present.sum())
+        if spare < 0:
             raise ValueError(
                 f"`data.partitioner.classes_per_client` is {self.classes_per_client}: {num_clients} clients hold at "
                 f"most {num_shards} classes, but the data has {int(present.sum())}. Raise it or `data.num_clients`."
@@ -155,7 +156,8 @@ class Shards(Partitioner):
                 f"`data.partitioner.classes_per_client` is {self.classes_per_client}: {num_clients} clients need "
                 f"{num_shards} shards, but there are only {len(rows)} samples. Lower it or `data.num_clients`."
             )
-        per_class = _shards_per_class(counts, num_shards)
+        # Every class has a shard, at most one for each of its samples, and else in proportion to these.
+        per_class = present + apportion(spare, counts - present) if spare else present
         classes = torch.randperm(len(counts), generator=generator)
         label_of_shard = torch.repeat_interleave(classes, per_class[classes])
         client_of_shard = _deal(label_of_shard, num_clients, generator)
@@ -165,13 +167,6 @@ class Shards(Partitioner):
         label = targets[rows]
         shard = first[label] + rank_in_group(label) % per_class[label]
         return by_client(rows, client_of_shard[order][shard], num_clients)
-
-
-def _shards_per_class(counts: Tensor, num_shards: int) -> Tensor:
-    """Shards of each class, ``[C]``: at least 1 where it has samples, at most one per sample, else in proportion."""
-    present = (counts > 0).long()
-    spare = num_shards - int(present.sum())
-    return present + apportion(spare, counts - present) if spare else present
 
 
 def _deal(label_of_shard: Tensor, num_clients: int, generator: Generator) -> Tensor:

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_hyperparameter
-from fedlight.data._draws import apportion, at_least_one, by_client, check_min_size, rank_in_group, rows_by_class
+from fedlight.checks import check_at_least_one, check_hyperparameter
+from fedlight.data._draws import apportion, by_client, check_min_size, rank_in_group, rows_by_class
 
 
 class Partitioner(ABC):
@@ -95,7 +95,7 @@ class QuantitySkew(Partitioner):
 
     def __init__(self, sigma: float = 1.0, min_size: int = 1) -> None:
         self.sigma = check_hyperparameter("`data.partitioner.sigma`", sigma)
-        self.min_size = at_least_one(min_size, "min_size")
+        self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw sizes and cut a random order of all samples."""

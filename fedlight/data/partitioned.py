@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from fedlight.checks import check_at_least_one
 from fedlight.data._draws import apportion, by_client
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
@@ -14,11 +15,7 @@ from fedlight.seeding import generator
 
 
 class Partition:
-    """The rows of every client: one vector of all rows and where each client's begin. Cheap for 100,000 clients.
-
-    Args:
-        parts: for each client its rows ``[n_i]``.
-    """
+    """Each client's rows ``[n_i]``, in one vector of all and where each client's begin. Cheap for 100,000 clients."""
 
     def __init__(self, parts: list[Tensor]) -> None:
         self.sizes = torch.tensor([len(part) for part in parts])
@@ -86,9 +83,7 @@ class PartitionedDataModule(FederatedDataModule):
     ) -> None:
         super().__init__(batch_size, *others, **more)
         if num_clients is not None:
-            if num_clients < 1:
-                raise ValueError(f"`data.num_clients` must be at least 1, got {num_clients}.")
-            self.num_clients = num_clients
+            self.num_clients = check_at_least_one("`data.num_clients`", num_clients)
         elif not isinstance(partitioner, NaturalGroups):
             raise ValueError("`data.num_clients` may be null only with `data.partitioner: NaturalGroups`.")
         self.partitioner = partitioner

@@ -20,13 +20,8 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     The first process of a machine writes the tensors to a file in the folder for temporary files, and all of them map
     it into their memory in place of their own copy. The file has no name any more when this returns.
 
-    Args:
-        fabric: the processes; every one of them must call this, with data that are the same.
-        data: whose first client, validation and test datasets are shared, and so what else is a view of their storage;
-            datasets that are not in memory are left alone.
-
-    Returns:
-        Bytes that are shared.
+    Shared are the first client's, the validation and the test dataset, and so what else is a view of their storage,
+    where they are in memory. Every process must call it, with data that are the same. Returned are the bytes.
     """
     if fabric.world_size == 1:
         return 0

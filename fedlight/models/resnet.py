@@ -1,6 +1,7 @@
 """ResNet-18 with group normalisation, for small images."""
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -51,12 +52,9 @@ class ResNet18GN(nn.Module):
         self.norm = nn.GroupNorm(groups, 64)
         self.relu = nn.ReLU()
         stages: OrderedDict[str, nn.Module] = OrderedDict()
-        inputs = 64
-        for stage, outputs in enumerate((64, 128, 256, 512), start=1):
-            stages[f"stage{stage}"] = nn.Sequential(
-                _Block(inputs, outputs, 1 if stage == 1 else 2, groups), _Block(outputs, outputs, 1, groups)
-            )
-            inputs = outputs
+        for stage, (inputs, outputs) in enumerate(pairwise((64, 64, 128, 256, 512)), start=1):
+            blocks = _Block(inputs, outputs, 1 if stage == 1 else 2, groups), _Block(outputs, outputs, 1, groups)
+            stages[f"stage{stage}"] = nn.Sequential(*blocks)
         self.stages = nn.Sequential(stages)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512, num_classes)

@@ -90,6 +90,10 @@ class Penalty(_CallbackBase, Term):
         """Attach."""
         self.attach(pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Detach."""
+        self.detach(pl_module)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Detach."""
         self.detach(pl_module)
