@@ -82,9 +82,7 @@ class HessianSpectrum(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what could not be measured."""
         if sum(isinstance(callback, HessianSpectrum) for callback in trainer.callbacks) > 1:
-            raise MisconfigurationException(
-                "trainer.callbacks: two HessianSpectrum would log the same names; keep one."
-            )
+            raise MisconfigurationException("trainer.callbacks: two HessianSpectrum log the same names; keep one.")
         self.results, self._undrawn, self._drawn_at = {}, None, time.monotonic()
         if is_federated(trainer):
             self.measurement.check(subject_of(trainer, pl_module))

@@ -95,11 +95,9 @@ class BatchTransform:
     def _window(self, images: Tensor, draws: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Each image through its window: pixels by index, and a mask ``[B, 1, H, W]`` of those outside the image."""
         (batch, channels, height, width), pad = images.shape, self.crop_padding
-        rows = torch.arange(height, device=images.device).expand(batch, height)
-        columns = torch.arange(width, device=images.device).expand(batch, width)
+        rows, columns = (torch.arange(size, device=images.device).expand(batch, size) for size in (height, width))
         if "top" in draws:
-            rows = rows + (draws["top"] - pad)[:, None]
-            columns = columns + (draws["left"] - pad)[:, None]
+            rows, columns = rows + (draws["top"] - pad)[:, None], columns + (draws["left"] - pad)[:, None]
         if "flip" in draws:
             columns = torch.where(draws["flip"][:, None], columns.flip(1), columns)
         outside = None

@@ -46,9 +46,8 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     y, classes, told = _codes(dict(arrays[f"y_{split}"] for split in splits), names["classes"], where)
     grouped = [split for split in splits if f"group_{split}" in arrays]
     codes, groups, _ = _codes(dict(arrays[f"group_{s}"] for s in grouped), names["groups"], where, shift=False)
-    rank_zero_info(
-        f"{where}: {said}; {told or 'labels as they are'}; test on {test or f'{test_fraction:g} of each class'}."
-    )
+    share = f"{test_fraction:g} of each class"
+    rank_zero_info(f"{where}: {said}; {told or 'labels as they are'}; test on {test or share}.")
     group = dict(zip(grouped, codes, strict=True))
     # Without a test set all is taken for both, and divided then.
     both = ImageArrays(x[0], y[0], x[-1], y[-1], group.get("train"), group.get(splits[-1]), classes, groups)

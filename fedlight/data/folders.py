@@ -133,18 +133,16 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
 
     A class may be called ``train``, too: its folder holds images itself, and no neighbour is called as another split.
     """
-    for level in reversed(range(max((len(f.folders) for f in files), default=0))):
-        deep = [f for f in files if len(f.folders) > level]
-        names = {f.folders[level] for f in deep}
+    for i in reversed(range(max((len(f.folders) for f in files), default=0))):
+        deep = [f for f in files if len(f.folders) > i]
+        names = {f.folders[i] for f in deep}
         kinds = splits_among(names)
-        found = [f for f in deep if f.folders[level] in kinds]
+        found = [f for f in deep if f.folders[i] in kinds]
         mixed = len(found) < len(deep)
-        if not found or (mixed and len(set(kinds.values())) == 1 and all(len(f.folders) == level + 1 for f in found)):
+        if not found or (mixed and len(set(kinds.values())) == 1 and all(len(f.folders) == i + 1 for f in found)):
             continue
-        places = {f.folders[: level + 1]: (f.folders[:level], kinds[f.folders[level]]) for f in found}
-        clash = len(set(places.values())) < len(places) or any(
-            f.split not in ("", kinds[f.folders[level]]) for f in found
-        )
+        places = {f.folders[: i + 1]: (f.folders[:i], kinds[f.folders[i]]) for f in found}
+        clash = len(set(places.values())) < len(places) or any(f.split not in ("", kinds[f.folders[i]]) for f in found)
         if mixed or clash or "train" not in {*kinds.values(), *(f.split for f in files)}:
             splits, others = sorted(kinds), sorted(names - kinds.keys())
             raise ValueError(
@@ -152,10 +150,8 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
                 f"{f', and {others[:5]} do not belong beside them' if others else ', but not one training set'}; or "
                 f"{sorted(names)[:5]} are all classes or domains. Rename {splits}, or move the others elsewhere."
             )
-        cut = [
-            replace(f, folders=f.folders[:level] + f.folders[level + 1 :], split=kinds[f.folders[level]]) for f in deep
-        ]
-        files = sorted([*cut, *(f for f in files if len(f.folders) <= level)], key=lambda f: f.path)
+        cut = [replace(f, folders=f.folders[:i] + f.folders[i + 1 :], split=kinds[f.folders[i]]) for f in deep]
+        files = sorted([*cut, *(f for f in files if len(f.folders) <= i)], key=lambda f: f.path)
     return files
 
 

@@ -128,9 +128,7 @@ def check(arrays: ImageArrays, source: str) -> None:
             )
         if x.is_floating_point() and not bool(x.isfinite().all()):
             rows = torch.nonzero(~x.flatten(1).isfinite().all(1)).flatten()
-            raise ValueError(
-                f"{where}: {len(rows)} images of x_{split} hold NaN or infinity, the first is {int(rows[0])}."
-            )
+            raise ValueError(f"{where}: {len(rows)} images of x_{split} hold NaN or infinity, the first is {rows[0]}.")
         if int(y.min()) < 0 or int(y.max()) >= arrays.num_classes:
             raise ValueError(
                 f"{where}: labels of y_{split} lie in {int(y.min())} .. {int(y.max())}, but must lie in "

@@ -90,9 +90,7 @@ def _shades(axes: "Axes", counts: Tensor) -> None:
     from matplotlib.colors import PowerNorm
 
     shade = PowerNorm(gamma=0.5, vmin=0)  # a few large counts must not blanch the many small ones
-    image = axes.imshow(
-        counts.T.numpy(), aspect="auto", origin="lower", cmap="Greys", interpolation="nearest", norm=shade
-    )
+    image = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Greys", interpolation="nearest", norm=shade)
     axes.figure.colorbar(image, ax=axes, label="samples of the class", pad=0.02, shrink=0.9, format="{x:,.0f}")
 
 

@@ -51,9 +51,7 @@ def load_source(
     is_tree = source not in SOURCE_NAMES and path.is_dir() and not has_idx(path)
     for key, value in (("image_size", image_size), ("test_domains", test_domains)):
         if value and not is_tree:
-            raise ValueError(
-                f"`data.{key}` is for a `data.source` that is a folder of image files, not for {source!r}."
-            )
+            raise ValueError(f"`data.{key}` is for a `data.source` that is a folder of images, not for {source!r}.")
     if source == "digits":
         arrays = _digits()
     elif source in _TORCHVISION:
