@@ -38,8 +38,7 @@ class ClientMetrics(RoundCallback):
         self._columns, self._rows, self._sum = list(_FIRST), 0, 0
         if self._path is None or not trainer.is_global_zero:
             return
-        rows = {(row["round"], row["client"]): row for row in _read(self._path)}
-        kept = [row for (round, _), row in rows.items() if int(round) < trainer.current_round]
+        kept = [row for row in _read(self._path) if int(row["round"]) < trainer.current_round]
         if self._path.exists():
             self._add(kept, anew=True)
         if self._known not in (None, self.state_dict()):

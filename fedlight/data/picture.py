@@ -3,7 +3,7 @@
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ def _shades(axes: "Axes", counts: Tensor) -> None:
     from matplotlib.colors import PowerNorm
 
     shade = PowerNorm(gamma=0.5, vmin=0)  # a few large counts must not blanch the many small ones
-    image = axes.imshow(counts.T, aspect="auto", origin="lower", cmap="Greys", interpolation="nearest", norm=shade)
+    look: dict[str, Any] = {"aspect": "auto", "origin": "lower", "cmap": "Greys", "interpolation": "nearest"}
+    image = axes.imshow(counts.T.numpy(), norm=shade, **look)
     axes.figure.colorbar(image, ax=axes, label="samples of the class", pad=0.02, shrink=0.9, format="{x:,.0f}")
 
 

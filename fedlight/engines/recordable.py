@@ -86,14 +86,7 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
 
 
 def _is_library(filename: str) -> bool:
-    places = (
-        "/torch/",
-        "/lightning/",
-        "/fedlight/engines/",
-        "/fedlight/callbacks/",
-        "/fedlight/_penalized_step.py",
-        "/fedlight/_observation.py",
-    )
+    places = "/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/penalties/"
     return any(place in filename for place in places)
 
 

@@ -80,10 +80,7 @@ class PenalizedStep:
             return self._step_of_iterator
         kinds = [parameter.kind for parameter in parameters.values()]
         positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
-        return self._step if positional > 1 or Parameter.VAR_POSITIONAL in kinds else self._step_of_batch
-
-    def _step(self, batch: Any, batch_idx: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run(batch, batch_idx, *args, **kwargs)
+        return self._run if positional > 1 or Parameter.VAR_POSITIONAL in kinds else self._step_of_batch
 
     def _step_of_batch(self, batch: Any) -> Any:
         return self._run(batch)
