@@ -102,6 +102,15 @@ def test_two_processes_give_the_same_bits_as_one(combination, uninterrupted, in_
 
 
 @every_combination
+def test_double_precision_differs_by_rounding(combination, uninterrupted, tmp_path):
+    found, expected = outcome(run(combination, tmp_path, precision="64-true")[0]), uninterrupted(combination)[0]
+    assert found.keys() == expected.keys()
+    assert {found[k].dtype for k in found if k.endswith("params")} == {torch.float64}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].to(value.dtype), value, rtol=1e-3, atol=1e-5)
+
+
+@every_combination
 def test_all_clients_and_then_one(combination, tmp_path):
     """K = N in the first round, one client in the second; the clients have unequal sizes throughout."""
     trainer, _, _ = run(combination, tmp_path, rounds=(tuple(range(len(SIZES))), (2,)))
