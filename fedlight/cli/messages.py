@@ -29,13 +29,7 @@ def readable(message: str) -> str:
 
 
 def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -> list[str]:
-    """A sentence for each name in a message that nothing is known by.
-
-    Args:
-        message: what the parser says.
-        keys: the keys that there are.
-        classes: the names of classes that there are, and the key that each belongs under.
-    """
+    """A sentence for each unknown name in a parser's message; ``classes`` has the key that each belongs under."""
     message = re.sub(r"Group '([\w.]+)' does not accept option '", r"does not accept option '\1.", message)
     owner = re.search(r"Problem with given class_path '([\w.]+)'", message)
     taken = [] if owner is None else _parameters(owner[1])

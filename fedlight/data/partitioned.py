@@ -42,12 +42,8 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
     """Divide held-out rows among clients so that each has its training data's proportions.
 
     The rows of a label go to the clients in proportion to how many training samples of that label each has, to the
-    nearest row. Rows of a label that no client has are left out; a client with few samples may get none.
-
-    Args:
-        counts: ``[N, C]``, training samples of each label at each client.
-        labels: ``[m]``, labels of the held-out rows.
-        rng: decides which rows, and who gets the odd one.
+    nearest row. Rows of a label that no client has are left out; a client with few samples may get none. ``counts`` are
+    the training samples of each label at each client, ``[N, C]``, and ``labels`` those of the held-out rows.
     """
     shuffled = torch.randperm(len(labels), generator=rng)
     rows, owners = [], []

@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 
 def check_images(net: nn.Module, x: Tensor, channels: int, size: int | None = None) -> None:
-    """Refuse a batch that is not ``[B, channels, size, size]``; ``size=None`` takes any height and width.
-
-    Raises:
-        MisconfigurationException: naming the expected shape, the shape found, and the keys to change.
-    """
+    """Refuse a batch that is not ``[B, channels, size, size]``; ``size=None`` takes any height and width."""
     if x.ndim == 4 and x.shape[1] == channels and (size is None or tuple(x.shape[2:]) == (size, size)):
         return
     name = type(net).__name__
