@@ -127,8 +127,9 @@ class FlatParameters:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.layout = ParameterLayout.of(module)
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
-        self._flags = [p.requires_grad for p in module.parameters()]
+        self._all = list(module.parameters())  # to walk the module costs more than to look at them
+        self._parameters = [p for p in self._all if p.requires_grad]
+        self._flags = [p.requires_grad for p in self._all]
         with torch.no_grad():
             self.params = torch.cat([p.detach().reshape(-1) for p in self._parameters])
         self.grad = torch.zeros_like(self.params)
@@ -149,7 +150,7 @@ class FlatParameters:
         Raises:
             MisconfigurationException: naming them.
         """
-        if [p.requires_grad for p in self.module.parameters()] != self._flags:
+        if [p.requires_grad for p in self._all] != self._flags:
             self.layout.check(self.module)
         if [p.data_ptr() for p in self._parameters] != self._addresses:
             both = zip(self.layout.parameters, self._parameters, self._addresses, strict=True)

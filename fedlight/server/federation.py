@@ -123,7 +123,7 @@ class Federation:
         sender, rows = result.sender, reply.rows
         weight = algorithm.mean_weight(sender.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(received["params"])
-        terms = {"update": weight * update, "weight": update.new_tensor(weight)}
+        terms = {"update": weight * update}
         terms |= algorithm.contribution({**reply.message, "update": update}, sender)
         if self.perturbation is not None:
             beside = self.perturbation.contribution(reply.beside, sender)
@@ -179,7 +179,8 @@ class Federation:
         if len(used) < self.algorithm.min_clients:
             raise too_few(self.algorithm, f"round {old.round} has {len(used)} whose message can be used")
         total = incoming.sums.totals()
-        total["clients"] = total["weight"].new_tensor(float(len(used)))
+        total["weight"] = total["update"].new_tensor(math.fsum(report.weight for report in used))
+        total["clients"] = total["update"].new_tensor(float(len(used)))
         mean_update = total["update"] / total["weight"]
         if self.algorithm.collects:
             total["models"] = torch.stack([model for _, model in sorted(incoming.models.items())])
