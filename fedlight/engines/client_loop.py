@@ -36,7 +36,7 @@ class ClientLoop:
 
     Args:
         training: what all local trainings share.
-        module: the module to train in; the slot rebinds its parameters until :meth:`release`.
+        module: the module to train in; its parameters are rebound until :meth:`release`.
         compiled: gives the gradient of full batches, where that is wanted.
     """
 

@@ -24,6 +24,7 @@ class Moving:
     def __init__(self, module: nn.Module, moving: Iterable[str] = (), state: ModuleState | None = None) -> None:
         self._module, self._state = module, state
         self._changes: bool | None = None
+        self._touched = False
         self.tensors: dict[str, Tensor] = dict(module.named_buffers())
         self.add(moving)
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
@@ -66,13 +67,14 @@ class Moving:
 
     def finish(self) -> None:
         """Parameters without gradient that no client has moved before belong to the tensors from now on."""
-        if self._state is not None and not self._state.unchanged():
+        self._touched = self._state is not None and not self._state.unchanged()
+        if self._state is not None and self._touched:
             names = {id(p): name for name, p in self._module.named_parameters()}
             self.add(names[id(tensor)] for tensor in self._state.moved() if id(tensor) in names)
 
     def forget(self) -> None:
-        """The next client finds the module as this one did."""
-        if self._state is not None:
+        """The next client finds the module as this one did; :meth:`finish` has looked whether it changed."""
+        if self._state is not None and self._touched:
             self._state.restore()
         self._changes = None
 

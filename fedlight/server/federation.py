@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm
+from fedlight.algorithms.base import Algorithm, mean_update
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
@@ -181,7 +181,6 @@ class Federation:
         total = incoming.sums.totals()
         total["weight"] = total["update"].new_tensor(math.fsum(report.weight for report in used))
         total["clients"] = total["update"].new_tensor(float(len(used)))
-        mean_update = total["update"] / total["weight"]
         if self.algorithm.collects:
             total["models"] = torch.stack([model for _, model in sorted(incoming.models.items())])
         algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
@@ -190,7 +189,7 @@ class Federation:
             sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}
             sums["clients"] = total["clients"]
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
-        metrics = round_metrics(incoming.reports, mean_update)
+        metrics = round_metrics(incoming.reports, mean_update(total))
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
         views, latest = self.algorithm.evaluated(algorithm, self._received, total), {}
