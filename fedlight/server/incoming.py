@@ -139,7 +139,7 @@ class Incoming:
             everyone: list[Any] = [None] * fabric.world_size
             torch.distributed.all_gather_object(everyone, own)
             self.reports = [report for reports, *_ in everyone for report in reports]
-            self.sums.terms = sum(terms for _, _, terms, *_ in everyone)
+            self.sums.count(sum(terms for _, _, terms, *_ in everyone))
             self.models = {c: m.to(fabric.device) for *_, models, _ in everyone for c, m in models.items()}
             self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
             for _, _, _, maxima, *_ in everyone:

@@ -41,9 +41,7 @@ class ExactSums:
             ValueError: if a name has another shape than before.
             OverflowError: if there are more terms than sums are exact for.
         """
-        self.terms += max((len(values) for values in stacked.values()), default=0)
-        if self.terms > MAX_TERMS:
-            raise OverflowError(f"sums are exact for {MAX_TERMS} terms at most")
+        self.count(self.terms + max((len(values) for values in stacked.values()), default=0))
         for name, values in stacked.items():
             parts = self.parts.get(name)
             if parts is None:
@@ -51,6 +49,12 @@ class ExactSums:
             elif parts.shape[1:] != values.shape[1:]:
                 raise ValueError(f"the terms of {name!r} are {list(parts.shape[1:])} and {list(values.shape[1:])}")
             _add(values.flatten(1) if values.ndim > 1 else values[:, None], parts.view(len(_UNITS), -1))
+
+    def count(self, terms: int) -> None:
+        """Note how many terms there are; an OverflowError if sums of so many are not exact."""
+        if terms > MAX_TERMS:
+            raise OverflowError(f"trainer.clients_per_round: sums are exact for {MAX_TERMS} clients at most")
+        self.terms = terms
 
     def totals(self) -> dict[str, Tensor]:
         """The sums in float64, by name."""

@@ -106,8 +106,11 @@ def test_as_many_terms_as_are_exact():
     sums.parts["x"] *= 2**17  # as if the same had been added so often
     sums.terms = MAX_TERMS
     assert sums.totals()["x"][0] == 0.1 * 2**17
-    with pytest.raises(OverflowError, match="131072 terms"):
+    with pytest.raises(OverflowError, match="131072 clients"):
         sums.add(stack_terms([{"x": torch.zeros(2)}]))
+    with pytest.raises(OverflowError, match="131072 clients"):
+        sums.count(MAX_TERMS + 1)  # those of several processes
+    assert sums.terms == MAX_TERMS
 
 
 def test_another_shape_is_named():
