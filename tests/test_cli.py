@@ -160,6 +160,7 @@ class Net(Regression):
 """
 
 
+@pytest.mark.slow
 def test_a_module_in_the_current_folder_is_found_by_the_console_script(tmp_path):
     """What stands there besides, as W&B's folder and a file of an unlucky name, replaces nothing of the program's."""
     (tmp_path / "my_module.py").write_text(NET)

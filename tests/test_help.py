@@ -93,6 +93,7 @@ def test_few_are_kept(cache, monkeypatch):
     assert len(list(cache.iterdir())) == _help._KEPT
 
 
+@pytest.mark.slow
 def test_the_program_prints_the_same_help_twice(tmp_path):
     """The second time without torch."""
     code = "import sys; sys.argv = ['fedlight', 'fit', '--help']; from fedlight.__main__ import main; main();"
@@ -109,6 +110,7 @@ def test_the_program_prints_the_same_help_twice(tmp_path):
     assert [loaded.strip() for _, loaded in runs] == ["True", "False"]
 
 
+@pytest.mark.slow
 def test_the_package_loads_nothing_before_it_is_asked():
     code = (
         "import sys, fedlight; print('torch' in sys.modules, fedlight.__version__); fedlight.MAN; print(*sys.modules)"

@@ -150,6 +150,7 @@ def test_the_command_starts_a_process_per_core(tmp_path):
     assert two == one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["-c", "-"])
 def test_a_program_without_a_file_is_told_that_it_cannot_be_started_again(how):
     code = (

@@ -41,7 +41,11 @@ def _quick_backend(monkeypatch, request):
 
 @pytest.mark.parametrize(
     ("engine", "name"),
-    [*[("eager", name) for name in CASES], ("cuda_graph", "man, sam, scaffold"), ("vmap", "man, sam, scaffold")],
+    [
+        *[("eager", name) for name in CASES],
+        ("cuda_graph", "man, sam, scaffold"),
+        pytest.param("vmap", "man, sam, scaffold", marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_step_is_the_step(engine, name, tmp_path):
     expected, rows = cases.train(tmp_path, "eager", **CASES[name])
@@ -52,6 +56,7 @@ def test_a_compiled_step_is_the_step(engine, name, tmp_path):
         assert found_row == pytest.approx(row, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_padded_to_few_sizes(tmp_path, monkeypatch):
     """Four clients of two to four steps: those that are left never make a program of their own size."""
     sizes = set()

@@ -86,6 +86,7 @@ def test_vmap_agrees_with_eager(name, tmp_path):
         assert found_row == pytest.approx(row, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_traced_program_gives_the_same_bits(tmp_path, monkeypatch):
     settings = {"perturbation": SAM(0.1), "callbacks": [MAN(0.3)], "net": {"dropout": 0.5}, "precision": "32-true"}
     monkeypatch.setattr(programs, "TRACE_AFTER", 10**9)
