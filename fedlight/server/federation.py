@@ -105,6 +105,7 @@ class Federation:
         received = dict(self.algorithm.broadcast(self.state.algorithm))
         if self.perturbation is not None:
             received |= self.perturbation.broadcast(self.state.perturbation)
+        self._start = received["params"].double()
         self._received, self._incoming = received, Incoming(self.store.put_row)
         self.clients.begin(self.state, received)
 
@@ -122,9 +123,10 @@ class Federation:
         reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
         sender, rows = result.sender, reply.rows
         weight = algorithm.mean_weight(sender.num_samples)
-        update = reply.message["params"].to(torch.float64, copy=True).sub_(received["params"])
-        terms = {"update": weight * update}
-        terms |= algorithm.contribution({**reply.message, "update": update}, sender)
+        update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
+        square = torch.dot(update, update)
+        terms = dict(algorithm.contribution({**reply.message, "update": update}, sender))
+        terms["update"] = weight * update if terms else update.mul_(weight)  # another long vector costs page faults
         if self.perturbation is not None:
             beside = self.perturbation.contribution(reply.beside, sender)
             terms |= {_PERTURBATION + k: v for k, v in beside.items()}
@@ -139,7 +141,7 @@ class Federation:
             k: _real(v).double() - _real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters
         }
         terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
-        report = Report.of(result, weight, torch.dot(update, update), reply.num_bytes + self._buffer_bytes)
+        report = Report.of(result, weight, square, reply.num_bytes + self._buffer_bytes)
         model = reply.message["params"] if algorithm.collects else None
         self._incoming.add(Entry(report, terms, counters, rows, model))
 

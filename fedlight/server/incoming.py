@@ -13,7 +13,7 @@ from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.sums import ExactSums, in_range, stack_terms
 
-_AT_ONCE = 2**20
+_AT_ONCE = 2**16
 """Entries that wait to be added together: small vectors cost a call each, large ones memory."""
 
 
@@ -110,11 +110,11 @@ class Incoming:
         if not waiting:
             return
         stacked = stack_terms([entry.terms for entry in waiting])
-        good = in_range(stacked)
+        good, bounds = in_range(stacked)
         if not all(good):
             stacked = {name: values[torch.tensor(good, device=values.device)] for name, values in stacked.items()}
         if any(good):
-            self.sums.add(stacked)
+            self.sums.add(stacked, bounds)
         # As Python numbers: what is kept of each client must be small, and lie among other small things.
         self.reports += _as_numbers([replace(e.report, used=used) for e, used in zip(waiting, good, strict=True)])
         for entry, used in zip(waiting, good, strict=True):

@@ -1,5 +1,6 @@
 """Sums of tensors that are exact, and so do not depend on the order in which their terms come."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ LIMIT = 2.0**36
 MAX_TERMS = 2**17
 """Sums are exact for so many terms at most."""
 _UNITS = (1.0, 2.0**-37, 2.0**-74)
-_BLOCK = 2**14
+_BLOCK = 2**17
 _SHIFTS = tuple(1.5 * 2.0**52 * unit for unit in _UNITS)
 
 
@@ -34,8 +35,12 @@ class ExactSums:
         self.terms = 0
         self.parts: dict[str, Tensor] = {}
 
-    def add(self, stacked: Mapping[str, Tensor]) -> None:
+    def add(self, stacked: Mapping[str, Tensor], bounds: Mapping[str, float] | None = None) -> None:
         """Add terms to each name: ``[k, ...]`` float64 for k terms, in range.
+
+        Args:
+            stacked: the terms.
+            bounds: no entry of a name is larger; what is known to have no multiples of a unit need not be looked at.
 
         Raises:
             ValueError: if a name has another shape than before.
@@ -48,7 +53,8 @@ class ExactSums:
                 parts = self.parts[name] = values.new_zeros(len(_UNITS), *values.shape[1:])
             elif parts.shape[1:] != values.shape[1:]:
                 raise ValueError(f"the terms of {name!r} are {list(parts.shape[1:])} and {list(values.shape[1:])}")
-            _add(values.flatten(1) if values.ndim > 1 else values[:, None], parts.view(len(_UNITS), -1))
+            known = (bounds or {}).get(name, math.inf)
+            _add(values.flatten(1) if values.ndim > 1 else values[:, None], parts.view(len(_UNITS), -1), known)
 
     def count(self, terms: int) -> None:
         """Note how many terms there are; an OverflowError if sums of so many are not exact."""
@@ -61,18 +67,19 @@ class ExactSums:
         return {name: (parts[2] + parts[1]).add_(parts[0]) for name, parts in self.parts.items()}
 
 
-def _add(values: Tensor, parts: Tensor) -> None:
+def _add(values: Tensor, parts: Tensor, bound: float) -> None:
     """Split ``[k, n]`` and add it to the parts ``[3, n]``, in blocks that stay in a processor's cache."""
-    n = values.shape[1]
+    n, first = values.shape[1], sum(bound <= unit / 2 for unit in _UNITS)
     size = max(1, _BLOCK // len(values)) if values.device.type == "cpu" else max(1, n)
     multiples, rests = torch.empty_like(values[:, :size]), torch.empty_like(values[:, :size])
     for begin in range(0, n, size):
         rest, width = values[:, begin : begin + size], min(size, n - begin)
         multiple, scratch = multiples[:, :width], rests[:, :width]
-        for part, shift in zip(parts[:, begin : begin + size], _SHIFTS, strict=True):
+        for unit, shift in enumerate(_SHIFTS[first:], first):
             torch.add(rest, shift, out=multiple).sub_(shift)
-            part.add_(multiple[0] if len(multiple) == 1 else multiple.sum(0))
-            rest = torch.sub(rest, multiple, out=scratch)
+            parts[unit, begin : begin + size].add_(multiple[0] if len(multiple) == 1 else multiple.sum(0))
+            if unit < len(_UNITS) - 1:
+                rest = torch.sub(rest, multiple, out=scratch)
 
 
 def stack_terms(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -82,9 +89,13 @@ def stack_terms(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([term[name].detach().double() for term in terms]) for name in terms[0]}
 
 
-def in_range(stacked: Mapping[str, Tensor]) -> list[bool]:
-    """For each of k stacked terms whether all its entries are finite, and small enough to be summed exactly."""
-    ends = [v.flatten(1).aminmax(dim=1) if v.ndim > 1 else (v, v) for v in stacked.values() if v.numel()]
-    low, high = torch.stack([low for low, _ in ends]), torch.stack([high for _, high in ends])
-    flags: list[bool] = ((low > -LIMIT) & (high < LIMIT)).all(0).tolist()  # NaN is neither larger nor smaller
-    return flags
+def in_range(stacked: Mapping[str, Tensor]) -> tuple[list[bool], dict[str, float]]:
+    """For each of k stacked terms whether all its entries are finite, and small enough to be summed exactly.
+
+    Also, by name, what no entry is larger than.
+    """
+    filled = {name: v.reshape(len(v), -1) for name, v in stacked.items() if v.numel()}
+    ends = [v.aminmax(dim=1) if len(v) > 1 else [end[None] for end in v.aminmax()] for v in filled.values()]
+    sizes = torch.stack([torch.maximum(high, -low) for low, high in ends]).nan_to_num(nan=math.inf).tolist()
+    bounds = {name: max(each) for name, each in zip(filled, sizes, strict=True)}
+    return [all(size < LIMIT for size in term) for term in zip(*sizes, strict=True)], bounds

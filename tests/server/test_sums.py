@@ -87,7 +87,7 @@ def test_long_vectors_are_summed_in_blocks(size):
 
 def test_at_the_edge_of_the_range():
     edge = torch.tensor([LIMIT * (1 - 2**-53), 1e-18], dtype=torch.float64)
-    assert in_range(stack_terms([{"x": edge}])) == [True]
+    assert in_range(stack_terms([{"x": edge}])) == ([True], {"x": float(edge.max())})
     values = [edge, -edge, edge, torch.tensor([-1.0, 1e-18], dtype=torch.float64)]
     exact = [math.fsum(float(v[i]) for v in values) for i in (0, 1)]
     for order in (values, values[::-1]):
@@ -98,7 +98,7 @@ def test_at_the_edge_of_the_range():
 def test_what_cannot_be_summed_is_found_first(bad):
     good = {"a": torch.ones(3), "empty": torch.empty(0), "b": torch.tensor(1.0)}
     spoilt = [{**good, "a": torch.tensor([0.0, bad, 1.0])}, {**good, "b": torch.tensor(bad)}]
-    assert in_range(stack_terms([good, spoilt[0], good, spoilt[1]])) == [True, False, True, False]
+    assert in_range(stack_terms([good, spoilt[0], good, spoilt[1]]))[0] == [True, False, True, False]
 
 
 def test_as_many_terms_as_are_exact():
@@ -111,6 +111,22 @@ def test_as_many_terms_as_are_exact():
     with pytest.raises(OverflowError, match="131072 clients"):
         sums.count(MAX_TERMS + 1)  # those of several processes
     assert sums.terms == MAX_TERMS
+
+
+@pytest.mark.parametrize("largest", [2.0**35, 1.0, 0.5, 0.3, 2.0**-38, 1e-12, 2.0**-75, 1e-30, 0.0])
+@pytest.mark.parametrize("k", [1, 3])
+def test_units_that_have_no_multiples_need_not_be_looked_at(largest, k):
+    draw = torch.Generator().manual_seed(k)
+    values = largest * (2 * torch.rand(k, 50, generator=draw, dtype=torch.float64) - 1)
+    values[0, 0], values[0, 1] = largest, -largest
+    stacked = {"x": values, "scalar": values[:, 0].clone(), "none": values[:, :0]}
+    good, bounds = in_range(stacked)
+    assert good == [True] * k
+    assert bounds == {"x": largest, "scalar": float(values[:, 0].abs().max())}
+    looked, known = ExactSums(), ExactSums()
+    looked.add(stacked)
+    known.add(stacked, bounds)
+    assert all(torch.equal(looked.parts[name], known.parts[name]) for name in stacked)
 
 
 def test_another_shape_is_named():
