@@ -20,6 +20,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run.evaluation import Stage
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import LoggerName
+from fedlight.run.results import destination, keep
 from fedlight.run.session import Session
 from fedlight.seeding import generator
 from fedlight.server.clients import Where
@@ -221,6 +222,9 @@ class FederatedTrainer(TrainerInterface):
             if verbose and self.is_global_zero:
                 width = max(map(len, metrics))
                 print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()), flush=True)
+            if self.is_global_zero and not self.fast_dev_run:
+                limit = f"limit_{stage[:4].removesuffix('i')}_batches"
+                keep(session, session.command, metrics, destination(session)[0], **{limit: self.settings[limit]})
             return [metrics]
 
     def _run_round(self) -> None:

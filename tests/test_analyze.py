@@ -97,7 +97,7 @@ def test_another_folder(tmp_path):
     path = trainer.run_dir / "checkpoints" / "last.ckpt"
     moved = path.rename(tmp_path / "moved.ckpt")
     analyze(tmp_path, moved)
-    assert (tmp_path / "analysis" / "hessian" / "moved.npz").exists()
+    assert (tmp_path / "default" / "analysis" / "hessian" / "moved.npz").exists()
     analyze(tmp_path, moved, output=tmp_path / "there")
     assert (tmp_path / "there" / "hessian" / "moved.npz").exists()
 

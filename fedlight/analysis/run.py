@@ -17,6 +17,7 @@ from fedlight.run.context import RunContext
 from fedlight.run.folder import writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import read_metrics
+from fedlight.run.results import destination, keep
 from fedlight.run.session import Session
 
 
@@ -86,7 +87,7 @@ def analyze(
         subject, first = federated_subject(trainer), measurement.views[0]
         measurement.check(subject)
         other = None if line_to is None else checkpoint_weights(line_to, subject, first, "analyze")
-        folder, stem = _destination(session, ckpt_path, output)
+        folder, stem = destination(session, output)
         results: dict[str, HessianResult] = {}
         for view in measurement.views:
             if verbose and trainer.is_global_zero:
@@ -96,6 +97,8 @@ def analyze(
         if trainer.is_global_zero:
             with writing(folder):
                 pictures += _write(results, subject, session, folder, stem)
+            how = {"on": on, "max_samples": max_samples, "float64": float64, "seed": seed}
+            keep(session, "analyze", records.metrics(results), folder, **how)
         if landscape is not None:
             surface = survey.surface(subject, first)
             if trainer.is_global_zero:
@@ -110,19 +113,6 @@ def analyze(
             print_results(results, f"{stem}, after {trainer.current_round} rounds")
             print("\n".join(["figures: " + str(folder / "hessian"), *(f"picture: {path}" for path in pictures)]))
         return results
-
-
-def _destination(session: RunContext, ckpt_path: str | Path | None, output: str | Path | None) -> tuple[Path, str]:
-    """The folder to write to, and what the files are called after."""
-    trainer = session.trainer
-    stem = "model" if ckpt_path is None else Path(ckpt_path).stem
-    if output is not None:
-        return Path(output), stem
-    if ckpt_path is None:
-        return trainer.run_dir or trainer.default_root_dir / trainer.name / "analysis", stem
-    if session.folder is not None:
-        return session.folder.path, stem
-    return Path(ckpt_path).resolve().parent / "analysis", stem
 
 
 def _write(

@@ -163,7 +163,7 @@ class RunFolder:
         """Path of a checkpoint."""
         return self.path / "checkpoints" / f"{name}.ckpt"
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
+    def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file at once or not at all."""
         atomic_write(self.path / name, json.dumps(content, indent=2, allow_nan=True).encode())
 

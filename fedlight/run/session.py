@@ -30,6 +30,7 @@ from fedlight.run.movers import Movers
 from fedlight.run.preflight import preflight
 from fedlight.run.processes import lost_process, watch_children
 from fedlight.run.processors import choose_threads, resolve_devices
+from fedlight.run.results import destination
 from fedlight.run.resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight.run.setup import be_deterministic, local_training, make_fabric
 from fedlight.run.signals import deferred_signals
@@ -75,18 +76,15 @@ class Session(RunContext):
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
         self.profiler = make_profiler(self.settings["profiler"])
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
-        self.loggers = []
-        self.folder = None
+        self.loggers, self.folder = [], None
         self._finished = self._created = False
-        self.first_round = 0
         self.resumed = ckpt_path is not None
         self.ckpt_path = ckpt_path
         self._checkpoint: dict[str, Any] | None = None
-        self.experiment, self.changes = {}, {}
+        self.first_round, self.experiment, self.changes = 0, {}, {}
         self._started = time.perf_counter()
         self._cleanup = ExitStack()
-        self.movers = Movers(self)
-        self.writer = CheckpointWriter()
+        self.movers, self.writer = Movers(self), CheckpointWriter()
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
@@ -198,15 +196,17 @@ class Session(RunContext):
         trainer, checkpoint = self.trainer, None
         if self.ckpt_path is not None:
             checkpoint, self.checkpoint_path, self.folder = read_checkpoint(self, self.ckpt_path)
-        if self.command != "fit" or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return checkpoint
-        trainer.run_dir = folder = decided(self.fabric, self._take_folder)
-        self.folder = self.folder or RunFolder(folder)
+        folder = destination(self)[0]
+        if fit := self.command == "fit":
+            trainer.run_dir = folder = decided(self.fabric, self._take_folder)
+            self.folder = self.folder or RunFolder(folder)
         # A run in a folder of its own is one of its own for W&B, too.
         ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
         if self.is_zero:
-            name = f"{trainer.method_name}-seed{trainer.seed}"
-            self.loggers = make_loggers(self.settings["logger"], folder, ids, name)
+            wanted, name = self.settings["logger"], f"{trainer.method_name}-seed{trainer.seed}"
+            self.loggers = make_loggers(wanted, folder, ids, name)[0 if fit else 1 :]  # without metrics.csv
         return checkpoint
 
     def _take_folder(self) -> Path:

@@ -1,0 +1,87 @@
+"""What ``validate``, ``test`` and ``analyze`` leave in the run's folder and with the loggers."""
+
+import json
+
+import pytest
+from lightning.pytorch.loggers import Logger
+
+from tests.helpers.tiny import Clients, Regression, quiet_trainer
+
+ROWS = []
+
+
+class Kept(Logger):
+    name = version = "kept"
+
+    def log_metrics(self, metrics, step=None):
+        ROWS.append((step, metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        """Of no interest."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    trainer = quiet_trainer(tmp_path_factory.mktemp("results"))
+    trainer.fit(Regression(), Clients())
+    return trainer.run_dir
+
+
+def other(run, **settings):
+    return quiet_trainer(run.parents[1], **settings)
+
+
+def records(run, name):
+    return json.loads((run / f"{name}_metrics.json").read_text())
+
+
+def test_results_are_kept_by_checkpoint_rounds_and_settings(run):
+    ROWS.clear()
+    last = run / "checkpoints" / "last.ckpt"
+    (found,) = other(run, logger=Kept()).test(Regression(), Clients(), last, verbose=False)
+    first = {"checkpoint": "checkpoints/last.ckpt", "rounds": 3, "metrics": found}
+    assert records(run, "test") == [first]
+    assert [(2, {**found, "round": 2.0})] == ROWS
+    (few,) = other(run, limit_test_batches=1).test(Regression(), Clients(), last, verbose=False)
+    (again,) = other(run).test(Regression(lr=1.0), Clients(), last, verbose=False)
+    assert again == found != few
+    limited = {"checkpoint": "checkpoints/last.ckpt", "rounds": 3, "limit_test_batches": 1, "metrics": few}
+    assert records(run, "test") == [limited, first]
+    trainer = other(run, max_rounds=5)
+    trainer.fit(Regression(), Clients(), last)
+    (later,) = trainer.test(Regression(), Clients(), "last", verbose=False)
+    assert records(run, "test")[:2] == [limited, first]
+    assert records(run, "test")[2] == {"checkpoint": "checkpoints/last.ckpt", "rounds": 5, "metrics": later}
+
+
+def test_what_validate_and_analyze_found_is_kept(run):
+    (found,) = other(run).validate(Regression(), Clients(), "best", verbose=False)
+    (record,) = records(run, "validate")
+    assert (record["checkpoint"], record["metrics"]) == ("checkpoints/best.ckpt", found)
+    result = other(run).analyze(
+        Regression(), Clients(), "best", top_k=1, density=False, trace=False, layerwise=False, verbose=False
+    )["server"]
+    (record,) = records(run, "analyze")
+    assert record["metrics"]["hessian/lambda_max"] == result.lambda_max
+    assert (record["on"], record["max_samples"], record["float64"], record["seed"]) == ("train", 5000, False, 0)
+
+
+def test_weights_of_no_run_have_a_folder_of_their_own(run, tmp_path):
+    quiet_trainer(tmp_path).test(Regression(), Clients(), verbose=False)
+    moved = tmp_path / "moved.ckpt"
+    moved.write_bytes((run / "checkpoints" / "best.ckpt").read_bytes())
+    quiet_trainer(tmp_path).test(Regression(), Clients(), moved, verbose=False)
+    found = [record["checkpoint"] for record in records(tmp_path / "default" / "analysis", "test")]
+    assert found == [None, str(moved)]
+    assert {p.name for p in tmp_path.iterdir()} == {"default", "moved.ckpt"}
+    quiet_trainer(tmp_path / "dry", fast_dev_run=True).test(Regression(), Clients(), verbose=False)
+    assert not (tmp_path / "dry").exists()
+
+
+def test_a_file_that_cannot_be_written_is_warned_of(run):
+    path = run / "test_metrics.json"
+    path.write_text("{")
+    with pytest.warns(UserWarning, match=r"test_metrics.json: writing failed.*JSONDecodeError"):
+        found = other(run).test(Regression(), Clients(), "best", verbose=False)
+    assert found
+    assert path.read_text() == "{"
