@@ -307,7 +307,7 @@ def test_precision_is_written_as_for_lightning(tmp_path):
 def test_a_run_that_diverges_exits_with_1(capsys):
     code, error = fails(capsys, "fit", *TINY, *QUIET, "--model.lr=1e30", "--trainer.local_epochs=5")
     assert code == 1
-    assert "fedlight: error: round 0: the update of every client" in error
+    assert "fedlight: error: round 1: the update of every client" in error
 
 
 def test_a_mistake_in_the_users_own_code_keeps_its_traceback():
@@ -327,7 +327,7 @@ class FailsLater(Regression):
 def test_an_exception_in_a_client_names_round_and_client(capsys):
     with pytest.raises(ValueError, match="of one's own") as caught:
         main(["fit", *TINY[1:], "--model=tests.test_cli.FailsLater", *QUIET])
-    assert re.fullmatch(r"This happened in round 1, client \d.", caught.value.__notes__[0])
+    assert re.fullmatch(r"This happened in round 2, client \d.", caught.value.__notes__[0])
     error = ValueError("ours")
     error.add_note("This happened in round 1, client 2.")
     assert fedlight.cli.command._fail(error) == 2

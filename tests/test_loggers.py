@@ -149,6 +149,7 @@ DAMAGE = {  # what was done to the file, and the rounds whose rows differ then
 @pytest.mark.parametrize("known", [True, False])
 def test_a_damaged_metrics_csv_is_restored_or_named(tmp_path, damage, known):
     path, (change, differ) = tmp_path / "metrics.csv", DAMAGE[damage]
+    named = ", ".join(str(round + 1) for round in differ)  # a person counts from 1
     text = written(path, ROWS[:4]).text  # the checkpoint's; a fifth round was trained after it
     written(path)
     path.write_bytes(change(text).encode(errors="surrogateescape"))
@@ -160,10 +161,10 @@ def test_a_damaged_metrics_csv_is_restored_or_named(tmp_path, damage, known):
     if known:
         assert read_metrics(path) == ROWS[:4]
         assert path.read_bytes().decode() == log.text == text
-        assert (f"rounds {str(differ)[1:-1]} are missing or damaged; they are restored" in said) == bool(differ)
+        assert (f"rounds {named} are missing or damaged; they are restored" in said) == bool(differ)
     elif damage not in ("a renamed column", "a changed row"):  # nobody can know that
         assert read_metrics(path) == [row for row in ROWS[:4] if row["round"] not in differ]
-        assert (f"rounds {str(differ)[1:-1]} are missing or damaged; the checkpoint does not" in said) == bool(differ)
+        assert (f"rounds {named} are missing or damaged; the checkpoint does not" in said) == bool(differ)
 
 
 def test_what_is_left_of_a_damaged_file_is_read_and_the_rest_named(tmp_path):
@@ -183,7 +184,7 @@ def test_a_resume_restores_the_rows_and_says_so(tmp_path):
     first.fit(Regression(), Clients())
     path = first.run_dir / "metrics.csv"
     path.write_text(without(2)(path.read_text())[:-9])
-    with pytest.warns(UserWarning, match="rounds 1, 2 are missing or damaged; they are restored"):
+    with pytest.warns(UserWarning, match="rounds 2, 3 are missing or damaged; they are restored"):
         quiet_trainer(tmp_path, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")
 
     def columns(path):

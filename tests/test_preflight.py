@@ -131,7 +131,7 @@ def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):
     with pytest.raises(IndexError, match="Target 7 is out of bounds") as caught:
         quiet_trainer(tmp_path, clients_per_round=4).fit(OfNoNumber(net=Plain()), data)
     notes = " ".join(caught.value.__notes__)
-    assert "This happened in round 0, client 3." in notes
+    assert "This happened in round 1, client 3." in notes
     assert "checked before training where the dataset has `.targets`, or data.targets does" in notes
 
 

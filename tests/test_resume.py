@@ -293,7 +293,7 @@ def test_the_configuration_is_true_and_the_one_before_is_kept_with_its_rounds(tm
     assert config["trainer"]["allow_changes"] is False  # it was for this once
     found = read_run(run)  # neither 0.1 nor 0.2 is its learning rate
     assert found.status == "changed"
-    assert "model.hparams.lr from round 5: 0.1 -> 0.2" in found.detail
+    assert "model.hparams.lr from round 6: 0.1 -> 0.2" in found.detail
 
 
 def test_a_run_that_goes_on_is_not_finished(tmp_path):

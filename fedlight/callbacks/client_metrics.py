@@ -42,7 +42,7 @@ class ClientMetrics(RoundCallback):
         if self._path.exists():
             self._add(kept, anew=True)
         if self._known not in (None, self.state_dict()):
-            rank_zero_warn(f"{self._path}: rows of the rounds before {trainer.current_round} are missing or damaged.")
+            rank_zero_warn(f"{self._path}: rows of the first {trainer.current_round} rounds are missing or damaged.")
         self._known = None
 
     def on_round_metrics(self, trainer: Any, pl_module: Any) -> None:

@@ -39,14 +39,19 @@ def start_engine(wanted: str | Engine, training: LocalTraining) -> Engine:
     Raises:
         MisconfigurationException: if the wanted engine cannot do the work, saying why.
     """
+    reason = None
     if wanted == "auto":
+        wanted, reason = "eager", f"auto; only GPUs have a faster one, and this is {training.fabric.device.type}"
         if _accelerated(training.fabric.device):
             try:
-                return start_engine("cuda_graph", training)
+                engine = start_engine("cuda_graph", training)
+                engine.reason = "auto; the fastest on a GPU"
+                return engine
             except MisconfigurationException as error:
+                reason = "auto; cuda_graph cannot train this, as the warning says"
                 rank_zero_warn(f"trainer.engine=auto is eager, which is slower, because of {error}")
-        wanted = "eager"
     engine = make_engine(wanted)
+    engine.reason = reason or engine.reason
     try:
         engine.setup(training)
     except BaseException:

@@ -111,11 +111,11 @@ class ClientTask:
 
 @contextmanager
 def named(round: int, *clients: int) -> Iterator[None]:
-    """Let an exception say which round and clients it comes from."""
+    """Let an exception say which round (0-based here, from 1 in the message) and clients it comes from."""
     try:
         yield
     except Exception as error:
-        error.add_note(f"This happened in round {round}, client {', '.join(map(str, clients))}.")
+        error.add_note(f"This happened in round {round + 1}, client {', '.join(map(str, clients))}.")
         if "out of bounds" in str(error):
             error.add_note("Labels are checked before training where the dataset has `.targets`, or data.targets does.")
         raise
@@ -125,7 +125,12 @@ class Engine(ABC):
     """Executes local trainings. All engines give the same results; they differ in how fast.
 
     :meth:`setup` is called once, before the first round, and must find out there whether the engine can do the work.
+
+    Attributes:
+        reason: why it is this one, in words.
     """
+
+    reason = "as trainer.engine says"
 
     @abstractmethod
     def setup(self, training: LocalTraining) -> None:

@@ -167,7 +167,7 @@ def _changes(path: Path) -> str | None:
         return None
     try:
         noted = [(r, key, *pair) for r, changes in _json(path).items() for key, pair in changes.items()]
-        changed = [f"{key} from round {r}: {old} -> {new}" for r, key, old, new in noted]
+        changed = [f"{key} from round {int(r) + 1}: {old} -> {new}" for r, key, old, new in noted]
     except (AttributeError, TypeError, ValueError):
         changed = []
     return "; ".join(changed[:3] + ["..."] * (len(changed) > 3)) or f"{HISTORY}/{path.name} cannot be read"

@@ -137,7 +137,7 @@ class Evaluator:
         dataset = self._datamodule.client_val_dataset(client)
         if dataset is None or not len(dataset):  # type: ignore[arg-type]
             return None
-        with named(self._module.trainer.current_epoch, client):
+        with named(self._module.trainer.current_epoch - 1, client):
             return self.run(dataset, "validation", limit, quiet=True, share=False)
 
     @property

@@ -91,7 +91,8 @@ class MetricsCSV(Logger):
         if bad := [r for r in range(rounds) if r not in found or found[r] != str(self._rows.get(r))]:
             what = "the checkpoint does not hold them" if known is None else "they are restored from the checkpoint"
             say = rank_zero_warn if there else rank_zero_info
-            say(f"{self.path}: the rows of rounds {str(bad[:10])[1:-1]} are missing or damaged; {what}.")
+            named = str([r + 1 for r in bad[:10]])[1:-1]
+            say(f"{self.path}: the rows of rounds {named} are missing or damaged; {what}.")
         self._columns = ["round"]
         for row in self._rows.values():
             self._columns += [k for k in row if k not in self._columns]

@@ -56,8 +56,8 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
         return checkpoint, path, folder
     later = 0 if folder is None else folder.rounds() - round
     again = f"; {later} later rounds in its folder are trained again" if later > 0 else ""
-    ended = f"; trainer.max_rounds={trainer.max_rounds} leaves none to train" if round >= trainer.max_rounds else again
-    rank_zero_info(f"Continuing {path} from round {round}{ended}.")
+    ended = f": the run is finished, as trainer.max_rounds={trainer.max_rounds}. Raise that to go on with it"
+    rank_zero_info(f"Continuing {path} after round {round}{ended if round >= trainer.max_rounds else again}.")
     return checkpoint, path, folder
 
 

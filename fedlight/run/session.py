@@ -6,7 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
@@ -32,9 +31,10 @@ from fedlight.run.processes import lost_process, watch_children
 from fedlight.run.processors import choose_threads, resolve_devices
 from fedlight.run.results import destination
 from fedlight.run.resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
-from fedlight.run.setup import be_deterministic, local_training, make_fabric
+from fedlight.run.setup import be_deterministic, local_training, make_fabric, use_threads
 from fedlight.run.signals import deferred_signals
-from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint, write_summary
+from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
+from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
@@ -224,9 +224,7 @@ class Session(RunContext):
             restore_schedule(self, self._checkpoint)
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
-        if (threads := choose_threads(self)) is not None:
-            self._cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
+        use_threads(choose_threads(self), self._cleanup)
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
         self.first_round = trainer.current_round
@@ -239,6 +237,7 @@ class Session(RunContext):
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         self.engine = start_engine(settings["engine"], local_training(self, self.movers))
         self._cleanup.callback(self.engine.teardown)
+        say_start(self, self.engine)
         profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
@@ -253,9 +252,7 @@ class Session(RunContext):
         self.hooks("on_train_end")
         self._finished = True
         if self.folder is not None and self.is_zero:
-            with writing(self.folder.path):
-                seconds = time.perf_counter() - self._started
-                write_summary(self, seconds, self.views.logged, type(self.engine).__name__)
+            say_end(self, time.perf_counter() - self._started, self.views.logged, self.engine)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -266,6 +263,8 @@ class Session(RunContext):
                 callback.on_exception(self.trainer, self.module, error)  # type: ignore[arg-type]
             if isinstance(error, FloatingPointError) and self.folder and self.folder.checkpoint("last").exists():
                 error.args = (f"{error} The last checkpoint is whole: {self.folder.checkpoint('last')}",)
+            if self.command == "fit" and isinstance(error, KeyboardInterrupt | SystemExit):
+                say_stopped(self)
         self._cleanup.close()
         self.datamodule.teardown(self.command)
         for callback in self.trainer.callbacks:

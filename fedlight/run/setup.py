@@ -53,6 +53,13 @@ def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def use_threads(threads: int | None, cleanup: ExitStack) -> None:
+    """Set torch's threads until the end; None leaves them."""
+    if threads is not None:
+        cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(threads)
+
+
 def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     """What all local trainings of the run have in common."""
     trainer, settings, data, federation = run.trainer, run.settings, run.datamodule, run.federation

@@ -179,7 +179,7 @@ class Federation:
         used = [report for report in incoming.reports if report.used]
         self._name_left_out([report.client for report in incoming.reports if not report.used], len(used))
         if len(used) < self.algorithm.min_clients:
-            raise too_few(self.algorithm, f"round {old.round} has {len(used)} whose message can be used")
+            raise too_few(self.algorithm, f"round {old.round + 1} has {len(used)} whose message can be used")
         total = incoming.sums.totals()
         total["weight"] = total["update"].new_tensor(math.fsum(report.weight for report in used))
         total["clients"] = total["update"].new_tensor(float(len(used)))
@@ -220,11 +220,11 @@ class Federation:
     def _name_left_out(self, bad: list[int], used: int) -> None:
         if not used:
             raise FloatingPointError(
-                f"round {self.state.round}: the update of every client ({bad}) is NaN or infinite."
+                f"round {self.state.round + 1}: the update of every client ({bad}) is NaN or infinite."
                 " Lower the learning rate, or set trainer.gradient_clip_val."
             )
         if bad:
-            rank_zero_warn(f"round {self.state.round}: left out clients {bad}, whose update is NaN or infinite.")
+            rank_zero_warn(f"round {self.state.round + 1}: left out clients {bad}, whose update is NaN or infinite.")
 
     @property
     def _buffer_bytes(self) -> int:

@@ -103,7 +103,7 @@ def test_rows_that_are_missing_or_damaged_are_said(tmp_path, damage):
     lines = path.read_text().splitlines(True)
     lines[2] = {"a row": "", "a cell": lines[2].replace("16", "17"), "the file": ""}[damage]
     path.write_text("".join(lines)) if damage != "the file" else path.unlink()
-    with pytest.warns(UserWarning, match=r"clients\.csv: rows of the rounds before 3 are missing or damaged"):
+    with pytest.warns(UserWarning, match=r"clients\.csv: rows of the first 3 rounds are missing or damaged"):
         trainer = run(tmp_path, 4, ckpt_path="last")
     assert [row["round"] for row in table(trainer)][-4:] == ["3"] * 4
     run(tmp_path, 5, ckpt_path="last")  # it is said once

@@ -241,4 +241,4 @@ def test_an_exception_names_round_and_clients(tmp_path, monkeypatch):
     monkeypatch.setattr(vmap, "StackedClients", Fails)
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         cases.train(tmp_path, "vmap", max_rounds=2, clients_per_round=2)
-    assert re.fullmatch(r"This happened in round 1, client \d, \d.", caught.value.__notes__[0])
+    assert re.fullmatch(r"This happened in round 2, client \d, \d.", caught.value.__notes__[0])

@@ -133,7 +133,7 @@ def test_a_run_whose_settings_changed_is_no_run_of_a_setting(tmp_path):
     changes.write_text(json.dumps({"1": {"algorithm.mu": [0.1, 0.2], "trainer.callbacks": [["MAN"], []]}}))
     found = read_run(path)
     assert found.status == "changed"
-    assert found.detail == "algorithm.mu from round 1: 0.1 -> 0.2; trainer.callbacks from round 1: ['MAN'] -> []"
+    assert found.detail == "algorithm.mu from round 2: 0.1 -> 0.2; trainer.callbacks from round 2: ['MAN'] -> []"
     study = group_runs(find_runs([tmp_path]))
     assert [run.path.name for run in study.used] == ["version_1"]
     assert len(study.runs) == 2

@@ -212,4 +212,4 @@ class FailsLater(Transform):
 def test_a_transform_that_fails_in_a_round_names_round_and_client(tmp_path):
     with pytest.raises(RuntimeError, match="of one's own") as caught:
         quiet_trainer(tmp_path, transforms=FailsLater()).fit(Regression(), Clients())
-    assert caught.value.__notes__[0].startswith("This happened in round 0, client ")
+    assert caught.value.__notes__[0].startswith("This happened in round 1, client ")

@@ -178,7 +178,7 @@ class CudaGraph(Engine):
             if not self._slots:
                 raise
         rank_zero_warn(
-            f"trainer.engine=cuda_graph: device memory ran out in round {round} while client {task.client} trained"
+            f"trainer.engine=cuda_graph: device memory ran out in round {round + 1} while client {task.client} trained"
             " without a graph. From here on all clients do, as with trainer.engine=eager."
         )
         self._slots.clear()

@@ -1,0 +1,108 @@
+"""What a person reads of a run: what is trained and how, before the first round; what came of it, after the last."""
+
+import json
+import shlex
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from fedlight.engines.base import Engine
+from fedlight.run.context import RunContext
+from fedlight.run.folder import writing
+from fedlight.run.snapshot import write_summary
+from fedlight.server.sampling import Bernoulli
+
+
+def facts(run: RunContext, engine: Engine) -> dict[str, str]:
+    """What is being trained, a phrase each: method, clients, model, device, engine, and where there is one, folder.
+
+    Args:
+        run: a fit that is set up.
+        engine: what executes its local trainings.
+    """
+    trainer, sampler, data, device = run.trainer, run.trainer.sampler, run.datamodule, run.fabric.device
+    epochs = trainer.local_epochs
+    work = _count(trainer.local_steps or 0, "local step") if epochs is None else _count(epochs, "local epoch")
+    sizes = run.federation.sizes.tolist()
+    spread = f"{min(sizes):,} / {median(sizes):,g} / {max(sizes):,} samples (min / median / max)"
+    clients = f"{len(sizes)}, {sampler.clients_per_round} a round{' on average' * isinstance(sampler, Bernoulli)}; "
+    frozen = sum(p.numel() for p in run.module.parameters()) - run.layout.numel
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    shares = _count(run.fabric.world_size, "process") + ", " + _count(torch.get_num_threads(), "thread") + " each"
+    rounds = _count(trainer.max_rounds, "round")
+    found = {
+        "method": f"{trainer.method_name}, {rounds} of {work}, batches of {data.batch_size}",
+        "clients": clients + spread if len(sizes) > 1 else f"all data in one place; {sum(sizes):,} samples",
+        "model": f"{type(run.module).__name__}, {run.layout.numel:,} parameters{f', {frozen:,} frozen' * (frozen > 0)}",
+        "device": f"{name}, {shares}, {trainer.settings['precision']}",
+        "engine": f"{type(engine).__name__}: {engine.reason}",
+    }
+    if run.folder is not None:
+        found["folder"] = str(run.folder.path)
+    if run.resumed:
+        found["resumed"] = f"after round {run.first_round}, from {run.checkpoint_path}"
+    return found
+
+
+def say_start(run: RunContext, engine: Engine) -> None:
+    """Say what is being trained."""
+    rank_zero_info(_lines(facts(run, engine)))
+
+
+def say_end(run: RunContext, seconds: float, logged: list[str], engine: Engine) -> None:
+    """Write ``summary.json`` and say what came of the run, and what to type next.
+
+    Args:
+        run: a fit that has ended.
+        seconds: that it took.
+        logged: what the module logs in validation.
+        engine: what executed its local trainings.
+    """
+    assert run.folder is not None
+    with writing(run.folder.path):
+        write_summary(run, seconds, logged, type(engine).__name__)
+    rank_zero_info(_lines(results(run.folder.path) | next_commands(run)))
+
+
+def say_stopped(run: RunContext) -> None:
+    """Say how to go on with a run that was stopped."""
+    if commands := next_commands(run):
+        rank_zero_info(_lines({"stopped": f"after round {run.trainer.current_round}"} | commands))
+
+
+def results(folder: Path) -> dict[str, str]:
+    """What came of a run that left ``summary.json`` in its folder: metrics at the end and at best, rounds."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    final, best = summary["final"], summary["best"]
+    shown = [name for name in best if name in final and not name.endswith("_all")][:3]
+    found = {
+        name: f"{final[name]:.4f}, best {best[name]['value']:.4f} after round {best[name]['round'] + 1}"
+        for name in shown
+    }
+    if not shown and "train/loss" in final:
+        found["train/loss"] = f"{final['train/loss']:.4f}"
+    return found | {"rounds": f"{summary['rounds']} in {summary['seconds']:.0f} s", "folder": str(folder)}
+
+
+def next_commands(run: RunContext) -> dict[str, str]:
+    """What to type next about a run that has a ``config.yaml``: evaluate it, look at it, go on with it."""
+    folder = Path() if run.folder is None else run.folder.path
+    if not (folder / "config.yaml").exists() or not (last := folder / "checkpoints" / "last.ckpt").exists():
+        return {}
+    config, done = shlex.quote(str(folder / "config.yaml")), run.trainer.current_round
+    finished = done >= run.trainer.max_rounds
+    found = {name: f"fedlight {name} -c {config}" for name in ("test", "analyze")} if finished else {}
+    more = f" --trainer.max_rounds {2 * done}" * finished
+    return found | {"go on": f"fedlight fit -c {config} --ckpt_path {shlex.quote(str(last))}{more}"}
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 'es' if thing.endswith('s') else 's'}"
+
+
+def _lines(found: dict[str, str]) -> str:
+    width = max(map(len, found), default=0)
+    return "\n".join(f"{name:<{width}}  {phrase}" for name, phrase in found.items())

@@ -1,0 +1,107 @@
+"""What a run says of itself: before the first round, after the last one, and when it is stopped."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from fedlight.cli.command import main
+from fedlight.run.summary import facts
+from fedlight.server.sampling import Bernoulli
+from fedlight.trainer import FederatedTrainer
+from tests.helpers.tiny import Clients, Regression, quiet_trainer
+
+TINY = ["--model=tests.helpers.tiny.Regression", "--data=tests.helpers.tiny.Clients", "--trainer.accelerator=cpu"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.clients_per_round=2", "--trainer.max_rounds=2"]
+
+
+def said(caplog):
+    """The lines of the last call by their first words."""
+    lines = [line for text in caplog.messages for line in text.splitlines() if "  " in line]
+    return {name.strip(): phrase.strip() for name, phrase in (line.split("  ", 1) for line in lines)}
+
+
+def fit(*more):
+    main(["fit", *TINY, *QUIET, *more])
+
+
+@pytest.fixture(autouse=True)
+def _heard(caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+
+
+def test_a_run_begins_with_what_is_trained_and_ends_with_what_came_of_it(caplog):
+    fit("--algorithm=FedDyn", "--perturbation=SAM", "--trainer.devices=1")
+    found = said(caplog)
+    assert found["method"] == "FedDyn+SAM, 2 rounds of 1 local epoch, batches of 4"
+    assert found["clients"] == "4, 2 a round; 3 / 6.5 / 12 samples (min / median / max)"
+    assert found["model"] == "Regression, 4 parameters"
+    assert found["device"].startswith("cpu, 1 process, ")
+    assert found["device"].endswith(" each, 32-true")
+    assert found["engine"] == "Eager: auto; only GPUs have a faster one, and this is cpu"
+    run = Path("runs/default/version_0")
+    assert found["folder"] == str(run)
+    assert "resumed" not in found
+    assert found["rounds"].startswith("2 in ")
+    assert found["val/loss"].endswith("after round 2")
+    assert found["test"] == f"fedlight test -c {run}/config.yaml"
+    assert found["go on"].endswith("--trainer.max_rounds 4")
+    caplog.clear()
+    main(found["go on"].split()[1:])  # a run that has had all its rounds, as its last line says
+    found = said(caplog)
+    assert found["resumed"] == f"after round 2, from {run}/checkpoints/last.ckpt"
+    assert found["rounds"].startswith("4 in ")
+    caplog.clear()
+    main(["fit", "-c", str(run / "config.yaml"), "--ckpt_path=last"])
+    assert "after round 4: the run is finished, as trainer.max_rounds=4. Raise that" in caplog.text
+
+
+def test_names_of_files_are_quoted_for_the_shell(caplog):
+    fit("--trainer.name=my run")
+    assert said(caplog)["test"] == "fedlight test -c 'runs/my run/version_0/config.yaml'"
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(caplog):
+    with pytest.raises(SystemExit) as stop:
+        fit("--model=tests.test_summary.Stopped")
+    assert stop.value.code == 128 + signal.SIGTERM
+    found = said(caplog)
+    assert found["stopped"] == "after round 1"
+    assert "--trainer.max_rounds" not in found["go on"]
+    assert "test" not in found
+
+
+class Stopped(Regression):
+    def on_train_batch_start(self, batch, batch_idx):
+        if not ASKED:
+            ASKED.append(os.kill(os.getpid(), signal.SIGTERM))
+
+
+ASKED = []
+
+
+def test_the_facts_of_other_runs(tmp_path):
+    class Facts(Regression):
+        def on_train_start(self):
+            session = self.trainer._session
+            SEEN.append(facts(session, session.engine))
+
+    SEEN.clear()
+    model = Facts()
+    model.net.bias.requires_grad_(False)
+    quiet_trainer(tmp_path, local_steps=3, sampler=Bernoulli(), engine="eager", max_rounds=1).fit(model, Clients())
+    quiet_trainer(tmp_path, centralized=True, max_rounds=1).fit(Facts(), Clients())
+    FederatedTrainer(fast_dev_run=True, accelerator="cpu").fit(Facts(), Clients())
+    steps, central, quick = SEEN
+    assert "1 round of 3 local steps" in steps["method"]
+    assert "2 a round on average; 3 " in steps["clients"]
+    assert steps["model"] == "Facts, 3 parameters, 1 frozen"
+    assert steps["engine"] == "Eager: as trainer.engine says"
+    assert central["method"].startswith("Central, ")
+    assert central["clients"] == "all data in one place; 28 samples"
+    assert "folder" not in quick
+
+
+SEEN: list[dict[str, str]] = []
