@@ -20,7 +20,9 @@ def main(args: list[str]) -> int:
     options = _parser().parse_args(args)
     out: Path = options.output
     study = group_runs(find_runs(options.folders))
-    document = make_report(study, out / "pictures", options.metric, options.target, options.title)
+    baseline = study.baseline(options.baseline) if options.baseline and study.groups else None
+    chosen = options.metric, options.target, options.title, baseline, options.rank
+    document = make_report(study, out / "pictures", *chosen)
     write_markdown(document, out / "report.md")
     write_html(document, out / "report.html")
     written = [out / "report.md", out / "report.html"]
@@ -32,7 +34,15 @@ def main(args: list[str]) -> int:
     return 0 if study.groups else 1
 
 
-def make_report(study: Study, pictures: Path, metric: str, target: float | None, title: str) -> list[Block]:
+def make_report(
+    study: Study,
+    pictures: Path,
+    metric: str,
+    target: float | None,
+    title: str,
+    baseline: str | None = None,
+    rank: bool = False,
+) -> list[Block]:
     """Everything there is to say about a study.
 
     Args:
@@ -41,11 +51,15 @@ def make_report(study: Study, pictures: Path, metric: str, target: float | None,
         metric: by which methods are compared.
         target: the value to count rounds to; by default what every method of a setting reaches.
         title: of the document.
+        baseline: label of the method that the others are compared with.
+        rank: whether to rank methods over the settings.
     """
     blocks: list[Block | None] = [Heading(title, 1), *_state(study)]
     if study.groups:
         blocks += [Heading(f"Methods and settings: {metric}"), tables.overview(study, metric)]
         blocks.append(tables.gains(study, metric))
+        blocks.append(None if baseline is None else tables.distances(study, metric, baseline))
+        blocks.append(tables.ranks(study, metric) if rank else None)
         for index, setting in enumerate(study.settings):
             blocks += _setting(study, setting, pictures / f"setting{index + 1}", metric, target)
         if (differences := tables.differences(study)) is not None:
@@ -70,9 +84,11 @@ def _setting(study: Study, setting: str, folder: Path, metric: str, target: floa
     target = tables.default_target(study.within(setting), metric) if target is None else target
     results, others = tables.results(study, setting, metric, target), tables.figures(study, setting, metric)
     drawn = []
-    for curve in dict.fromkeys([metric, "val/loss", "train/loss"]):
-        path = figures.draw_curves(study, setting, curve, folder / f"{curve.replace('/', '_')}.png")
-        drawn.append((path, f"{curve} against rounds: mean over seeds, band of one standard deviation."))
+    curves = [(metric, cost) for cost in figures.COSTS]
+    for curve, against in dict.fromkeys([*curves, ("val/loss", "rounds"), ("train/loss", "rounds")]):
+        name = curve.replace("/", "_") + ("" if against == "rounds" else f"_{against}")
+        path = figures.draw_curves(study, setting, curve, folder / f"{name}.png", against)
+        drawn.append((path, f"{curve} against {against}: mean over seeds, band of one standard deviation."))
     drawn += [
         (figures.draw_spectra(study, setting, folder / "spectra.png"), "The Hessian of the training loss."),
         (figures.draw_layers(study, setting, folder / "layers.png"), "λ_max of every layer after the last round."),
@@ -122,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to write (default: report/)")
     add("--metric", default="val/accuracy", help="what methods are compared by (default: val/accuracy)")
     add("--target", type=float, help="count rounds to this value (default: what every method of a setting reaches)")
+    add("--baseline", metavar="METHOD", help="show the differences to this method, with 95 %% intervals over seeds")
+    add("--rank", action="store_true", help="rank the methods over the settings: Friedman's test, Nemenyi's distance")
     add("--latex", action="store_true", help="write table.tex, too")
     add("--title", default="fedlight report", help="title of the report")
     return parser

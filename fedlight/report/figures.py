@@ -1,26 +1,43 @@
 """The pictures of a report: readable in black and white, drawn without a window system."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlight.analysis._drawing import drawn, line_style
 from fedlight.report.groups import Group, Study
-from fedlight.report.tables import is_share
+from fedlight.report.tables import TRAFFIC, is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COSTS: dict[str, tuple[str, ...]] = {
+    "rounds": (),
+    "megabytes": TRAFFIC,
+    "gradients": ("clients/gradients",),
+}
+"""What curves are drawn against, and the metrics that add up to it."""
+_AXES = {"rounds": "rounds", "megabytes": "megabytes, sent both ways", "gradients": "gradients that clients computed"}
 
-def draw_curves(study: Study, setting: str, metric: str, path: Path) -> Path | None:
-    """A metric against rounds: the mean over seeds, and a band of one standard deviation; None if nobody logged it.
+
+def draw_curves(study: Study, setting: str, metric: str, path: Path, against: str = "rounds") -> Path | None:
+    """A metric against what it cost: the mean over seeds, and a band of one standard deviation; None without any.
 
     Methods have dashes and markers of their own; with MAN they are black, without it grey. Central training is a thin
     line at its final value.
+
+    Args:
+        study: the runs.
+        setting: which of them.
+        metric: what is drawn.
+        path: of the PNG.
+        against: one of :data:`COSTS`.
     """
     groups = [g for g in study.within(setting) if g.curve(metric)[0]]
-    if not groups:
+    federated = [g for g in groups if not g.method.is_central]
+    if not groups or (COSTS[against] and not any(g.spent(*COSTS[against]) for g in federated)):
         return None
     scale = 100 if is_share(metric) else 1
 
@@ -28,7 +45,7 @@ def draw_curves(study: Study, setting: str, metric: str, path: Path) -> Path | N
         axes = figure.subplots()
         for group in groups:
             if not group.method.is_central:
-                _curve(axes, study, group, metric, scale)
+                _curve(axes, study, group, metric, scale, COSTS[against])
                 continue
             style, final = _style(study, group), scale * group.curve(metric)[1][-1]
             axes.axhline(final, color=style["color"], linewidth=1, linestyle=style["linestyle"], zorder=1)
@@ -36,7 +53,7 @@ def draw_curves(study: Study, setting: str, metric: str, path: Path) -> Path | N
                 f"{group.label}: {final:.4g}", (0, final), xycoords=("axes fraction", "data"),
                 xytext=(4, 3), textcoords="offset points", fontsize=8,
             )  # fmt: skip
-        _count_rounds(axes)
+        _count_rounds(axes, against)
         axes.set_ylabel(f"{metric} (%)" if is_share(metric) else metric)
         if setting and len(study.settings) > 1:
             axes.set_title(setting)
@@ -127,19 +144,22 @@ def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
     return _drawn(path, plot, (7, 1.4 + 0.34 * len(groups)))
 
 
-def _curve(axes: "Axes", study: Study, group: Group, metric: str, scale: int = 1) -> None:
+def _curve(axes: "Axes", study: Study, group: Group, metric: str, scale: int = 1, cost: Sequence[str] = ()) -> None:
     style, (rounds, means, stds) = _style(study, group), group.curve(metric)
+    spent = group.spent(*cost)
+    x = [spent.get(r, math.nan) for r in rounds] if cost else rounds
     mean, std = ([scale * value for value in values] for values in (means, stds))
     low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-    axes.plot(rounds, mean, label=group.label, markevery=max(1, len(rounds) // 8), **style)
-    axes.fill_between(rounds, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(x, mean, label=group.label, markevery=max(1, len(rounds) // 8), **style)
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _count_rounds(axes: "Axes") -> None:
+def _count_rounds(axes: "Axes", against: str = "rounds") -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("rounds")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(_AXES[against])
+    if against == "rounds":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _bars(axes: "Axes", values: Sequence[tuple[Group, float, float]], name: str) -> None:

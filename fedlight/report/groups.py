@@ -5,8 +5,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from fedlight.report.naming import SEEDS, Items, Method, method_labels, pooled, setting_labels, setting_of
 from fedlight.report.runs import Run
+from fedlight.run.names import smaller_is_better
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,15 @@ class Stat:
         if not there:
             return None
         return cls(statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None, len(there))
+
+    @property
+    def half_width(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean by Student's t; None for one seed."""
+        if self.std is None:
+            return None
+        from scipy.stats import t
+
+        return float(t.ppf(0.975, self.count - 1)) * self.std / math.sqrt(self.count)
 
 
 @dataclass
@@ -66,15 +78,27 @@ class Group:
         there = [(r, stat) for r, stat in stats if stat is not None]
         return [r for r, _ in there], [s.mean for _, s in there], [s.std or 0.0 for _, s in there]
 
-    def rounds_to(self, metric: str, target: float) -> tuple[Stat | None, int, int]:
-        """After how many rounds a metric first reached a target.
+    def spent(self, *metrics: str) -> dict[int, float]:
+        """What the sum of metrics came to until the end of each round, a mean over seeds; empty if never logged."""
+        sums = [run.spent(*metrics) for run in self.runs]
+        return {r: statistics.fmean(s[r] for s in sums if r in s) for r in sorted({r for s in sums for r in s})}
+
+    def cost_to(self, metric: str, target: float, *spent: str) -> tuple[Stat | None, int]:
+        """What it took until a metric first reached a target.
+
+        Args:
+            metric: an accuracy must become as large, a loss as small.
+            target: the value.
+            spent: metrics to add up; without any, rounds are counted.
 
         Returns:
-            The statistics over the seeds that did, how many of them there are, and the most rounds that one trained.
+            The statistics over the seeds that reached it, and how many of them there are.
         """
-        reached = [[r for r, value in run.series(metric).items() if value >= target] for run in self.runs]
-        there = [min(rounds) for rounds in reached if rounds]
-        return Stat.of(there), len(there), max((run.rounds for run in self.runs), default=0)
+        sign, costs = -1 if smaller_is_better(metric) else 1, []
+        for run in self.runs:
+            if rounds := [r for r, value in run.series(metric).items() if sign * value >= sign * target]:
+                costs.append(run.spent(*spent).get(min(rounds)) if spent else min(rounds))
+        return Stat.of(costs), len(costs)
 
 
 @dataclass
@@ -115,6 +139,20 @@ class Study:
     def find(self, method: str, setting: str) -> Group | None:
         """The group of a method in a setting."""
         return next((g for g in self.groups if (g.label, g.setting_label) == (method, setting)), None)
+
+    def baseline(self, name: str) -> str:
+        """The label of the method that is called so, or has this name alone.
+
+        Raises:
+            MisconfigurationException: if no method or several are.
+        """
+        alike = {g.label for g in self.groups if name == g.label} or {
+            g.label for g in self.groups if name == g.method.name
+        }
+        if len(alike) != 1:
+            found = "is not among the runs" if not alike else "may be several of the methods"
+            raise MisconfigurationException(f"--baseline {name!r} {found}; they are {', '.join(self.methods)}.")
+        return alike.pop()
 
     def counterpart(self, group: Group) -> Group | None:
         """The same method without MAN, in the same setting."""

@@ -1,7 +1,7 @@
 """Reads what runs have left behind, whole or not."""
 
+import itertools
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -59,8 +59,14 @@ class Run:
 
     def total(self, *metrics: str) -> float | None:
         """The sum of metrics over all rounds; None if none was logged."""
-        values = [row[m] for row in self.rows for m in metrics if m in row]
-        return math.fsum(values) if values else None
+        return next(reversed(self.spent(*metrics).values()), None)
+
+    def spent(self, *metrics: str) -> dict[int, float]:
+        """The sum of metrics over the first rounds, by their number; empty if none was logged."""
+        if not any(m in row for row in self.rows for m in metrics):
+            return {}
+        sums = itertools.accumulate(sum(row.get(m, 0.0) for m in metrics) for row in self.rows)
+        return {1 + int(row["round"]): total for row, total in zip(self.rows, sums, strict=True)}
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:

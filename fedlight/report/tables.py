@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from fedlight.report.document import Cell, Table, cells
 from fedlight.report.groups import Group, Stat, Study, gain
@@ -9,6 +10,7 @@ from fedlight.report.naming import differing, show
 from fedlight.run.names import smaller_is_better
 
 _DASH = "–"
+TRAFFIC = ("comm/down_mb", "comm/up_mb")
 _COLUMNS = {
     "val/accuracy": "server",
     "val/accuracy_selected": "selected",
@@ -68,31 +70,87 @@ def overview(study: Study, metric: str) -> Table:
             stat = None if group is None else group.stat(metric)
             row.append(Cell(show_stat(stat, metric), method in best[setting]))
         rows.append(row)
-    unit = " in percent" if is_share(metric) else ""
-    note = f"{metric}{unit} after the last round, mean ± standard deviation over seeds; bold: the best of the setting."
+    unit, seeds = " in percent" if is_share(metric) else "", {len(group.runs) for group in study.groups}
+    few = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+    note = (
+        f"{metric}{unit} after the last round, mean ± standard deviation over seeds ({few} of each); bold: the best of"
+        " the setting."
+    )
     return Table(["method", *study.settings], rows, note)
 
 
 def gains(study: Study, metric: str) -> Table | None:
     """What MAN adds to each method in each setting; None where no method was run with and without."""
+    return _compared(study, metric, study.counterpart, "gain of MAN", "above the same method without MAN")
+
+
+def distances(study: Study, metric: str, baseline: str) -> Table | None:
+    """How far each method lies above a baseline, a method's label, in each setting."""
+    others = {setting: study.find(baseline, setting) for setting in study.settings}
+
+    def other(group: Group) -> Group | None:
+        return None if group.label == baseline else others[group.setting_label]
+
+    return _compared(study, metric, other, f"difference to {baseline}", f"above {baseline}")
+
+
+def _compared(study: Study, metric: str, other: Callable[[Group], Group | None], title: str, what: str) -> Table | None:
     rows: dict[str, list[Cell]] = {}
     for method in study.methods:
-        row = []
-        for setting in study.settings:
-            group = study.find(method, setting)
-            row.append(Cell(_DASH if group is None else _gain(study, group, metric)))
+        groups = [study.find(method, setting) for setting in study.settings]
+        pairs = [(group, None if group is None else other(group)) for group in groups]
+        row = [Cell(_DASH) if a is None or b is None else show_gain(gain(a, b, metric), metric) for a, b in pairs]
         if any(cell.text != _DASH for cell in row):
             rows[method] = row
     if not rows:
         return None
     unit = "percentage points of " if is_share(metric) else ""
-    note = f"{unit}{metric} above the same method without MAN; mean ± standard deviation over the seeds of both."
-    return Table(["gain of MAN", *study.settings], [[Cell(m), *row] for m, row in rows.items()], note)
+    note = (
+        f"{unit}{metric} {what}: the mean of the differences seed by seed ± half of its 95 % interval by Student's t;"
+        " bold: the interval excludes 0. From one common seed there is no interval."
+    )
+    return Table([title, *study.settings], [[Cell(m), *row] for m, row in rows.items()], note)
 
 
-def show_gain(stat: Stat | None, metric: str) -> str:
-    """A gain with its sign."""
-    return _DASH if stat is None else ("+" if stat.mean >= 0 else "") + show_stat(stat, metric)
+def show_gain(stat: Stat | None, metric: str) -> Cell:
+    """A difference with its sign and interval; one that the interval tells from 0 is bold."""
+    if stat is None:
+        return Cell(_DASH)
+    half, sign = stat.half_width, "+" if stat.mean >= 0 else ""
+    text = sign + show_stat(replace(stat, std=half), metric)
+    few = {0: " (no common seed)", 1: " (1 seed)"}.get(stat.count, "")
+    return Cell(text + few, half is not None and abs(stat.mean) > half)
+
+
+_FEWEST = 5  # settings, for Friedman's test: its χ² is too far from the truth with fewer
+
+
+def ranks(study: Study, metric: str) -> Table | None:
+    """The mean rank of each method over the settings that all of them have, and whether ranks differ by chance.
+
+    Friedman's test, and Nemenyi's critical difference q·sqrt(k(k+1)/6n) of k methods in n settings (Demšar, 2006,
+    "Statistical Comparisons of Classifiers over Multiple Data Sets", section 3.2.2).
+    """
+    from scipy.stats import friedmanchisquare, rankdata, studentized_range
+
+    methods = [m for m in study.methods if not any(g.method.is_central for g in study.groups if g.label == m)]
+    sign = 1 if smaller_is_better(metric) else -1
+    groups = [[study.find(method, setting) for method in methods] for setting in study.settings]
+    stats = [[None if group is None else group.stat(metric) for group in row] for row in groups]
+    values = [[sign * stat.mean for stat in row if stat is not None] for row in stats if None not in row]
+    k, n = len(methods), len(values)
+    if k < 2 or not n:
+        return None
+    means = [sum(column) / n for column in zip(*(rankdata(row) for row in values), strict=True)]
+    note = f"Mean rank by {metric} over {n} of {len(stats)} settings, those that all methods have; 1 is the best. "
+    if k < 3 or n < _FEWEST:
+        note += f"Friedman's test needs 3 methods and {_FEWEST} settings: there are {k} and {n}."
+    else:
+        p = float(friedmanchisquare(*zip(*values, strict=True)).pvalue)
+        critical = float(studentized_range.ppf(0.95, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * n))
+        note += f"Friedman's test: p = {p:.2g}. Nemenyi: ranks differ at 95 % if they are {critical:.2f} apart."
+    order = sorted(range(k), key=means.__getitem__)
+    return Table(["method", "mean rank"], [cells(methods[i], f"{means[i]:.2f}") for i in order], note)
 
 
 def default_target(groups: Sequence[Group], metric: str) -> float | None:
@@ -117,7 +175,9 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
     if metric not in _COLUMNS:
         columns.insert(0, (metric, lambda g: show_stat(g.stat(metric), metric)))
     if target is not None:
-        columns.append((f"rounds to {target * 100:g} %", lambda g: show_rounds(g, metric, target)))
+        goal = f"{target * 100:g} %" if is_share(metric) else f"{target:g}"
+        columns.append((f"rounds to {goal}", lambda g: show_cost(g, metric, target)))
+        columns.append((f"MB to {goal}", lambda g: show_cost(g, metric, target, *TRAFFIC)))
     columns.append(("seeds", lambda g: str(len(g.runs))))
     note = (
         "server, selected, all: accuracy in percent of the server's model, of the mean of the selected clients and of"
@@ -136,7 +196,8 @@ def figures(study: Study, setting: str, metric: str) -> Table | None:
         ("clients: mean", lambda g: show_stat(g.stat("clients/accuracy_mean"), "accuracy")),
         ("clients: std", lambda g: show_stat(g.stat("clients/accuracy_std"), "accuracy")),
         ("clients: worst 10 %", lambda g: show_stat(g.stat("clients/accuracy_p10"), "accuracy")),
-        ("MB", lambda g: _DASH if g.method.is_central else show_wide(g.total("comm/down_mb", "comm/up_mb"))),
+        ("clients: worst", lambda g: show_stat(g.stat("clients/accuracy_min"), "accuracy")),
+        ("MB", lambda g: _DASH if g.method.is_central else show_wide(g.total(*TRAFFIC))),
         ("s", lambda g: show_wide(g.total("time/round_s"))),
     ]
     note = (
@@ -163,15 +224,18 @@ def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Colum
 
 def _gain(study: Study, group: Group, metric: str) -> str:
     other = study.counterpart(group)
-    return _DASH if other is None else show_gain(gain(group, other, metric), metric)
+    return _DASH if other is None else show_gain(gain(group, other, metric), metric).text
 
 
-def show_rounds(group: Group, metric: str, target: float) -> str:
-    """Rounds to a target: ``206 ± 4``; ``> 500`` where no seed got there, ``206 (2 of 3)`` where some did."""
-    stat, reached, most = group.rounds_to(metric, target)
+def show_cost(group: Group, metric: str, target: float, *spent: str) -> str:
+    """Rounds, or what was spent, to a target: ``206 ± 4``; ``> 500`` if no seed got there, ``206 (2 of 3)`` if some."""
+    if spent and (group.method.is_central or not group.spent(*spent)):
+        return _DASH
+    stat, reached = group.cost_to(metric, target, *spent)
     if stat is None:
-        return f"> {most}"
-    text = f"{stat.mean:.0f}" if stat.std is None else f"{stat.mean:.0f} ± {stat.std:.0f}"
+        most = [run.total(*spent) if spent else run.rounds for run in group.runs]
+        return f"> {show_number(max(filter(None, most), default=0))}"
+    text = show_wide(stat) if spent else f"{stat.mean:.0f}" if stat.std is None else f"{stat.mean:.0f} ± {stat.std:.0f}"
     return text if reached == len(group.runs) else f"{text} ({reached} of {len(group.runs)})"
 
 

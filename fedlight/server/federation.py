@@ -194,6 +194,8 @@ class Federation:
         metrics = round_metrics(incoming.reports, mean_update(total))
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
+        passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
+        metrics["clients/gradients"] = passes * sum(report.num_steps for report in incoming.reports)
         views, latest = self.algorithm.evaluated(algorithm, self._received, total), {}
         dtype = old.algorithm["params"].dtype
         views = {view: params.to(dtype) for view, params in views.items()}

@@ -12,6 +12,7 @@ from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from fedlight.perturbations.base import unit
+from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 TENSOR = {"dtype": torch.float64}
 
@@ -228,3 +229,13 @@ def test_an_unknown_perturbation_lists_the_known_ones():
 def test_unit_has_length_one_or_zero():
     assert unit(vector(0.0, 0.0)).tolist() == [0.0, 0.0]
     np.testing.assert_allclose(unit(vector(3.0, 4.0)).numpy(), [0.6, 0.8], atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "gradients"), [(None, 8), (SAM(rho=0.1), 16), (SAM(rho=0.0), 8), (LESAM(rho=0.1), 8)]
+)
+def test_the_gradients_that_clients_compute_are_counted(perturbation, gradients, tmp_path):
+    """Clients of 5, 12, 8 and 3 samples take 2 + 3 + 2 + 1 batches of 4."""
+    trainer = quiet_trainer(tmp_path, perturbation=perturbation, max_rounds=1, clients_per_round=4)
+    trainer.fit(Regression(), Clients())
+    assert trainer.callback_metrics["clients/gradients"] == gradients

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.cli.arguments import dotted
 from fedlight.report.groups import Stat, gain, group_runs
@@ -104,9 +105,40 @@ def test_gain_without_common_seeds_is_that_of_the_means():
 
 def test_rounds_to_a_target():
     study = group_runs([run([0.1, 0.5, 0.4, 0.6], seed=0), run([0.1, 0.2, 0.3, 0.5], seed=1), run([0.1] * 4, seed=2)])
-    stat, reached, most = study.groups[0].rounds_to("val/accuracy", 0.5)
-    assert (stat.mean, reached, most) == (3.0, 2, 4)
-    assert study.groups[0].rounds_to("val/accuracy", 0.7) == (None, 0, 4)
+    stat, reached = study.groups[0].cost_to("val/accuracy", 0.5)
+    assert (stat.mean, reached) == (3.0, 2)
+    assert study.groups[0].cost_to("val/accuracy", 0.7) == (None, 0)
+
+
+def test_what_was_sent_until_a_target():
+    runs = [run([0.1, 0.5, 0.6], seed=0), run([0.1, 0.2, 0.5], seed=1)]
+    for row in (row for r in runs for row in r.rows):
+        row |= {"comm/down_mb": 1.0, "comm/up_mb": 2.0 + row["round"], "val/loss": 1 - row["val/accuracy"]}
+    (group,) = group_runs(runs).groups
+    assert group.spent("comm/down_mb", "comm/up_mb") == {1: 3.0, 2: 7.0, 3: 12.0}
+    assert group.spent("clients/gradients") == {}
+    stat, reached = group.cost_to("val/accuracy", 0.5, "comm/down_mb", "comm/up_mb")
+    assert (stat.mean, reached) == ((7 + 12) / 2, 2)
+    assert group.cost_to("val/loss", 0.5)[0].mean == 2.5, "a loss has to fall to its target"
+
+
+def test_intervals_are_those_of_students_t():
+    # The quantiles 12.7062 and 4.30265 of Student's t with 1 and 2 degrees of freedom stand in every table of it.
+    assert Stat.of([0.1, 0.2]).half_width == pytest.approx(12.7062 * math.sqrt(0.005) / math.sqrt(2), rel=1e-5)
+    assert Stat.of([0.10, 0.12, 0.14]).half_width == pytest.approx(4.30265 * 0.02 / math.sqrt(3), rel=1e-5)
+    assert Stat.of([0.1]).half_width is None
+
+
+def test_a_baseline_is_a_label_or_a_name_that_is_one_methods():
+    study = group_runs([run([0.1]), run([0.2], callbacks=[man(0.1)]), run([0.3], callbacks=[man(0.2)])])
+    assert study.baseline("FedAvg") == "FedAvg"
+    assert study.baseline("FedAvg+MAN (zeta=0.1)") == "FedAvg+MAN (zeta=0.1)"
+    with pytest.raises(MisconfigurationException, match=r"--baseline 'FedAvg\+MAN' may be several of the methods"):
+        study.baseline("FedAvg+MAN")
+    with pytest.raises(
+        MisconfigurationException, match=r"'FedDyn' is not among the runs; they are FedAvg, FedAvg\+MAN"
+    ):
+        study.baseline("FedDyn")
 
 
 def test_curves_are_means_of_the_seeds_that_have_a_value():

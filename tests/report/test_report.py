@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.report import tables
 from fedlight.report.command import main
 from fedlight.report.document import Cell, Heading, Picture, Table, Text
-from fedlight.report.groups import group_runs
+from fedlight.report.groups import Stat, group_runs
 from fedlight.report.runs import find_runs
 from fedlight.report.writers import write_html, write_latex, write_markdown
 from tests.report.folders import MAN, config, write_run, write_study
@@ -57,12 +58,12 @@ def test_the_numbers_are_right(report):
     assert overview["Central"] == ["90.00", "90.00"], "pooled data know no partition; the upper line is never the best"
     assert "18 of 20 runs make up the tables." in markdown
     gains = rows(markdown, "gain of MAN")
-    assert gains["FedAvg+MAN"] == ["+10.00 ± 0.00", "+10.00 ± 0.00"]
+    assert gains["FedAvg+MAN"] == ["**+10.00 ± 0.00**", "**+10.00 ± 0.00**"]
     results = rows(markdown.split("## Setting: alpha=0.3")[1], "method | server")
     header = results["method"]
-    assert header == ["server", "loss", "gain of MAN", "rounds to 50 %", "seeds"]
-    assert results["FedAvg"] == ["51.00 ± 1.41", "0.490 ± 0.014", "–", "3 ± 0", "2"]
-    assert results["Central"] == ["90.00", "0.100", "–", "1", "1"]
+    assert header == ["server", "loss", "gain of MAN", "rounds to 50 %", "MB to 50 %", "seeds"]
+    assert results["FedAvg"] == ["51.00 ± 1.41", "0.490 ± 0.014", "–", "3 ± 0", "6", "2"]
+    assert results["Central"] == ["90.00", "0.100", "–", "1", "–", "1"]
     others = rows(markdown.split("## Setting: alpha=0.3")[1], "method | λ\\_max")
     assert others["method"] == ["λ\\_max", "trace", "clients: mean", "clients: worst 10 %", "MB", "s"]
     assert others["FedDC+MAN"] == ["10", "100", "–", "–", "6", "6"]
@@ -170,14 +171,71 @@ def test_nan_and_missing_metrics_do_not_stop_a_report(tmp_path):
 def test_rounds_that_nobody_reaches(tmp_path):
     write_run(tmp_path / "a" / "version_0", [0.1, 0.2])
     study = group_runs(find_runs([tmp_path]))
-    assert tables.show_rounds(study.groups[0], "val/accuracy", 0.5) == "> 2"
+    assert tables.show_cost(study.groups[0], "val/accuracy", 0.5) == "> 2"
 
 
 def test_numbers_as_they_are_shown():
     assert tables.show_number(None) == "–"
     assert tables.show_number(12345.6) == "12346"
     assert tables.show_number(0.00012345) == "0.0001234"
-    assert tables.show_gain(None, "x") == "–"
+    assert tables.show_gain(None, "x") == Cell("–")
+    assert tables.show_gain(Stat.of([0.10, 0.12, 0.14]), "accuracy") == Cell("+12.00 ± 4.97", bold=True)
+    assert tables.show_gain(Stat.of([-0.1, 0.2]), "loss") == Cell("+0.05 ± 1.91"), "the interval holds 0"
+    assert tables.show_gain(Stat.of([-0.1]), "accuracy") == Cell("-10.00 (1 seed)")
+    assert tables.show_gain(Stat(0.1, None, 0), "accuracy") == Cell("+10.00 (no common seed)")
+
+
+def ranked(tmp_path, settings: int) -> Table:
+    for i in range(settings):
+        for j, method in enumerate(["FedAvg", "FedProx", "FedDyn"]):
+            write_run(
+                tmp_path / f"{method}{i}" / "version_0", [0.1, 0.5 + 0.1 * j - 0.01 * i], config(method, alpha=i + 1.0)
+            )
+    write_run(tmp_path / "central" / "version_0", [0.9], config(centralized=True))
+    table = tables.ranks(group_runs(find_runs([tmp_path])), "val/accuracy")
+    assert table is not None
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["FedDyn", "1.00"],
+        ["FedProx", "2.00"],
+        ["FedAvg", "3.00"],
+    ]
+    return table
+
+
+def test_ranks_over_settings(tmp_path):
+    """Ranks 1, 2, 3 in each of 5 settings: χ² = 12·5/12·(1 + 4 + 9 − 12) = 10, of which the tail is e^-5.
+
+    Demšar's table 5 has q = 2.343 for 3 methods: 2.343·sqrt(3·4/(6·5)) = 1.48.
+    """
+    note = ranked(tmp_path, 5).note
+    assert "over 5 of 5 settings" in note
+    assert "p = 0.0067." in note
+    assert "1.48 apart" in note
+
+
+def test_too_few_settings_for_a_test_of_ranks(tmp_path):
+    assert "Friedman's test needs 3 methods and 5 settings: there are 3 and 4." in ranked(tmp_path, 4).note
+
+
+def test_differences_to_a_baseline(tmp_path):
+    for seed, (ours, theirs) in enumerate([(0.60, 0.50), (0.64, 0.52), (0.65, 0.51)]):
+        write_run(tmp_path / "a" / f"version_{seed}", [0.1, theirs], config("FedAvg", seed))
+        write_run(tmp_path / "b" / f"version_{seed}", [0.1, ours], config("FedDyn", seed))
+    write_run(tmp_path / "c" / "version_0", [0.1, 0.7], config("FedProx", 0))
+    out = tmp_path / "out"
+    assert main([str(tmp_path), "-o", str(out), "--baseline", "FedAvg", "--rank"]) == 0
+    text = (out / "report.md").read_text()
+    # 10, 12 and 14 points: 12 ± 4.30265·2/sqrt(3).
+    assert rows(text, "difference to FedAvg") == {
+        "difference to FedAvg": ["digits"],
+        "---": ["---:"],
+        "FedDyn": ["**+12.00 ± 4.97**"],
+        "FedProx": ["+20.00 (1 seed)"],
+    }
+    assert "(1-3 of each)" in text
+    assert "needs 3 methods and 5 settings: there are 3 and 1." in text
+    with pytest.raises(MisconfigurationException, match="--baseline 'FedSGD' is not among the runs"):
+        main([str(tmp_path), "-o", str(out), "--baseline", "FedSGD"])
 
 
 def test_writers_escape(tmp_path):
