@@ -1,5 +1,6 @@
 """Fixtures that hold for every test: a test leaves the process as it found it."""
 
+import functools
 import gc
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import fabric
+from lightning.pytorch.trainer.connectors import callback_connector
 from PIL import Image
 
 from fedlight.callbacks import partition
@@ -28,6 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(mark.kwargs.get("min_cuda_gpus", 0) > 0 for mark in item.iter_markers("skipif")):
             item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _entry_points_are_read_once() -> Iterator[None]:
+    """Lightning looks for callbacks in all installed packages at each start: a quarter of the time of a small fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fabric, callback_connector):
+            patch.setattr(module, "_load_external_callbacks", functools.cache(module._load_external_callbacks))
+        yield
 
 
 @pytest.fixture(autouse=True)
