@@ -14,6 +14,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.run import analyze
+from fedlight.callbacks.config_file import config_yaml
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine
 from fedlight.perturbations.base import Perturbation
@@ -155,6 +156,7 @@ class FederatedTrainer(TrainerInterface):
             MisconfigurationException: before training starts, for anything that cannot be honoured.
             FloatingPointError: if the updates of all clients of a round are not finite.
         """
+        self.config = config_yaml(self, model, datamodule)
         with Session(self, model, datamodule, "fit", ckpt_path) as self._session:
             self._session.start_fit()
             while self.current_round < self.max_rounds and not self.should_stop:

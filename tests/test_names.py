@@ -3,7 +3,7 @@
 from fedlight import FederatedTrainer
 from fedlight.algorithms import FedAvg, FedDyn, FedSAM
 from fedlight.callbacks import MAN
-from fedlight.cli.arguments import dotted
+from fedlight.run.names import dotted
 from fedlight.perturbations import SAM
 from fedlight.run.names import method_name
 

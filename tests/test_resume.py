@@ -23,8 +23,9 @@ from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
 from fedlight.report.runs import read_run
 from fedlight.run.checkpoint import load_checkpoint
+from fedlight.run.folder import keep_config
 from fedlight.run.loggers import read_metrics
-from fedlight.run.resume import keep_config, record_changes
+from fedlight.run.resume import record_changes
 from fedlight.server.sampling import Bernoulli
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 from tests.test_cli import QUIET, TINY
@@ -158,7 +159,7 @@ def test_what_may_differ(first, tmp_path):
         deterministic=True,
     )
     assert torch.equal(weights(resumed), weights(whole))
-    assert not (trainer.run_dir / "config_history").exists()
+    assert not (trainer.run_dir / "config_history" / "changes.json").exists()
 
 
 def test_a_changed_learning_rate_takes_over_where_the_schedule_is(first, tmp_path):

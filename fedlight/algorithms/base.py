@@ -12,6 +12,7 @@ from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.base import State as State
 from fedlight.server.senders import Sender as Sender
+from fedlight.written import Remembers
 
 Message = dict[str, Tensor]
 """What a client sends: named tensors, and nothing else."""
@@ -19,7 +20,7 @@ Weighting = Literal["samples", "equal"]
 """Whether clients count by their samples, p_i = n_i / mean(n), or equally, p_i = 1."""
 
 
-class Algorithm:
+class Algorithm(Remembers):
     """Base of all federated algorithms; as it stands it is FedAvg with a server learning rate of 1.
 
     An algorithm holds its settings and nothing else. State is explicit: the server's and each client's are named

@@ -16,11 +16,12 @@ from fedlight.analysis.subject import DataName, Subject, is_federated, output_fo
 from fedlight.checks import check_at_least_one
 from fedlight.run.folder import optional
 from fedlight.run.loggers import log_picture, read_metrics
+from fedlight.written import Remembers
 
 _REDRAW = 30.0  # seconds between two drawings of the same history
 
 
-class HessianSpectrum(Callback):
+class HessianSpectrum(Remembers, Callback):
     """Measures the curvature of the task loss: eigenvalues, trace, spectral density, layers, sharpness.
 
     The loss is that of ``training_step`` without penalties, in eval mode and float32. Training is not touched: the

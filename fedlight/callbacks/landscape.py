@@ -9,9 +9,10 @@ from fedlight.analysis.measurement import ViewName
 from fedlight.analysis.subject import DataName, Weights, is_federated, output_folder, subject_of
 from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
 from fedlight.run.loggers import log_picture
+from fedlight.written import Remembers
 
 
-class LossLandscape(Callback):
+class LossLandscape(Remembers, Callback):
     """Draws the task loss on a plane through the final model when a fit ends, federated or in a stock Trainer.
 
     ``plots/landscape_contour.png`` and ``plots/landscape_surface.png`` are written to the run's folder, and with

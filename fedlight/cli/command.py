@@ -5,10 +5,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -22,15 +20,13 @@ import fedlight.models
 import fedlight.perturbations
 import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight.algorithms.base import Algorithm
-from fedlight.cli.arguments import dotted, yaml_argument
+from fedlight.callbacks.config_file import ConfigFile
+from fedlight.cli.arguments import yaml_argument
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
 from fedlight.perturbations.base import Perturbation
-from fedlight.run.folder import atomic_write, writing
-from fedlight.run.loggers import tell
 from fedlight.run.processes import raised_in
-from fedlight.run.resume import keep_config
 from fedlight.run.signals import exit_by_signal
 from fedlight.server.sampling import Sampler
 from fedlight.trainer import FederatedTrainer
@@ -76,36 +72,15 @@ def _subclasses(base: type) -> set[type]:
     return {base}.union(*(_subclasses(child) for child in children))
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes the complete configuration to the run's folder, and hands it to the loggers."""
+class SaveConfig(ConfigFile, SaveConfigCallback):
+    """Writes the configuration of the command line."""
 
-    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` when a fit begins."""
-        if stage == "fit" and not trainer.resumed:
-            self._write(trainer)
-
-    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Write it when a run is continued, now that nothing stands against that; what was there before is kept."""
-        if trainer.resumed:
-            self._write(trainer)
-
-    def _write(self, trainer: Any) -> None:
-        if trainer.log_dir is None or not trainer.is_global_zero:
-            return
-        path, config = Path(trainer.log_dir) / "config.yaml", self.config.clone()
-        if path.exists():
-            if trainer.current_round >= trainer.max_rounds:
-                return
-            # How a run was continued is no part of what it is.
+    def text(self, trainer: Any, continued: bool) -> str:
+        """All of it, in the order of the parser."""
+        config = self.config.clone()
+        if continued:
             config["ckpt_path"], config["trainer.allow_changes"] = None, False
-        text = self.parser.dump(config, skip_none=False, skip_link_targets=False)
-        with writing(path.parent):
-            if path.exists():
-                keep_config(path.parent, trainer.current_round, path.read_text() == text)
-            atomic_write(path, text.encode())
-        # By dotted keys: a sweep's parameter `algorithm` would take the place of all below `algorithm`.
-        logged = dotted(yaml.safe_load(text))
-        tell(trainer.loggers, lambda logger: logger.log_hyperparams(logged))
+        return str(self.parser.dump(config, skip_none=False, skip_link_targets=False))
 
 
 class FederatedCLI(LightningCLI):

@@ -89,6 +89,8 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _key(word: str, keys: list[str], owner: str | None) -> str:
+    if word == "not_written":
+        return "a Python program wrote this file, and lists there what is missing: add that, and remove `not_written`"
     start = next((k for k in _ELSEWHERE if f"{word}.".startswith(f"{k}.")), "") if owner is None else ""
     if start:
         return f"{word!r} is not known; did you mean '{_ELSEWHERE[start]}{word[len(start) :]}'?"

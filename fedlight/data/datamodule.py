@@ -11,9 +11,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.seeding import generator
+from fedlight.written import Remembers
 
 
-class FederatedDataModule(LightningDataModule):
+class FederatedDataModule(Remembers, LightningDataModule):
     """Client i's dataset, and datasets for validation and test.
 
     A subclass loads and partitions its data in :meth:`setup`, sets ``num_clients`` and returns datasets from

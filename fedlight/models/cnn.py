@@ -5,6 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from fedlight.models._shapes import check_images, dense_layers
+from fedlight.written import Remembers
 
 
 def _stages(*convolutions: nn.Conv2d, groups: int = 0) -> dict[str, nn.Module]:
@@ -18,7 +19,7 @@ def _stages(*convolutions: nn.Conv2d, groups: int = 0) -> dict[str, nn.Module]:
     return layers
 
 
-class _ImageStack(nn.Sequential):
+class _ImageStack(Remembers, nn.Sequential):
     """Layers in sequence, for images ``[B, in_channels, image_size, image_size]``."""
 
     def __init__(self, layers: dict[str, nn.Module], in_channels: int, image_size: int) -> None:

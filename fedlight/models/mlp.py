@@ -8,9 +8,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from fedlight.models._shapes import dense_layers
+from fedlight.written import Remembers
 
 
-class MLP(nn.Sequential):
+class MLP(Remembers, nn.Sequential):
     """Dense layers with a ReLU after each but the last; whatever comes in is flattened.
 
     Args:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from fedlight.models._shapes import check_images
+from fedlight.written import Remembers
 
 
 class _Block(nn.Module):
@@ -31,7 +32,7 @@ class _Block(nn.Module):
         return result
 
 
-class ResNet18GN(nn.Module):
+class ResNet18GN(Remembers, nn.Module):
     """ResNet-18 (He 2016) for images of about 32x32, GroupNorm in place of BatchNorm.
 
     BatchNorm's statistics differ between clients; GroupNorm has none. The stem is one 3x3 convolution without

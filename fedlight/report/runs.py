@@ -11,9 +11,9 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli.arguments import dotted
 from fedlight.run.folder import HISTORY, is_locked, versions
 from fedlight.run.loggers import read_metrics
+from fedlight.run.names import dotted
 
 Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign", "changed"]
 

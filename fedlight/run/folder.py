@@ -168,6 +168,21 @@ class RunFolder:
         atomic_write(self.path / name, json.dumps(content, indent=2, allow_nan=True).encode())
 
 
+def keep_config(run: Path, round: int, same: bool) -> None:
+    """Keep ``config.yaml`` as ``config_history/rounds_<first>-<last>.yaml``, unless it goes on as the ``same``."""
+    history, begin = run / HISTORY, 0
+    for path in history.glob("rounds_*-*.yaml"):
+        first, last = map(int, path.stem.removeprefix("rounds_").split("-"))
+        if first >= round:
+            path.unlink()
+        elif last >= round:
+            path.rename(history / f"rounds_{first}-{round - 1}.yaml")
+        begin = max(begin, last + 1)
+    if begin < round and not same:
+        history.mkdir(exist_ok=True)
+        shutil.copyfile(run / "config.yaml", history / f"rounds_{begin}-{round - 1}.yaml")
+
+
 def is_locked(run: Path) -> bool:
     """Whether a process holds the folder of a run."""
     try:

@@ -1,7 +1,8 @@
 """What a method is called in tables, pictures and loggers, and what the names of metrics say."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 CENTRAL = "Central"
 """The name of training on pooled data, where no algorithm is at work."""
@@ -43,3 +44,17 @@ def preferred_metric(logged: Iterable[str]) -> str | None:
 def smaller_is_better(metric: str) -> bool:
     """Whether the name of a metric means a loss or an error."""
     return re.search(_SMALLER, metric.lower()) is not None
+
+
+def dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """A nested configuration by the keys of the command line: ``{"trainer": {"name": "a"}}`` by ``trainer.name``.
+
+    Lists stay as they are; an empty mapping is a value.
+    """
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            out |= dotted(value, f"{above}{key}.")
+        else:
+            out[f"{above}{key}"] = value
+    return out

@@ -1,7 +1,6 @@
 """Continuing a run: which file is read, whether it is of the same experiment, and what the folder keeps of changes."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -138,18 +137,3 @@ def record_changes(run: Path, round: int, changes: dict[str, list[Any]]) -> None
             atomic_write(path, json.dumps(noted, indent=2).encode())
         else:
             path.unlink(missing_ok=True)
-
-
-def keep_config(run: Path, round: int, same: bool) -> None:
-    """Keep ``config.yaml`` as ``config_history/rounds_<first>-<last>.yaml``, unless it goes on as the ``same``."""
-    history, begin = run / HISTORY, 0
-    for path in history.glob("rounds_*-*.yaml"):
-        first, last = map(int, path.stem.removeprefix("rounds_").split("-"))
-        if first >= round:
-            path.unlink()
-        elif last >= round:
-            path.rename(history / f"rounds_{first}-{round - 1}.yaml")
-        begin = max(begin, last + 1)
-    if begin < round and not same:
-        history.mkdir(exist_ok=True)
-        shutil.copyfile(run / "config.yaml", history / f"rounds_{begin}-{round - 1}.yaml")

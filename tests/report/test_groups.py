@@ -5,7 +5,7 @@ import math
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli.arguments import dotted
+from fedlight.run.names import dotted
 from fedlight.report.groups import Stat, gain, group_runs
 from fedlight.report.naming import Method, setting_of
 from fedlight.report.runs import Run, find_runs

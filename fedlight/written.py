@@ -1,0 +1,127 @@
+"""Live objects as YAML has them: a class, and what it was made with."""
+
+import enum
+import inspect
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import PurePath
+from typing import Any, Self
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+Lost = dict[str, str]
+"""What cannot be written, by its key, and why."""
+_PLAIN = (bool, int, float, str)
+_NOT_MADE_AGAIN = (nn.Module, LightningDataModule, Dataset, DataLoader)
+
+
+class Remembers:
+    """Objects of a class below this one know what they were made with."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Keep the arguments as YAML would have them, no more: data are not held by it."""
+        made, lost = super().__new__(cls), Lost()
+        try:
+            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
+        except TypeError:  # __init__ will say it better
+            return made
+        bound.apply_defaults()
+        names = _arguments(cls)
+        found = {name: value for name, value in {**bound.arguments, **bound.kwargs}.items() if name in names}
+        if any(bound.arguments[p.name] for p in bound.signature.parameters.values() if p.kind is p.VAR_POSITIONAL):
+            lost[""] = f"a {cls.__name__} is made with *args"
+        made.__dict__["_made_with"] = {name: written(value, f".{name}", lost) for name, value in found.items()}, lost
+        return made
+
+
+def written(value: Any, key: str, lost: Lost) -> Any:
+    """A value as YAML has it; an object as its class and what it was made with.
+
+    Args:
+        value: the value.
+        key: where it belongs, such as ``model.net``.
+        lost: receives what cannot be written, and why.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None or type(value) in _PLAIN:
+        return value
+    if key.count(".") > 12:
+        lost[key] = "objects that hold each other"
+        return None
+    if isinstance(value, PurePath | enum.Enum):
+        return value.name if isinstance(value, enum.Enum) else str(value)
+    if isinstance(value, Mapping):
+        return {str(k): written(v, f"{key}.{k}", lost) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [written(v, f"{key}.{i}", lost) for i, v in enumerate(value)]
+    if isinstance(value, partial) and not value.args:
+        return {"class_path": _path(value.func, key, lost), "init_args": written(value.keywords, key, lost)}
+    if isinstance(value, type) or inspect.isroutine(value):
+        path = _path(value, key, lost)
+        return {"class_path": path} if isinstance(value, type) and issubclass(value, nn.Module) else path
+    args, missing = _remembered(value) if "_made_with" in getattr(value, "__dict__", {}) else _held(value)
+    path = _path(type(value), key, lost)
+    lost |= {f"{key}{name}": why for name, why in missing.items()}
+    return {"class_path": path, **({"init_args": args} if args else {})}
+
+
+def _remembered(value: Any) -> tuple[dict[str, Any], Lost]:
+    """What an object was made with; a number or word that was set anew since then is what it is now."""
+    (args, missing), held = value._made_with, vars(value)
+    new = {k: held[k] for k, v in args.items() if v is not None and type(held.get(k)) in _PLAIN}
+    return {**args, **new}, missing
+
+
+def _held(value: Any) -> tuple[dict[str, Any], Lost]:
+    """Attributes and hyperparameters that are called as an object's arguments are, where it can be made of them."""
+    cls, missing = type(value), Lost()
+    arguments = sorted(_arguments(cls))
+    if not hasattr(value, "__dict__") or arguments == ["*"]:
+        return {}, {"": f"a {cls.__name__} does not tell what it was made with"}
+    held = {**vars(value), **getattr(value, "_modules", {})}
+    held |= value.hparams if isinstance(value, HyperparametersMixin) else {}
+    names = {name: k for name in arguments for k in (f"_{name}", name) if k in held}
+    if absent := [name for name in arguments if name not in names]:
+        some = f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
+        missing[""] = f"a {cls.__name__} keeps {some} neither in hparams nor as attributes of that name"
+    args = {name: written(held[k], f".{name}", missing) for name, k in names.items()}
+    if not missing and not isinstance(value, _NOT_MADE_AGAIN):
+        try:
+            again = vars(cls(**{name: held[k] for name, k in names.items()}))
+            same = args == {name: written(again[k], "", {}) for name, k in names.items()}
+        except Exception:
+            same = False
+        if not same:
+            missing[""] = f"a {cls.__name__} that is made with its attributes would be another one"
+    return args, missing
+
+
+def _arguments(cls: type) -> set[str]:
+    """Names of what a class is made with, and of what it hands on to its bases; ``*`` for any number of things."""
+    found: set[str] = set()
+    for base in cls.__mro__:
+        if inspect.isfunction(init := vars(base).get("__init__")):
+            taken = list(inspect.signature(init).parameters.values())[1:]
+            found |= {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            if all(p.kind is not p.VAR_KEYWORD for p in taken):
+                return {"*"} if any(p.kind is p.VAR_POSITIONAL for p in taken) else found
+    return found
+
+
+def _path(value: Any, key: str, lost: Lost) -> str:
+    """The import path of a class or function."""
+    module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", type(value).__name__)
+    there: Any = sys.modules.get(module)
+    for part in name.split("."):
+        there = getattr(there, part, None)
+    if "<lambda>" in name:
+        lost[key] = "a lambda; functools.partial of a class can be written"
+    elif module == "__main__" or there is not value:
+        where = "the program itself" if module == "__main__" else "a function" if "<locals>" in name else "no module"
+        lost[key] = f"{name} is defined in {where}, and cannot be imported"
+    return f"{module}.{name}"
