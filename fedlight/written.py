@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,17 +24,16 @@ class Remembers:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Keep the arguments as YAML would have them, no more: data are not held by it."""
-        made, lost = super().__new__(cls), Lost()
+        made, lost, names = super().__new__(cls), Lost(), _arguments(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
         except TypeError:  # __init__ will say it better
             return made
         bound.apply_defaults()
-        names = _arguments(cls)
-        found = {name: value for name, value in {**bound.arguments, **bound.kwargs}.items() if name in names}
         if any(bound.arguments[p.name] for p in bound.signature.parameters.values() if p.kind is p.VAR_POSITIONAL):
             lost[""] = f"a {cls.__name__} is made with *args"
-        made.__dict__["_made_with"] = {name: written(value, f".{name}", lost) for name, value in found.items()}, lost
+        given = {name: value for name, value in {**bound.arguments, **bound.kwargs}.items() if name in names}
+        made.__dict__["_made_with"] = {name: written(value, f".{name}", lost) for name, value in given.items()}, lost
         return made
 
 
@@ -50,9 +48,6 @@ def written(value: Any, key: str, lost: Lost) -> Any:
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or type(value) in _PLAIN:
         return value
-    if key.count(".") > 12:
-        lost[key] = "objects that hold each other"
-        return None
     if isinstance(value, PurePath | enum.Enum):
         return value.name if isinstance(value, enum.Enum) else str(value)
     if isinstance(value, Mapping):
@@ -64,41 +59,37 @@ def written(value: Any, key: str, lost: Lost) -> Any:
     if isinstance(value, type) or inspect.isroutine(value):
         path = _path(value, key, lost)
         return {"class_path": path} if isinstance(value, type) and issubclass(value, nn.Module) else path
-    args, missing = _remembered(value) if "_made_with" in getattr(value, "__dict__", {}) else _held(value)
+    args, missing = _made_with(value) if key.count(".") < 12 else ({}, {"": "objects that hold each other"})
     path = _path(type(value), key, lost)
     lost |= {f"{key}{name}": why for name, why in missing.items()}
     return {"class_path": path, **({"init_args": args} if args else {})}
 
 
-def _remembered(value: Any) -> tuple[dict[str, Any], Lost]:
-    """What an object was made with; a number or word that was set anew since then is what it is now."""
-    (args, missing), held = value._made_with, vars(value)
-    new = {k: held[k] for k, v in args.items() if v is not None and type(held.get(k)) in _PLAIN}
-    return {**args, **new}, missing
-
-
-def _held(value: Any) -> tuple[dict[str, Any], Lost]:
-    """Attributes and hyperparameters that are called as an object's arguments are, where it can be made of them."""
-    cls, missing = type(value), Lost()
-    arguments = sorted(_arguments(cls))
-    if not hasattr(value, "__dict__") or arguments == ["*"]:
+def _made_with(value: Any) -> tuple[dict[str, Any], Lost]:
+    """What it remembers, or hyperparameters and attributes of an argument's name if the same can be made of them."""
+    cls, arguments = type(value), sorted(_arguments(type(value)))
+    held = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
+    if "_made_with" in held:
+        args, missing = held["_made_with"]
+        # A number or word that was set anew since then is what it is now.
+        return args | {k: held[k] for k, v in args.items() if v is not None and type(held.get(k)) in _PLAIN}, missing
+    if not hasattr(value, "__dict__") or "*" in arguments:
         return {}, {"": f"a {cls.__name__} does not tell what it was made with"}
-    held = {**vars(value), **getattr(value, "_modules", {})}
-    held |= value.hparams if isinstance(value, HyperparametersMixin) else {}
+    held |= getattr(value, "hparams", {})
     names = {name: k for name in arguments for k in (f"_{name}", name) if k in held}
+    lost = Lost()
     if absent := [name for name in arguments if name not in names]:
         some = f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
-        missing[""] = f"a {cls.__name__} keeps {some} neither in hparams nor as attributes of that name"
-    args = {name: written(held[k], f".{name}", missing) for name, k in names.items()}
-    if not missing and not isinstance(value, _NOT_MADE_AGAIN):
+        lost[""] = f"a {cls.__name__} keeps {some} neither in hparams nor as attributes of that name"
+    args = {name: written(held[k], f".{name}", lost) for name, k in names.items()}
+    if not lost and not isinstance(value, _NOT_MADE_AGAIN):
         try:
             again = vars(cls(**{name: held[k] for name, k in names.items()}))
-            same = args == {name: written(again[k], "", {}) for name, k in names.items()}
         except Exception:
-            same = False
-        if not same:
-            missing[""] = f"a {cls.__name__} that is made with its attributes would be another one"
-    return args, missing
+            again = {}
+        if args != {name: written(again.get(k), "", {}) for name, k in names.items()}:
+            lost[""] = f"a {cls.__name__} that is made with its attributes would be another one"
+    return args, lost
 
 
 def _arguments(cls: type) -> set[str]:
@@ -109,7 +100,7 @@ def _arguments(cls: type) -> set[str]:
             taken = list(inspect.signature(init).parameters.values())[1:]
             found |= {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             if all(p.kind is not p.VAR_KEYWORD for p in taken):
-                return {"*"} if any(p.kind is p.VAR_POSITIONAL for p in taken) else found
+                return found | {"*" for p in taken if p.kind is p.VAR_POSITIONAL}
     return found
 
 

@@ -3,9 +3,8 @@
 from fedlight import FederatedTrainer
 from fedlight.algorithms import FedAvg, FedDyn, FedSAM
 from fedlight.callbacks import MAN
-from fedlight.run.names import dotted
 from fedlight.perturbations import SAM
-from fedlight.run.names import method_name
+from fedlight.run.names import dotted, method_name
 
 
 def test_the_parts_are_joined():

@@ -90,9 +90,10 @@ def results(folder: Path) -> dict[str, str]:
 def next_commands(run: RunContext) -> dict[str, str]:
     """What to type next about a run that has a ``config.yaml``: evaluate it, look at it, go on with it."""
     folder = Path() if run.folder is None else run.folder.path
-    if not (folder / "config.yaml").exists() or not (last := folder / "checkpoints" / "last.ckpt").exists():
+    text = path.read_text() if (path := folder / "config.yaml").exists() else "not_written:"
+    if "not_written:" in text or not (last := folder / "checkpoints" / "last.ckpt").exists():
         return {}
-    config, done = shlex.quote(str(folder / "config.yaml")), run.trainer.current_round
+    config, done = shlex.quote(str(path)), run.trainer.current_round
     finished = done >= run.trainer.max_rounds
     found = {name: f"fedlight {name} -c {config}" for name in ("test", "analyze")} if finished else {}
     more = f" --trainer.max_rounds {2 * done}" * finished

@@ -5,10 +5,10 @@ import math
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.run.names import dotted
 from fedlight.report.groups import Stat, gain, group_runs
 from fedlight.report.naming import Method, setting_of
 from fedlight.report.runs import Run, find_runs
+from fedlight.run.names import dotted
 from tests.report.folders import MAN, config, write_run, write_study
 
 SAM = {"class_path": "fedlight.perturbations.SAM", "init_args": {"rho": 0.05}}
