@@ -65,14 +65,15 @@ class Silent(Logger):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run in which nearly everything is set."""
+    folder = tmp_path_factory.mktemp("python")
     trainer = quiet_trainer(
-        tmp_path_factory.mktemp("python"),
+        folder,
         algorithm=FedDyn(alpha=0.05),
         perturbation=SAM(rho=0.02),
         sampler=Bernoulli(),
         callbacks=[MAN(zeta=0.1), EarlyStopping("val/loss", min_delta=0.0), Checkpoint(every_n_rounds=2)],
         transforms=TopK(0.5),
-        logger=[CSVLogger("elsewhere"), Silent(2)],
+        logger=[CSVLogger(str(folder)), Silent(2)],
         gradient_clip_val=3.0,
         seed=3,
         max_rounds=2,
