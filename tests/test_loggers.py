@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.run import loggers, snapshot
+from fedlight.run import snapshot, wandb
 from fedlight.run.loggers import MetricsCSV, close_loggers, make_loggers, read_metrics
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
@@ -81,17 +81,73 @@ def test_a_resumed_run_keeps_its_id(tmp_path):
     assert logger._wandb_init["id"] == "abc"
 
 
-def test_group_and_name_follow_from_the_experiment_and_the_method(tmp_path, monkeypatch):
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """What W&B is begun with, for the settings that a user has given to the logger."""
     pytest.importorskip("wandb")
-    monkeypatch.setattr(loggers, "_begin_wandb", lambda *_: None)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    _, logger = make_loggers("wandb", tmp_path / "study" / "version_3", {}, "FedDyn+MAN-seed1")
-    settings = logger._wandb_init
-    assert (settings["project"], settings["group"]) == ("fedlight", "study")
-    assert settings["name"] == "FedDyn+MAN-seed1-version_3"
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    _, logger = make_loggers("wandb", tmp_path / "study" / "version_3", {})
-    assert (logger._wandb_init["project"], logger._wandb_init["name"]) == ("mine", "study-version_3")
+    for variable in ("PROJECT", "NAME", "RUN_GROUP", "INIT_TIMEOUT"):
+        monkeypatch.delenv(f"WANDB_{variable}", raising=False)
+
+    def begin(id=None, **given):
+        logger = FakeWandbLogger()
+        logger._wandb_init |= {"project": "lightning_logs", "name": None} | given
+        ids = {} if id is None else {"FakeWandbLogger": id}
+        make_loggers(logger, tmp_path / "study" / "version_3", ids, "FedDyn+MAN-seed1")
+        return logger._wandb_init
+
+    return begin
+
+
+def test_project_group_and_name_follow_from_the_experiment_and_the_method(begun):
+    found = begun()
+    assert [found[key] for key in ("project", "group", "name")] == ["fedlight", "study", "FedDyn+MAN-seed1-version_3"]
+    assert found["settings"] == {"init_timeout": 30}
+
+
+def test_what_the_user_has_set_wins(begun, monkeypatch):
+    mine = {"project": "mine", "group": "g", "name": "n", "tags": ["t"], "settings": {"init_timeout": 5}}
+    assert {key: begun(**mine)[key] for key in mine} == mine
+    for variable in ("PROJECT", "NAME", "RUN_GROUP"):
+        monkeypatch.setenv(f"WANDB_{variable}", variable.lower())
+    assert [begun()[key] for key in ("project", "name", "group")] == ["project", "name", "run_group"]
+    assert {key: begun(**mine)[key] for key in mine} == mine, "the configuration before the environment"
+
+
+def test_a_run_that_is_continued_keeps_the_names_that_wandb_has_for_it(begun):
+    found = begun(id="abc")
+    assert [found[key] for key in ("id", "project", "name", "group")] == ["abc", "fedlight", None, None]
+
+
+def test_a_logger_begins_another_run_with_another_fit(tmp_path):
+    pytest.importorskip("wandb")
+    logger = FakeWandbLogger()
+    close_loggers(make_loggers(logger, tmp_path / "a", {"FakeWandbLogger": "abc"}), "success")
+    logger._experiment = "the old one"
+    make_loggers(logger, tmp_path / "b", {})
+    assert (logger._wandb_init["id"], logger._wandb_init["dir"]) == (None, str(tmp_path / "b"))
+    assert logger._experiment is None
+
+
+def test_what_log_model_may_be(tmp_path):
+    pytest.importorskip("wandb")
+    logger = FakeWandbLogger()
+    logger._log_model = "sometimes"
+    with pytest.raises(MisconfigurationException, match="log_model='sometimes': use true .*all .* or false"):
+        make_loggers(logger, tmp_path, {})
+
+
+def test_without_a_login_the_warning_says_how(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    logger = FakeWandbLogger(wandb.errors.UsageError("api_key not configured (no-tty)"))
+    with pytest.warns(UserWarning, match="`wandb login` or WANDB_API_KEY lets runs in"):
+        make_loggers(logger, tmp_path, {})
+
+
+def test_offline_nothing_is_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(MisconfigurationException, match="WANDB_MODE=offline nothing .*'me/p/model-x:best' would be"):
+        quiet_trainer(tmp_path).fit(Regression(), Clients(), ckpt_path="wandb:me/p/model-x:best")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_logger(tmp_path):
@@ -220,7 +276,7 @@ class Failing(FakeWandbLogger):
 def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        monkeypatch.setattr(loggers, "_begin_wandb", lambda *_: None)  # it fails later
+        monkeypatch.setattr(wandb, "begin", lambda *_: None)  # it fails later
         trainer = quiet_trainer(tmp_path, logger=Failing(), max_rounds=3)
         trainer.fit(Regression(), Clients())
     assert [str(w.message) for w in said if "no route" in str(w.message)] == [

@@ -5,12 +5,10 @@ import struct
 import sys
 
 import pytest
-import torch
 
 from fedlight.cli.command import FederatedCLI
-from fedlight.data import DatasetPartition
 from fedlight.models import MLP, Classifier
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes
 
 
 @pytest.fixture
@@ -61,19 +59,13 @@ def items(record):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.item}
 
 
-def classes(n=40):
-    x = seeded(n, 3)
-    data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
-    return DatasetPartition(data, val=data, num_clients=4, batch_size=5)
-
-
 @pytest.mark.usefixtures("offline")
 def test_a_run_and_its_continuation_in_wandb(tmp_path):
     from fedlight.callbacks.partition import PartitionPicture
 
     def fit(rounds, ckpt_path=None):
         trainer = quiet_trainer(tmp_path, logger="wandb", max_rounds=rounds, callbacks=[PartitionPicture()])
-        trainer.fit(Classifier(MLP(3, 2), 2), classes(), ckpt_path=ckpt_path)
+        trainer.fit(Classifier(MLP(3, 2), 2), two_classes(), ckpt_path=ckpt_path)
         return trainer
 
     trainer = fit(2)

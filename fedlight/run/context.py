@@ -17,7 +17,7 @@ from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.evaluation import Evaluator
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
-from fedlight.run.loggers import MetricsCSV, tell
+from fedlight.run.loggers import MetricsCSV, log_round
 from fedlight.run.rows import as_floats
 from fedlight.server.federation import Federation
 
@@ -83,7 +83,7 @@ class RunContext:
         metrics = as_floats(row)
         self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
         with writing(self.trainer.run_dir or Path()):
-            tell(self.loggers, lambda logger: logger.log_metrics(metrics, step=int(metrics["round"])))
+            log_round(self.loggers, metrics, self.trainer.client_val_metrics)
 
     @property
     def metrics_csv(self) -> MetricsCSV | None:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from fedlight.run import wandb
 from fedlight.run.folder import atomic_write, optional
 
 LoggerName = Literal["csv", "wandb", "tensorboard"]
@@ -75,6 +76,11 @@ class MetricsCSV(Logger):
     def text(self) -> str:
         """What the file should hold."""
         return "".join(self._lines)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """What has been written, by rounds."""
+        return [self._rows[round] for round in sorted(self._rows)]
 
     def sync(self) -> None:
         """Wait until the rows are on the disk; a file that was taken away is written anew with the next one."""
@@ -159,27 +165,22 @@ def make_loggers(
     for entry in entries:
         if entry == "csv":
             continue
-        logger = _by_name(entry, folder, name) if isinstance(entry, str) else entry
+        logger = _by_name(entry, folder) if isinstance(entry, str) else entry
         if not isinstance(logger, Logger):
             raise MisconfigurationException(
                 f"trainer.logger={entry!r} is no logger: use wandb, tensorboard, csv or the class of a logger."
             )
-        if hasattr(logger, "_wandb_init"):
-            _begin_wandb(logger, folder, ids.get(type(logger).__name__))
+        if wandb.is_wandb(logger):
+            wandb.begin(logger, folder, ids.get(type(logger).__name__), name or folder.parent.name)
         loggers.append(logger)
     return loggers
 
 
-def _by_name(kind: str, folder: Path, name: str | None) -> Any:
+def _by_name(kind: str, folder: Path) -> Any:
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     if kind == "wandb":
-        project = os.environ.get("WANDB_PROJECT", "fedlight")
-        # W&B's own patience is 90 s, which every run of a study would wait where there is no network.
-        patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))}
-        group = folder.parent.name
-        name = f"{name or group}-{folder.name}"
-        return WandbLogger(project=project, group=group, name=name, save_dir=folder, settings=patience)
+        return WandbLogger()
     if kind == "tensorboard":
         try:
             return TensorBoardLogger(save_dir=folder, name="", version="tensorboard")
@@ -188,27 +189,6 @@ def _by_name(kind: str, folder: Path, name: str | None) -> Any:
                 'trainer.logger=tensorboard needs TensorBoard: pip install "fedlight[tensorboard]"'
             ) from error
     return kind
-
-
-def _begin_wandb(logger: Any, folder: Path, id: str | None) -> None:
-    """Begin a W&B run below the run's folder, or continue that of a checkpoint; offline where there is no server."""
-    import wandb
-
-    settings = logger._wandb_init
-    if str(settings.get("dir", ".")) in (".", "None"):
-        settings["dir"] = logger._save_dir = str(folder)
-    if id is not None:
-        settings["id"] = logger._id = id
-    logger.begun_here = wandb.run is None
-    try:
-        _ = logger.experiment
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        settings["mode"] = "offline"
-        run = logger.experiment
-        rank_zero_warn(
-            f"W&B cannot be reached ({str(error).splitlines()[0]}), so this run is logged offline. To upload it later:"
-            f" wandb sync {run.settings.sync_dir}"
-        )
 
 
 def tell(loggers: Iterable[Logger], message: Callable[[Any], object]) -> None:
@@ -221,27 +201,36 @@ def tell(loggers: Iterable[Logger], message: Callable[[Any], object]) -> None:
                 message(logger)
 
 
+def tell_wandb(loggers: Iterable[Logger], message: Callable[[Any], object]) -> None:
+    """Hand something to those loggers that are W&B's."""
+    tell(filter(wandb.is_wandb, loggers), message)
+
+
+def log_round(loggers: list[Logger], row: dict[str, float], clients: Mapping[int, Mapping[str, float]]) -> None:
+    """Write a round's row to every logger; to W&B also what the ``clients`` have on their own data."""
+
+    def log(logger: Any) -> None:
+        extra = wandb.of_round(logger, row, clients) if wandb.is_wandb(logger) else {}
+        logger.log_metrics(row | extra, step=int(row["round"]))
+
+    tell(loggers, log)
+
+
 def close_loggers(loggers: list[Logger], status: Literal["success", "failed"]) -> None:
     """Finalise every logger, and end the W&B runs that :func:`make_loggers` began."""
+    if loggers and isinstance(table := loggers[0], MetricsCSV):
+        tell_wandb(loggers, lambda logger: wandb.log_best(logger, table.rows))
+    if status == "success":
+        tell_wandb(loggers, wandb.upload)
     tell(loggers, lambda logger: logger.finalize(status))
     begun = [logger for logger in loggers if getattr(logger, "begun_here", False)]
-    tell(begun, lambda logger: logger.experiment.finish(exit_code=int(status == "failed")))
+    tell(begun, lambda logger: wandb.end(logger, int(status == "failed")))
 
 
 def logger_ids(loggers: list[Logger]) -> dict[str, str]:
     """The run ids to continue with after a resume, by logger class."""
-    return {
-        type(logger).__name__: str(logger.version)
-        for logger in loggers
-        if hasattr(logger, "_wandb_init") and logger.version is not None
-    }
-
-
-def define_round_axis(loggers: list[Logger]) -> None:
-    """Let W&B draw every metric against ``round``."""
-    wandb = [logger for logger in loggers if hasattr(logger, "_wandb_init")]
-    tell(wandb, lambda logger: logger.experiment.define_metric("round"))
-    tell(wandb, lambda logger: logger.experiment.define_metric("*", step_metric="round"))
+    of_wandb = (logger for logger in loggers if wandb.is_wandb(logger))
+    return {type(logger).__name__: str(logger.version) for logger in of_wandb if logger.version is not None}
 
 
 def log_picture(loggers: list[Logger], key: str, path: Path) -> None:

@@ -58,3 +58,10 @@ def dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         else:
             out[f"{above}{key}"] = value
     return out
+
+
+def aggregate(metric: str) -> str | None:
+    """What a summary keeps of a metric besides the last value, in W&B's words: the largest accuracy, the least loss."""
+    if metric.endswith("_std"):
+        return None
+    return "min,last" if "loss" in metric.lower() else "max,last" if re.search(_PREFERRED[3], metric.lower()) else None

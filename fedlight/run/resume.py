@@ -14,6 +14,7 @@ from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.experiment import describe, differences, plain
 from fedlight.run.folder import HISTORY, RunFolder, atomic_write, writing
+from fedlight.run.wandb import PREFIX, download
 
 T = TypeVar("T")
 _OF_STATE = (
@@ -46,6 +47,8 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
         path = decided(run.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
+    elif str(wanted).startswith(PREFIX):
+        path = decided(run.fabric, lambda: download(str(wanted)))
     checkpoint = decided(run.fabric, lambda: load_checkpoint(path))  # other machines may not see it
     parent = path.parent.parent if path.parent.name == "checkpoints" else path.resolve().parent.parent
     folder = RunFolder(parent) if path.resolve().parent.name == "checkpoints" else None

@@ -24,7 +24,7 @@ from fedlight.run.evaluation import Evaluator
 from fedlight.run.float32 import float32_products
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
-from fedlight.run.loggers import close_loggers, define_round_axis, make_loggers
+from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
 from fedlight.run.movers import Movers
 from fedlight.run.preflight import preflight
 from fedlight.run.processes import lost_process, watch_children
@@ -36,6 +36,7 @@ from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
+from fedlight.run.wandb import log_sources
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
@@ -78,8 +79,7 @@ class Session(RunContext):
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
         self.loggers, self.folder = [], None
         self._finished = self._created = False
-        self.resumed = ckpt_path is not None
-        self.ckpt_path = ckpt_path
+        self.resumed, self.ckpt_path = ckpt_path is not None, ckpt_path
         self._checkpoint: dict[str, Any] | None = None
         self.first_round, self.experiment, self.changes = 0, {}, {}
         self._started = time.perf_counter()
@@ -129,7 +129,7 @@ class Session(RunContext):
         module.setup(stage)
         if overrides(module, "configure_model"):
             module.configure_model()
-        # After the module's own: modules are handed over with the devices and data types that they train with.
+        # After the module's own: it is handed over with the devices and data types that it trains with.
         self.fabric.strategy.precision.convert_module(module)
         self.fabric.to_device(module)
         hooks = self.hooks, self.hooks.module_only
@@ -228,7 +228,7 @@ class Session(RunContext):
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
         self.first_round = trainer.current_round
-        define_round_axis(self.loggers)
+        tell_wandb(self.loggers, lambda logger: log_sources(logger, (self.module, data, *trainer.callbacks)))
         self.hooks("on_fit_start")
         self._follow_freezing(self._checkpoint)
         if self._checkpoint is not None and self.metrics_csv is not None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
-from fedlight.run.loggers import logger_ids, read_metrics
+from fedlight.run.loggers import logger_ids, read_metrics, tell_wandb
 from fedlight.run.names import smaller_is_better
+from fedlight.run.wandb import note_checkpoint
 from fedlight.server.clients import DiskClientStore
 
 
@@ -94,6 +95,8 @@ def _write(run: RunContext, path: Path, content: dict[str, Any]) -> None:
         if run.metrics_csv:
             run.metrics_csv.sync()
         save_checkpoint(path, content)
+        callback = getattr(run.trainer, "checkpoint_callback", None)
+        tell_wandb(run.loggers, lambda logger: note_checkpoint(logger, path, content, callback))
     finally:  # what could not be written is received nevertheless: the others wait until they are rid of it
         deque(content["fedlight"]["clients"].get("rows", ()), maxlen=0)
 

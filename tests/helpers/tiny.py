@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from fedlight.algorithms import FedAvg
+from fedlight.data import DatasetPartition
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.trainer import FederatedTrainer
@@ -113,6 +114,13 @@ class Drawing(Samples):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = super().__getitem__(index)
         return x + torch.rand(3) + random.random(), y + np.random.rand()
+
+
+def two_classes(count: int = 40, **settings: Any) -> FederatedDataModule:
+    """Four clients with points of two classes; those that all are evaluated on are the same."""
+    x = seeded(count, 3)
+    data = TensorDataset(x, (x[:, 0] > 0).long())
+    return DatasetPartition(data, val=data, **{"test": data, "num_clients": 4, "batch_size": 5, **settings})
 
 
 def quiet_trainer(folder: Path, **settings: Any) -> FederatedTrainer:

@@ -1,0 +1,207 @@
+"""Weights & Biases: how a run begins there, checkpoints as artifacts, and charts; of any logger that is Lightning's."""
+
+import csv
+import inspect
+import math
+import os
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+
+from fedlight.run.names import aggregate, preferred_metric, smaller_is_better
+
+PREFIX = "wandb:"
+"""What a ``ckpt_path`` begins with that names an artifact."""
+_DEFAULTS = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "group": "WANDB_RUN_GROUP"}
+
+
+def is_wandb(logger: Any) -> bool:
+    """Whether a logger is Lightning's of W&B, or made like it."""
+    return hasattr(logger, "_wandb_init")
+
+
+def begin(logger: Any, folder: Path, id: str | None, name: str) -> None:
+    """Begin a W&B run below the run's folder, or continue that of a checkpoint; offline where there is no server.
+
+    Args:
+        logger: what the user has set in it stays.
+        folder: the run's folder; the one above it is named after the experiment, and so is the group.
+        id: of the W&B run to continue, which keeps its name.
+        name: of a new run, before the folder's.
+
+    Raises:
+        MisconfigurationException: for settings that W&B does not take.
+    """
+    import wandb
+
+    if (wanted := getattr(logger, "_log_model", False)) not in (True, False, "all"):
+        raise MisconfigurationException(
+            f"trainer.logger.init_args.log_model={wanted!r}: use true (best and last checkpoint when the fit ends), all"
+            " (whenever one is written) or false."
+        )
+    settings = logger._wandb_init
+    logger.given = vars(logger).get("given", dict(settings))  # a logger may see several fits, each in a folder
+    settings.clear()
+    settings.update(logger.given)
+    if vars(logger).pop("ended_here", False):
+        logger._experiment = None
+    _fill_in(settings, folder, id, name)
+    logger._save_dir, logger._project, logger._name = settings["dir"], settings["project"], settings["name"]
+    logger._id, logger.checkpoints, logger.defined = settings["id"], {}, set()
+    logger.begun_here = wandb.run is None
+    try:
+        _ = logger.experiment
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        said = str(error).splitlines()[0]
+        try:
+            settings["mode"] = "offline"
+            run = logger.experiment
+        except (wandb.errors.CommError, wandb.errors.UsageError):
+            raise MisconfigurationException(f"trainer.logger: {error}") from error
+        login = " `wandb login` or WANDB_API_KEY lets runs in." if "key" in said.lower() else ""
+        rank_zero_warn(
+            f"W&B cannot be reached ({said}), so this run is logged offline.{login} To upload it later:"
+            f" wandb sync {run.settings.sync_dir}"
+        )
+    except (TypeError, ValueError) as error:  # what wandb.init does not know
+        raise MisconfigurationException(f"trainer.logger.init_args: {error}") from error
+
+
+def _fill_in(settings: dict[str, Any], folder: Path, id: str | None, name: str) -> None:
+    """The settings that the user has left open, there and in the environment."""
+    if str(settings.get("dir", ".")) in (".", "None"):
+        settings["dir"] = str(folder)
+    if settings.get("project") == "lightning_logs":  # Lightning's default
+        settings["project"] = None
+    # Of a run that is continued, W&B knows name and group, or those that its user has given it there.
+    ours = {"project": "fedlight"} | ({} if id else {"name": f"{name}-{folder.name}", "group": folder.parent.name})
+    for key, variable in _DEFAULTS.items():
+        settings[key] = settings.get(key) or os.environ.get(variable) or ours.get(key)
+    settings["id"] = settings.get("id") or id
+    # W&B's own patience is 90 s, which every run of a study would wait where there is no network.
+    patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))}
+    settings["settings"] = settings.get("settings") or patience
+
+
+def end(logger: Any, exit_code: int) -> None:
+    """End the W&B run; the logger begins another one with the next fit."""
+    logger.ended_here = True
+    logger.experiment.finish(exit_code=exit_code)
+
+
+def log_sources(logger: Any, objects: Iterable[Any]) -> None:
+    """With ``save_code``: keep the files that the user's own classes are defined in, as W&B's artifact of code."""
+    if getattr(logger.experiment.settings, "save_code", None) is not True:
+        return
+    known = Path(__file__).parents[1], *(Path(sysconfig.get_path(kind)) for kind in ("purelib", "stdlib"))
+    files = {Path(inspect.getfile(type(o))).resolve() for o in objects if o is not None}
+    own = {str(file) for file in files if not any(file.is_relative_to(folder) for folder in known)}
+    if own:
+        logger.experiment.log_code(os.path.commonpath([Path(file).parent for file in own]), include_fn=own.__contains__)
+
+
+def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
+    """What W&B gets beside a round's row: a histogram of how the clients do on their own data.
+
+    Every metric of the row is drawn over ``round``, and of accuracies and losses the summary keeps the best value.
+
+    Args:
+        logger: of W&B.
+        row: the metrics of the round.
+        clients: what validation logged on the data of each.
+    """
+    import wandb
+
+    prefix = getattr(logger, "_prefix", "")
+    axis, *names = (f"{prefix}-{name}" if prefix else name for name in ("round", *row))
+    for name in (axis, "*", *names):
+        if name not in logger.defined:
+            logger.defined.add(name)
+            logger.experiment.define_metric(name, step_metric=None if name == axis else axis, summary=aggregate(name))
+    judged = preferred_metric(dict.fromkeys(name for metrics in clients.values() for name in metrics))
+    found = (metrics.get(str(judged), math.nan) for metrics in clients.values())
+    values = [value for value in found if math.isfinite(value)]
+    return {f"clients/{str(judged).removeprefix('val/')}": wandb.Histogram(values)} if values else {}
+
+
+def log_best(logger: Any, rows: Sequence[Mapping[str, float]]) -> None:
+    """Put the best value of what validation logged, and its round, into the summary below ``best/``."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    for name in [n for n in names if n.startswith("val")] or [n for n in names if aggregate(n)]:
+        if having := [row for row in rows if not math.isnan(row.get(name, math.nan))]:
+            best = (min if smaller_is_better(name) else max)(having, key=lambda row, n=name: row[n])  # type: ignore[misc]
+            logger.experiment.summary.update({f"best/{name}": best[name], f"best/{name}_round": int(best["round"])})
+
+
+def note_checkpoint(logger: Any, path: Path, content: Mapping[str, Any], callback: Any) -> None:
+    """A checkpoint was written: with ``log_model: all`` it is uploaded now, with ``true`` when the fit has ended.
+
+    Args:
+        logger: of W&B.
+        path: the file.
+        content: of the checkpoint.
+        callback: what has it written, or None.
+    """
+    if not logger._log_model:
+        return
+    lines = content["fedlight"]["metrics"].splitlines()
+    last = next(csv.DictReader([lines[0], lines[-1]])) if lines else {}
+    settings = {key: getattr(callback, key, None) for key in ("monitor", "mode", "every_n_rounds")}
+    settings["monitor"] = settings["monitor"] or preferred_metric(n for n in last if n.startswith("val"))
+    score = last.get(str(settings["monitor"]))
+    about = {"score": float(score) if score else None, "original_filename": path.name, "rounds": content["epoch"]}
+    logger.checkpoints.pop(path, None)
+    logger.checkpoints[path] = {**about, type(callback).__name__: settings}
+    if logger._log_model == "all":
+        upload(logger)
+
+
+def upload(logger: Any) -> None:
+    """Upload the checkpoints that wait for it, as Lightning's logger does, the latest last."""
+    import wandb
+
+    waiting, logger.checkpoints = logger.checkpoints, {}
+    for path, metadata in waiting.items():
+        name = logger._checkpoint_name or f"model-{logger.experiment.id}"
+        artifact = wandb.Artifact(name, type="model", metadata=metadata)
+        artifact.add_file(str(path), name="model.ckpt", policy=logger.add_file_policy)
+        logger.experiment.log_artifact(artifact, aliases=["latest", path.stem, f"round-{metadata['rounds']}"])
+
+
+def download(wanted: str) -> Path:
+    """The checkpoint of ``wandb:entity/project/artifact:alias``, downloaded to ``artifacts/`` as W&B does.
+
+    Raises:
+        MisconfigurationException: if W&B is offline, lets nobody in, or has no such artifact with one checkpoint.
+    """
+    import wandb
+
+    name = wanted.removeprefix(PREFIX)
+    if (mode := os.environ.get("WANDB_MODE", "online")) not in ("online", "shared"):
+        raise MisconfigurationException(
+            f"ckpt_path={wanted!r}: with WANDB_MODE={mode} nothing is downloaded; online, artifact {name!r} would be"
+            " fetched to artifacts/. Unset WANDB_MODE, or give the path of a file."
+        )
+    try:
+        folder = Path(wandb.Api().artifact(name).download())
+    except (wandb.errors.Error, ValueError, OSError) as error:
+        raise MisconfigurationException(
+            f"ckpt_path={wanted!r}: W&B gives no artifact {name!r} ({type(error).__name__}: {error}). It is named"
+            " wandb:ENTITY/PROJECT/model-RUNID:best, as on its page; `wandb login` lets you in."
+        ) from error
+    files = sorted(folder.rglob("*.ckpt"))
+    if len(files) != 1:
+        raise MisconfigurationException(f"ckpt_path={wanted!r}: the artifact has {len(files)} files *.ckpt, not one.")
+    return files[0]
+
+
+def log_curve(logger: Any, key: str, x: str, y: str, rows: Sequence[tuple[float, float]]) -> None:
+    """A custom chart of a curve, which keeps its table."""
+    import wandb
+
+    table = wandb.Table(columns=[x, y], data=[list(row) for row in rows])
+    logger.log_metrics({key: wandb.plot.line(table, x, y, title=key)})
