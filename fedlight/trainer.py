@@ -21,6 +21,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run.evaluation import Stage
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import LoggerName
+from fedlight.run.predict import predict
 from fedlight.run.results import destination, keep
 from fedlight.run.session import Session
 from fedlight.seeding import generator
@@ -216,6 +217,35 @@ class FederatedTrainer(TrainerInterface):
             The figures by view.
         """
         return analyze(self, model, datamodule, ckpt_path, **options)
+
+    def predict(
+        self,
+        model: LightningModule,
+        datamodule: FederatedDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        return_predictions: bool = True,
+        view: View = "server",
+        output: str | Path | None = None,
+    ) -> list[Any] | None:
+        """Predict from the data's ``predict_dataloader``, which by default is the test data, and write it to a file.
+
+        Args:
+            model: the module; it holds the server's model of the checkpoint afterwards.
+            datamodule: the data.
+            ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
+            return_predictions: whether to return them.
+            view: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+            output: folder to write to; by default ``predictions/`` of the run.
+
+        Returns:
+            What ``predict_step`` returned for each batch, on the CPU.
+        """
+        with Session(self, model, datamodule, "predict", ckpt_path) as session:
+            self._session = session
+            session.views.choose(view)
+            outputs = predict(session, view, output)
+            session.views.load("server")
+            return outputs if return_predictions else None
 
     def _evaluate(self, session: Session, stage: Stage, verbose: bool) -> list[dict[str, float]]:
         with session as self._session:

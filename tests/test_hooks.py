@@ -298,7 +298,7 @@ def test_every_hook_of_lightning_is_called_refused_or_of_another_command():
     """A hook that Lightning gains must be looked at here."""
     elsewhere = {"on_sanity_check_start", "on_sanity_check_end", "on_validation_model_zero_grad"}
     for base in (Callback, ModelHooks, CheckpointHooks):
-        hooks = {name for name in vars(base) if name.startswith("on_") and "predict" not in name}
+        hooks = {name for name in vars(base) if name.startswith("on_") and "predict_model" not in name}
         assert hooks <= SUPPORTED | set(_REFUSED_MODULE) | elsewhere
 
 

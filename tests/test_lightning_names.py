@@ -14,7 +14,7 @@ from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SENTENCES = ("has no meaning in a federated run. ", "is known only from when fit, validate or test is called")
 REFUSED = {
-    *("predict", "predict_dataloaders", "predict_loop", "num_predict_batches", "limit_predict_batches", "init_module"),
+    *("predict_dataloaders", "predict_loop", "num_predict_batches", "limit_predict_batches", "init_module"),
     *("test_loop", "validate_loop", "scaler", "val_check_batch", "enable_autolog_hparams"),
     *("distributed_sampler_kwargs", "num_sanity_val_batches", "reload_dataloaders_every_n_epochs"),
 }
@@ -85,8 +85,6 @@ def test_every_name_of_lightnings_trainer_is_supplied_or_refused_by_name(tmp_pat
     assert set(SEEN["training_step"][1]) == REFUSED
     assert not hasattr(trainer, "predict_loop")
     assert getattr(trainer, "val_check_batch", 7) == 7
-    with pytest.raises(AttributeError, match=r"trainer.predict has no meaning .*lightning.Trainer\(\).predict"):
-        _ = trainer.predict
 
 
 def test_every_name_of_lightnings_module_is_supplied_in_a_step(tmp_path):

@@ -105,10 +105,15 @@ class FederatedDataModule(Remembers, LightningDataModule):
         """The test data: for a plain ``Trainer``."""
         return self._eval_dataloader(self.test_dataset())
 
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """What is predicted: the test data, unless a subclass says otherwise."""
+        return self.test_dataloader()
+
     def _eval_dataloader(self, dataset: Dataset[Any] | None) -> DataLoader[Any] | list[Any]:
         if dataset is None:
             return []
-        return DataLoader(dataset, self.eval_batch_size, num_workers=self.num_workers, collate_fn=self.eval_collate_fn)
+        reading: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self.eval_collate_fn}
+        return DataLoader(dataset, batch_size=self.eval_batch_size, **reading)
 
 
 class _Augmented(ArrayDataset):

@@ -1,5 +1,7 @@
 """Any LightningDataModule, divided among clients."""
 
+from typing import Any
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -61,7 +63,8 @@ class Federated(DatasetPartition):
 
     def setup(self, stage: str | None = None) -> None:
         """Set up the datamodule for the stage, and for ``fit`` in any case: clients are parts of its training set."""
-        new = [name for name in dict.fromkeys(("fit", stage or "fit")) if name not in self._stages]
+        wanted = ("fit", stage or "fit", "test" if stage == "predict" else "fit")
+        new = [name for name in dict.fromkeys(wanted) if name not in self._stages]
         if new:
             self.datamodule.trainer, self.partition = self.trainer, None
             with preserved_global_rng():
@@ -78,6 +81,11 @@ class Federated(DatasetPartition):
         if not known or (name == "test" and "test" not in self._stages):
             return Loaded()
         return loaded(getattr(self.datamodule, method)(), f"data: {type(self.datamodule).__name__}.{method}()")
+
+    def predict_dataloader(self) -> Any:
+        """The datamodule's, or else the test data."""
+        own = is_overridden("predict_dataloader", self.datamodule, LightningDataModule)
+        return self.datamodule.predict_dataloader() if own else self.test_dataloader()
 
     def teardown(self, stage: str) -> None:
         """The datamodule's, for every stage that it was set up for; the next call sets it up again."""

@@ -22,7 +22,14 @@ class PooledData(FederatedDataModule):
         self.data = data
         self.num_clients = 1
         self._pooled: Dataset[Any] | None = None
-        for name in ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "test_dataset"):
+        for name in (
+            "prepare_data",
+            "teardown",
+            "eval_batch_size_on",
+            "val_dataset",
+            "test_dataset",
+            "predict_dataloader",
+        ):
             setattr(self, name, getattr(data, name))  # as the other datamodule does it
 
     def setup(self, stage: str | None = None) -> None:

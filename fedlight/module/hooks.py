@@ -27,7 +27,7 @@ BATCH_HOOKS = (
 ROUND_HOOKS = ("on_round_start", "on_client_start", "on_client_end", "on_round_metrics", "on_round_end")
 EVALUATION_HOOKS = tuple(
     f"on_{stage}_{when}"
-    for stage in ("validation", "test")
+    for stage in ("validation", "test", "predict")
     for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
 )
 CHECKPOINT_HOOKS = ("on_save_checkpoint", "on_load_checkpoint")

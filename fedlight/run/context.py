@@ -21,7 +21,7 @@ from fedlight.run.loggers import MetricsCSV, log_round
 from fedlight.run.rows import as_floats
 from fedlight.server.federation import Federation
 
-Command = Literal["fit", "validate", "test"]
+Command = Literal["fit", "validate", "test", "predict"]
 
 
 class RunContext:

@@ -42,8 +42,6 @@ class Names:
         if not name.startswith("__") and hasattr(self._behind, name):
             return getattr(self._behind, name)
         way = "Read it with getattr(..., None), or keep the code that needs it for Lightning's own Trainer."
-        if "predict" in name:
-            way = "With the trained module, lightning.Trainer().predict(module, dataloaders) does what it is for."
         raise AttributeError(f"{self._what}.{name} has no meaning in a federated run. {way}")
 
 

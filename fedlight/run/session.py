@@ -40,8 +40,6 @@ from fedlight.run.wandb import log_sources
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
-STAGES = {"fit": RunningStage.TRAINING, "validate": RunningStage.VALIDATING, "test": RunningStage.TESTING}
-
 
 class Session(RunContext):
     """One call of ``fit``, ``validate`` or ``test``: a context that holds what lives as long as the call.
@@ -69,6 +67,7 @@ class Session(RunContext):
         ckpt_path: str | Path | None,
     ) -> None:
         self.trainer, self.module, self.command = trainer, model, command
+        self.stage = RunningStage("train" if command == "fit" else command)
         self.settings = trainer.settings
         if not isinstance(datamodule, FederatedDataModule):
             raise MisconfigurationException(not_federated(datamodule))
@@ -93,7 +92,7 @@ class Session(RunContext):
             self.trainer._metrics = {}
         self.trainer._session = self
         state = self.trainer.state
-        state.fn, state.stage, state.status = TrainerFn(self.command), STAGES[self.command], TrainerStatus.RUNNING
+        state.fn, state.stage, state.status = TrainerFn(self.command), self.stage, TrainerStatus.RUNNING
         self.trainer.should_stop = False
         try:
             self._set_up()

@@ -35,6 +35,18 @@ class Views:
         load_flat_parameters(run.module, run.federation.state.views[view], run.layout)
         load_tensors(run.module, run.federation.state.buffers)
 
+    def choose(self, view: str) -> None:
+        """Put a view that somebody asked for into the module.
+
+        Raises:
+            MisconfigurationException: if there is no such view.
+        """
+        known = list(self._run.federation.state.views) if self._run.resumed else ["server"]
+        if view not in known:
+            source = self._run.checkpoint_path if self._run.resumed else "a module as it is"
+            raise MisconfigurationException(f"view={view!r}: {source} has the views {known}.")
+        self.load(view)
+
     @property
     def due(self) -> bool:
         """Whether there is an evaluation after the round that was just aggregated."""
