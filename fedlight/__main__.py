@@ -9,7 +9,11 @@ import sys
 def main() -> None:
     """Run the command line; its help is printed from a cache where it can be."""
     from fedlight.cli.help import print_help
+    from fedlight.cli.light import command_first, light
 
+    sys.argv[1:] = command_first(sys.argv[1:])
+    if (code := light(sys.argv[1:])) is not None:
+        sys.exit(code)
     if not print_help(sys.argv[1:], _run):
         _run()
 

@@ -207,6 +207,36 @@ def test_help_names_every_key_with_its_meaning(capsys):
     assert "--algorithm.alpha" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("algorithm", "FedDyn      A dynamic regulariser aligns"),
+        ("trainer.callbacks", "EarlyStopping "),
+        ("data.partitioner", "IID "),
+        ("model.optimizer", "SGD "),
+    ],
+)
+def test_what_there_is_for_a_key_is_listed_a_line_each(capsys, monkeypatch, key, line):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *TINY, f"--{key}.help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [found for found in lines if found.startswith(line)]
+    assert all(len(found) <= 90 and ":class:" not in found for found in lines)
+    assert lines[-1].startswith(f"The arguments of one: --{key}.help ")
+
+
+def test_the_help_of_a_class_fits_on_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "Classifier"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 60  # of 736
+    assert re.search(r"fedlight\.models\.MLP,.*and\s+others\)", text, re.DOTALL)
+    assert "torch.nn.Identity" not in text
+
+
 BAD = {
     "trainer: {max_round: 3}": "'trainer.max_round' is not known; did you mean 'trainer.max_rounds'?",
     "algoritm: {class_path: FedAvg}": "'algoritm.class_path' is not known; did you mean 'algorithm'?",

@@ -1,13 +1,17 @@
 """Every YAML in configs/ is parsed, printed, parsed again and trained with for a round; new ones are found."""
 
 import sys
+import tomllib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from fedlight.cli.command import FederatedCLI
+from fedlight.cli.command import FederatedCLI, main
+from fedlight.cli.configs import shipped
+from fedlight.cli.light import light
 from fedlight.run.loggers import read_metrics
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -83,3 +87,72 @@ def test_every_config_runs(name, tmp_path, monkeypatch, request):
 def test_there_are_configs():
     parts = {name.split("/")[0] for name in FILES}
     assert {"quickstart.yaml", "paper", "algorithm", "perturbation", "model", "data", "logger"} <= parts
+
+
+def test_a_run_names_its_parts_and_a_file_of_that_name_wins(tmp_path, monkeypatch):
+    """As on the command line, so in a configuration, wherever it lies."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "below").mkdir()
+    text = (
+        "model: digits_mlp\ndata: data/digits\nalgorithm: feddyn\ntrainer: {transforms: top_k, callbacks: [hessian]}\n"
+    )
+    (tmp_path / "below" / "mine.yaml").write_text(text)
+    parser = parser_of_fit()
+    found = parser.parse_args(["-c", "below/mine.yaml", "--algorithm=feddyn", "--algorithm.alpha=0.5"])
+    assert found.algorithm.class_path == "fedlight.algorithms.FedDyn"
+    assert found.algorithm.init_args.alpha == 0.5
+    assert found.data.init_args.num_clients == 20
+    assert found.model.init_args.net.class_path == "fedlight.models.MLP"
+    assert [c.class_path for c in found.trainer.callbacks] == ["fedlight.HessianSpectrum"]
+    assert parser.parse_args(["-c", "quickstart", "--algorithm", "FedDyn"]).algorithm.class_path.endswith("FedDyn")
+    added = parser.parse_args(["-c", "quickstart", "--trainer.callbacks+=client_metrics"]).trainer.callbacks
+    assert [c.class_path for c in added] == ["fedlight.MAN", "fedlight.callbacks.ClientMetrics"]
+    (tmp_path / "below" / "feddyn").write_text("{class_path: FedProx, init_args: {mu: 0.25}}")
+    assert parser.parse_args(["-c", "below/mine.yaml"]).algorithm.init_args.mu == 0.25
+
+
+@pytest.mark.parametrize("name", ["quickstart", "paper/cifar100", "paper/tinyimagenet"])
+def test_whole_configs_are_known_by_name_and_go_on_working_elsewhere(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert light(["configs", name]) == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    assert Path("mine.yaml").read_text() == (CONFIGS / f"{name}.yaml").read_text()
+    parser = parser_of_fit()
+    assert parser.parse_args(["-c", "mine.yaml"]).data == parser.parse_args(["-c", name]).data
+
+
+@lru_cache
+def parser_of_fit():
+    return FederatedCLI(["-c", str(QUICKSTART)], run=False).parser
+
+
+def test_the_list_has_every_config_and_what_it_is(capsys):
+    assert light(["configs"]) == 0
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert lines[0].startswith("quickstart ")
+    names, about = zip(*(line.split(None, 1) for line in lines), strict=True)
+    assert sorted(f"{name}.yaml" for name in names) == FILES
+    assert all(line[0].isupper() or line[0].isdigit() or line.startswith("clients.csv") for line in about)
+    assert not [line for line in about if line.endswith(",")]
+    assert light(["configs", "perturbation/"]) == 0
+    assert capsys.readouterr().out.startswith("perturbation/asam  ")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("quikstart", "'quickstart'"), ("cifar100", "'paper/cifar100'"), ("configs/quickstart.yaml", "'quickstart'")],
+)
+def test_a_name_that_no_config_has_gets_the_nearest(name, near, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert light(["configs", name]) == 2
+    assert f"{name!r} is no packaged configuration; did you mean {near}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "-c", name])
+    assert stop.value.code == 2
+    assert f"did you mean {near}" in capsys.readouterr().err
+
+
+def test_the_wheel_holds_what_is_found_beside_the_package_here():
+    wheel = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {kind: f"fedlight/{kind}" for kind in ("configs", "templates")}
+    assert shipped("configs") == CONFIGS

@@ -1,18 +1,18 @@
-"""The command line: ``fedlight fit|validate|test|analyze``, and ``study`` and ``report`` about many runs."""
+"""The commands that train and evaluate, and ``study`` and ``report`` about many runs."""
 
 import importlib
+import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
+from jsonargparse import get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 import fedlight
 import fedlight.callbacks
@@ -22,31 +22,41 @@ import fedlight.transforms  # all of these, so that their classes are known by t
 from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
 from fedlight.cli.arguments import yaml_argument
+from fedlight.cli.classes import ShortHelp, class_names, list_classes
+from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.partition import Partitioner
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.processes import raised_in
 from fedlight.run.signals import exit_by_signal
-from fedlight.server.sampling import Sampler
 from fedlight.trainer import FederatedTrainer
-from fedlight.transforms.base import Transform
 
 
 class FederatedArgumentParser(LightningArgumentParser):
     """Reads values as sweep agents write them, and says briefly what it cannot read, with the nearest name."""
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+        super().__init__(*args, allow_abbrev=allow_abbrev, **{"formatter_class": ShortHelp, **kwargs})
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parse arguments; ``--key=None`` is ``--key=null``."""
+        """Parse arguments; ``--key=None`` is ``--key=null``, and packaged configurations are known by their names."""
         given = sys.argv[1:] if args is None else args
-        return super().parse_args([yaml_argument(a) for a in given], *others, **kwargs)
+        if (listed := list_classes(given)) is not None:
+            print(listed)
+            self.exit(0)
+        return super().parse_args(resolve_arguments([yaml_argument(a) for a in given]), *others, **kwargs)
+
+    def parse_string(self, content: str, *others: Any, **kwargs: Any) -> Any:
+        """Parse a configuration, in which packaged ones may be named."""
+        with suppress(Exception):  # what cannot be read is explained where it is parsed
+            config = get_loader("yaml")(content)
+            if isinstance(config, dict) and (resolved := resolve_config(config)) != config:
+                content = json.dumps(resolved)
+        return super().parse_string(content, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with 2."""
-        hints = suggestions(message, self._known_keys(), _class_names())
+        hints = suggestions(message, self._known_keys(), class_names() | part_names())
         super().error("\n  ".join([readable(message), *hints]), ex)
 
     def print_usage(self, file: Any = None) -> None:
@@ -56,20 +66,6 @@ class FederatedArgumentParser(LightningArgumentParser):
     def _known_keys(self) -> set[str]:
         parsers = [p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values()]
         return {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
-
-
-def _class_names() -> dict[str, str]:
-    """The classes that are known by short names, and the key that each belongs under."""
-    bases = (Algorithm, Perturbation, FederatedDataModule, LightningModule, Callback, Sampler, Partitioner, Optimizer)
-    keys = ["algorithm", "perturbation", "data", "model", "trainer.callbacks+", "trainer.sampler", "data.partitioner"]
-    keys += ["model.optimizer", "model.lr_scheduler", "trainer.logger", "trainer.transforms+"]
-    both = zip(keys, (*bases, LRScheduler, Logger, Transform), strict=True)
-    return {c.__name__: key for key, base in both for c in _subclasses(base) if not c.__name__.startswith("_")}
-
-
-def _subclasses(base: type) -> set[type]:
-    children: list[type] = base.__subclasses__()
-    return {base}.union(*(_subclasses(child) for child in children))
 
 
 class SaveConfig(ConfigFile, SaveConfigCallback):
@@ -101,7 +97,6 @@ class FederatedCLI(LightningCLI):
             "seed_everything_default": 0,
             "parser_class": FederatedArgumentParser,
             "auto_configure_optimizers": False,
-            "parser_kwargs": {"epilog": "Many runs: fedlight study --help, fedlight report --help."},
         }
         given = sys.argv[1:] if args is None else args
         known = self.subcommands()

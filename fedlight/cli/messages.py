@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from fedlight.cli.configs import nearest
 from fedlight.data.federated import FEDERATED_YAML
 
 _NOISE = re.compile(
@@ -38,6 +40,7 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
+    found += [nearest(os.path.relpath(path)) for path in re.findall(r"File does not exist: '(.+)'", message)]
     for path in re.findall(r"Import path ([\w.]+) does not correspond to a subclass of FederatedDataModule", message):
         found.append(f"a LightningDataModule is divided among clients by `{FEDERATED_YAML % path}`")
     return list(dict.fromkeys(sentence for sentence in found if sentence and sentence not in message))

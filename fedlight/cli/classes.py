@@ -1,0 +1,74 @@
+"""The classes that are known by short names: listed, and folded in the help."""
+
+import inspect
+import re
+import shutil
+from argparse import Action
+from collections.abc import Sequence
+
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedlight.algorithms.base import Algorithm
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.partition import Partitioner
+from fedlight.perturbations.base import Perturbation
+from fedlight.server.sampling import Sampler
+from fedlight.transforms.base import Transform
+
+_BASES: dict[str, type] = {
+    **{"algorithm": Algorithm, "perturbation": Perturbation, "data": FederatedDataModule, "model": LightningModule},
+    **{"trainer.callbacks+": Callback, "trainer.sampler": Sampler, "data.partitioner": Partitioner},
+    **{"model.optimizer": Optimizer, "model.lr_scheduler": LRScheduler, "trainer.logger": Logger},
+    "trainer.transforms+": Transform,
+}
+_SHOWN = 8
+
+
+def class_names() -> dict[str, str]:
+    """The classes that are known by short names, and the key that each belongs under."""
+    return {c.__name__: key for key, base in _BASES.items() for c in _known(base)}
+
+
+def list_classes(args: Sequence[str]) -> str | None:
+    """What there is for the key of ``--<key>.help`` without a class, a line each; None for any other command line."""
+    bases = {f"--{key.removesuffix('+')}.help": base for key, base in _BASES.items()}
+    asked = [a for a, after in zip(args, [*args[1:], "-"], strict=True) if a in bases and after.startswith("-")]
+    if not asked:
+        return None
+    found = [c for c in _known(bases[asked[0]]) if not (inspect.isabstract(c) or c is bases[asked[0]])]
+    found.sort(key=lambda c: (c.__module__.split(".")[0] != "fedlight", c.__name__))
+    width, columns = max(len(c.__name__) for c in found), shutil.get_terminal_size((100, 24)).columns
+    lines = [f"{c.__name__:<{width}}  {_first_line(c)}"[:columns] for c in found]
+    return "\n".join([*lines, "", f"The arguments of one: {asked[0]} {found[0].__name__}"])
+
+
+def _first_line(cls: type) -> str:
+    return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", (inspect.getdoc(cls) or "").partition("\n")[0])
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """Names the classes of fedlight, and says how many others there are."""
+
+    def _expand_help(self, action: Action) -> str:
+        return re.sub(r"known subclasses: ([\w., ]+)", _folded, super()._expand_help(action))
+
+
+def _folded(known: re.Match[str]) -> str:
+    names = known[1].split(", ")
+    own = [name for name in names if name.startswith("fedlight.")]
+    if len(names) <= _SHOWN:
+        return known[0]
+    return (
+        f"known subclasses: {', '.join(own)}{' and ' * bool(own)}{len(names) - len(own)} of torch, Lightning and others"
+    )
+
+
+def _known(base: type) -> list[type]:
+    """A class and all that inherit from it, without private ones."""
+    children: list[type] = base.__subclasses__()
+    found = {c for child in children for c in (child, *_known(child))} | {base}
+    return [c for c in found if not c.__name__.startswith("_")]
