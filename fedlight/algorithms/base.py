@@ -42,6 +42,7 @@ class Algorithm(Remembers):
             says what they begin with. Only the eager engine can do this, and optimizers whose state begins with zeros.
         collects: whether :meth:`aggregate` needs all models at once (median, Krum): ``total`` then holds ``models``,
             ``[K, P]`` in the order of the clients. They are K·P numbers in every process.
+        keeps_updates: whether the server keeps each client's last update: ``last_update`` in a :meth:`contribution`.
         min_clients: how many clients a round must have.
         personal: whether a part of the model stays with each client: the sums then hold ``latest_models`` as well,
             Σ weight·:meth:`latest`, which is for evaluation only.
@@ -56,6 +57,7 @@ class Algorithm(Remembers):
     lr_factors: Callable[[int], Sequence[float]] | None = None
     optimizer_state: tuple[str, ...] = ()
     collects: bool = False
+    keeps_updates: bool = False
     min_clients: int = 1
     personal: bool = False
     mean_by: Weighting = "samples"

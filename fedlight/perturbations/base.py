@@ -43,7 +43,7 @@ class Perturbation:
 
         Args:
             received: all that the client received, also from the algorithm.
-            client: the client's own state.
+            client: the client's own state, with what the algorithm keeps of it beside.
             start: where its training starts, ``[P]``.
         """
         return {}

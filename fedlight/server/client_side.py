@@ -83,13 +83,14 @@ class ClientSide:
     def task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
         """What a client has to do in this round."""
         weight = float(self._sizes[client]) / self._mean_size
-        objective = self._algorithm.objective(self._received, self._own(client), weight)
+        kept = self._own(client)
+        objective = self._algorithm.objective(self._received, kept, weight)
         if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
             name = type(self._algorithm).__name__
             raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
         perturbation: State = {}
         if self._perturbation is not None:
-            own = self._own_perturbation(client)
+            own = {**kept, **self._own_perturbation(client)}
             perturbation = self._perturbation.begin(self._received, own, objective.start)
         with named(self._server.round, client):
             dataset = in_memory(self._data.client_dataset(client), self._data.collate_fn, self.read)
@@ -132,7 +133,7 @@ class ClientSide:
         _, sent = self._algorithm.client_update(self._received, own, result)
         beside: State = {}
         if self._perturbation is not None:
-            own = self._perturbation.init_client(self._params)
+            own |= self._perturbation.init_client(self._params)
             _, beside = self._perturbation.client_update(
                 own, self._perturbation.begin(self._received, own, start), start
             )

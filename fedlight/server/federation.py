@@ -121,11 +121,13 @@ class Federation:
     def receive(self, result: ClientResult) -> None:
         """Let a client make its message of what it trained, and add that up."""
         reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
-        sender, rows = result.sender, reply.rows
-        weight = algorithm.mean_weight(sender.num_samples)
+        sender, rows, weight = result.sender, reply.rows, algorithm.mean_weight(result.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
-        square = torch.dot(update, update)
-        terms = dict(algorithm.contribution({**reply.message, "update": update}, sender))
+        message, square = {**reply.message, "update": update}, torch.dot(update, update)
+        if algorithm.keeps_updates:
+            message["last_update"] = self._kept(sender.client, "last_update", torch.zeros_like(update)).double()
+            rows["last_update"] = {"params": update.to(self.params.dtype)}
+        terms = dict(algorithm.contribution(message, sender))
         terms["update"] = weight * update if terms else update.mul_(weight)  # another long vector costs page faults
         if self.perturbation is not None:
             beside = self.perturbation.contribution(reply.beside, sender)
@@ -134,8 +136,8 @@ class Federation:
         if algorithm.personal:
             terms["latest_models"] = weight * latest.double()
         if "all" in self.views:
-            terms["latest"] = weight * (latest.double() - self._latest(sender.client))
-            rows["latest"] = {"params": latest}
+            before = self._kept(sender.client, "latest", self.state.latest_mean["initial"])
+            terms["latest"], rows["latest"] = weight * (latest.double() - before), {"params": latest}
         counters = {k: v for k, v in result.buffers.items() if not _averaged(v)}
         moved_by = {
             k: _real(v).double() - _real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters
@@ -156,10 +158,10 @@ class Federation:
         names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
         return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
 
-    def _latest(self, client: int) -> Tensor:
-        """A client's latest model; the one before the first round if it has not trained."""
-        row = self.store.get(client, "latest")
-        return self.state.latest_mean["initial"] if row is None else row["params"]
+    def _kept(self, client: int, part: str, first: Tensor) -> Tensor:
+        """A vector that is kept of a client, or the first one if it has not trained."""
+        row = self.store.get(client, part)
+        return first if row is None else row["params"]
 
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
         """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""

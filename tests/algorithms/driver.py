@@ -36,7 +36,7 @@ class Driver:
         algorithm.setup(len(self.problem.sizes), layout)
         params = torch.tensor(self.problem.start, dtype=torch.float64)
         self.server = algorithm.init_server(params)
-        self.clients, self.clients_perturbation = {}, {}
+        self.clients, self.clients_perturbation, self.last_updates = {}, {}, {}
         self.server_perturbation = {}
         if self.perturbation is not None:
             self.perturbation.setup(layout)
@@ -64,6 +64,9 @@ class Driver:
             self.clients[i], message = algorithm.client_update(received, state, result)
             up = sum(v.numel() for v in message.values())
             message = {**message, "update": message["params"] - received["params"]}
+            if algorithm.keeps_updates:
+                message["last_update"] = self.last_updates.get(i, torch.zeros_like(message["update"]))
+                self.last_updates[i] = message["update"]
             weight = algorithm.mean_weight(result.num_samples)
             add(total, {"update": weight * message["update"], "weight": torch.tensor(weight, dtype=torch.float64)})
             add(total, {"latest_models": weight * algorithm.latest(received, self.clients[i], message), "clients": 1})
@@ -88,12 +91,14 @@ class Driver:
         w, kept = objective.start.clone(), {}
         if perturbation is not None:
             before = self.clients_perturbation.get(i) or perturbation.init_client(w)
-            kept = perturbation.begin(received, before, objective.start)
-        for _ in range(problem.steps[i]):
+            kept = perturbation.begin(received, {**state, **before}, objective.start)
+        factors = self.algorithm.lr_factors
+        lrs = [lr * f for f in ([1] * problem.steps[i] if factors is None else factors(problem.steps[i]))]
+        for rate in lrs:
             gradient, kept = local_gradient(
                 w, lambda v, first: self.hessians[i] @ (v - self.centers[i]), objective, perturbation, kept, None
             )
-            w = w - lr * gradient
+            w = w - rate * gradient
         return ClientResult(
             client=i,
             start=objective.start,
@@ -101,6 +106,6 @@ class Driver:
             num_samples=problem.sizes[i],
             weight=float(problem.weights[i]),
             num_steps=problem.steps[i],
-            lr_sum=lr * problem.steps[i],
+            lr_sum=sum(lrs),
             perturbation=kept,
         )

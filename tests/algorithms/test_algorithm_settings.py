@@ -36,6 +36,11 @@ def test_negative_and_unreal_settings_are_refused_by_key(name, key, value):
         ("FedAdam", "beta2", 1.0, "at least 0 and below 1"),
         ("FedGloSS", "beta", 0, "above 0"),
         ("FedAvg", "server_lr", 0, "above 0"),
+        ("FedACG", "momentum", 1, "at least 0 and below 1"),
+        ("FedExP", "eps", 0, "above 0"),
+        ("FedMoSWA", "gamma", 0, "above 0 and at most 1"),
+        ("FedSWA", "rho", 1.1, "at least 0 and at most 1"),
+        ("FedWMSAM", "alpha", 1, "above 0 and below 1"),
     ],
 )
 def test_limits(name, key, value, message):
@@ -70,6 +75,14 @@ def test_an_unknown_algorithm_lists_the_known_ones():
         ("FedSMOO", 2, 2),
         ("FedLESAM", 1, 1),
         ("FedGAMMA", 2, 2),
+        ("FedACG", 1, 1),
+        ("FedExP", 1, 1),
+        ("FedVARP", 1, 1),
+        ("FedInit", 1, 1),
+        ("FedNSAM", 1, 1),
+        ("FedMoSWA", 2, 2),
+        ("FedTOGA", 2, 1),
+        ("FedWMSAM", 3.25, 1),
     ],
 )
 def test_vectors_on_the_wire(name, down, up):
@@ -80,5 +93,5 @@ def test_vectors_on_the_wire(name, down, up):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_algorithms_that_divide_by_the_learning_rate_say_so(name):
-    family = ("SCAFFOLD", "FedDC", "FedCM", "FedGAMMA", "MoFedSAM", "FedLESAM_S")
+    family = ("SCAFFOLD", "FedDC", "FedCM", "FedGAMMA", "MoFedSAM", "FedLESAM_S", "FedMoSWA", "FedWMSAM")
     assert getattr(algorithms, name).needs_lr == (name in family)

@@ -11,6 +11,7 @@ from torch import nn
 from fedlight import algorithms
 from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
+from tests.algorithms import newer_twins as newer
 from tests.algorithms import twins
 from tests.algorithms.driver import Driver
 from tests.algorithms.twins import Asam, Dual, Lesam, Plain, Problem, Sam
@@ -55,6 +56,18 @@ CASES = {
     "FedLESAM": (lambda: algorithms.FedLESAM(0.1, 0.7), lambda p: twins.fedavg(p, Lesam(p, 0.1), 0.7)),
     "FedLESAM_S": (lambda: algorithms.FedLESAM_S(0.1, 0.7), lambda p: twins.scaffold(p, Lesam(p, 0.1), 0.7)),
     "FedLESAM_D": (lambda: algorithms.FedLESAM_D(0.1, 0.3), lambda p: twins.feddyn(p, Lesam(p, 0.1), 0.3)),
+    "FedACG": (lambda: algorithms.FedACG(0.6, 0.3), lambda p: newer.fedacg(p, Plain(p), 0.6, 0.3)),
+    "FedExP": (lambda: algorithms.FedExP(1e-4), lambda p: newer.fedexp(p, Plain(p), 1e-4)),
+    "FedVARP": (lambda: algorithms.FedVARP(0.7), lambda p: newer.fedvarp(p, Plain(p), 0.7)),
+    "FedInit": (lambda: algorithms.FedInit(0.3), lambda p: newer.fedinit(p, Plain(p), 0.3)),
+    "FedNSAM": (lambda: algorithms.FedNSAM(0.1, 0.6), lambda p: newer.fedacg(p, Sam(p, 0.1), 0.6, 0.0)),
+    "FedSWA": (lambda: algorithms.FedSWA(0.2, 1.3), lambda p: newer.fedswa(p, Plain(p), 0.2, 1.3)),
+    "FedMoSWA": (lambda: algorithms.FedMoSWA(0.2, 0.4, 1.3), lambda p: newer.fedmoswa(p, Plain(p), 0.2, 1.3, 0.4)),
+    "FedTOGA": (lambda: algorithms.FedTOGA(0.1, 0.3, 0.7, 0.5), lambda p: newer.fedtoga(p, 0.1, 0.3, 0.7, 0.5)),
+    "FedWMSAM": (
+        lambda: algorithms.FedWMSAM(0.1, 0.3, 0.4, 0.7),
+        lambda p: newer.fedwmsam(p, 0.1, 0.3, 0.4, 0.7),
+    ),
 }
 
 
@@ -119,6 +132,14 @@ SETTINGS = {
         lambda: algorithms.FedLESAM_D(0.1, 0.3, weighting="equal"),
         lambda p: twins.feddyn(p, Lesam(p, 0.1), 0.3, equal=True),
     ),
+    "FedTOGA, equal": (
+        lambda: algorithms.FedTOGA(0.1, 0.3, 0.7, 0.5, weighting="equal"),
+        lambda p: newer.fedtoga(p, 0.1, 0.3, 0.7, 0.5, equal=True),
+    ),
+    "FedNSAM, along the momentum": (
+        lambda: algorithms.FedNSAM(0.1, 0.6, along="momentum"),
+        lambda p: newer.fednsam_along_momentum(p, 0.6),
+    ),
 }
 
 
@@ -143,7 +164,7 @@ def test_every_weighting_has_a_twin():
         for key in ("weighted", "weighting")
         if key in inspect.signature(getattr(algorithms, n)).parameters
     }
-    assert flags == {name.split(",")[0] for name in SETTINGS}
+    assert flags == {name.split(",")[0] for name in SETTINGS if "momentum" not in name}
 
 
 @pytest.mark.parametrize("name", [*CASES, *SETTINGS])
@@ -180,6 +201,8 @@ COMBINED = {
     "FedDC": (lambda: algorithms.FedDC(0.3), partial(twins.feddc, alpha=0.3)),
     "FedCM": (lambda: algorithms.FedCM(0.3), partial(twins.fedcm, alpha=0.3)),
     "FedGloSS": (lambda: algorithms.FedGloSS(0.1, 5.0), partial(twins.fedgloss, rho=0.1, beta=5.0)),
+    "FedInit": (lambda: algorithms.FedInit(0.3), partial(newer.fedinit, beta=0.3)),
+    "FedMoSWA": (lambda: algorithms.FedMoSWA(0.2, 0.4), partial(newer.fedmoswa, rho=0.2, alpha=1.5, gamma=0.4)),
 }
 
 

@@ -1,5 +1,6 @@
 """Where one method must equal another."""
 
+import inspect
 from functools import partial
 
 import numpy as np
@@ -127,6 +128,8 @@ def test_fedadam_with_bias_correction_is_adam_of_torch():
 WEIGHTED = {name: "samples" for name in algorithms.__all__ if name != "Message"}
 WEIGHTED |= dict.fromkeys(("SCAFFOLD", "FedGAMMA", "FedLESAM_S", "FedCM", "MoFedSAM"), "equal")
 WEIGHTED |= dict.fromkeys(("FedDyn", "FedDC", "FedSpeed", "FedSMOO", "FedLESAM_D"), "equal")
+WEIGHTED |= dict.fromkeys(("FedACG", "FedExP", "FedVARP", "FedInit", "FedNSAM"), "equal")
+WEIGHTED |= dict.fromkeys(("FedSWA", "FedMoSWA", "FedTOGA", "FedWMSAM"), "equal")
 
 
 @pytest.mark.parametrize("name", WEIGHTED)
@@ -153,12 +156,14 @@ def test_the_selected_clients_are_weighted_as_the_methods_own_mean_is(name):
         "FedGAMMA",
         "FedLESAM_S",
         "FedCM",
+        "FedInit",
+        "FedWMSAM",
     )
     if name in (*by_definition, "Algorithm", "MoFedSAM", "FedBN"):
         assert torch.equal(driver.evaluated["server"], driver.evaluated["selected"])
 
 
-EQUAL = [n for n in WEIGHTED if getattr(algorithms, n)().weighting is not None]
+EQUAL = [n for n in WEIGHTED if "weighting" in inspect.signature(getattr(algorithms, n)).parameters]
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -208,7 +213,7 @@ SHORTHANDS = {
 
 def test_every_method_with_a_perturbation_of_its_own_is_a_shorthand():
     own = {name for name in algorithms.__all__ if name != "Message" and getattr(algorithms, name)().perturbation}
-    assert own == set(SHORTHANDS)
+    assert own == set(SHORTHANDS) | {"FedNSAM", "FedTOGA", "FedWMSAM"}  # which are more than that
 
 
 @pytest.mark.parametrize("name", SHORTHANDS)

@@ -36,6 +36,13 @@ class Combination:
     def __str__(self):
         return f"{self.algorithm}-{self.perturbation}-{self.penalty}"
 
+    @property
+    def quick(self) -> bool:
+        """Whether every run of the tests has it: each algorithm alone and with SAM and MAN, and FedAvg with all."""
+        pair = self.perturbation, self.penalty
+        own = ALGORITHMS[self.algorithm]().perturbation is not None
+        return own or self.algorithm == "FedAvg" or pair in {("none", "plain"), ("SAM", "MAN")}
+
 
 def combinations() -> list[Combination]:
     """All that can be combined: an algorithm that brings a perturbation of its own takes no other."""
@@ -153,7 +160,7 @@ def outcome(trainer: FederatedTrainer) -> dict[str, Tensor]:
     out |= {f"perturbation/{k}": v for k, v in state.perturbation.items()}
     out |= {f"buffers/{k}": v for k, v in state.buffers.items()} | {f"views/{k}": v for k, v in state.views.items()}
     for client in federation.store.clients():
-        for part in ("algorithm", "perturbation", "latest", "buffers"):
+        for part in ("algorithm", "perturbation", "latest", "last_update", "buffers"):
             row = federation.store.get(client, part) or {}
             out |= {f"client/{client}/{part}/{k}": v for k, v in row.items()}
     return {k: v.clone() for k, v in out.items()}

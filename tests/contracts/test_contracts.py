@@ -16,7 +16,10 @@ from tests.contracts.combinations import ALGORITHMS, ROUNDS, SIZES, Clients, com
 COMBINATIONS = combinations()
 REPOSITORY = Path(__file__).parents[2]
 
-every_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+every_combination = pytest.mark.parametrize(
+    "combination",
+    [pytest.param(c, marks=() if c.quick else pytest.mark.slow, id=str(c)) for c in COMBINATIONS],
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,13 +46,15 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def in_two_processes(tmp_path_factory):
-    """The outcomes of all combinations in each process of one pair."""
-    folder = tmp_path_factory.mktemp("pair")
+def in_two_processes(request, tmp_path_factory):
+    """The outcomes of the combinations that are tested in each process of one pair."""
+    folder, test = tmp_path_factory.mktemp("pair"), "test_two_processes_give_the_same_bits_as_one"
+    tested = [item for item in request.session.items if getattr(item, "originalname", None) == test]
+    names = sorted({str(item.callspec.params["combination"]) for item in tested if "combination" in item.fixturenames})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [*command, "-m", "tests.contracts.two_processes", str(folder)],
+        [*command, "-m", "tests.contracts.two_processes", str(folder), *names],
         env=environment,
         cwd=REPOSITORY,
         capture_output=True,

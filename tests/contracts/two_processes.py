@@ -1,6 +1,6 @@
-"""Run by torchrun in two processes: trains every combination and saves the outcomes, one process group for all.
+"""Run by torchrun in two processes: trains combinations and saves the outcomes, one process group for all.
 
-Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER
+Usage: torchrun --nproc_per_node 2 two_processes.py FOLDER [NAME ...]
 """
 
 import sys
@@ -12,10 +12,10 @@ import torch
 from tests.contracts.combinations import combinations, outcome, run
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     outcomes = {}
-    for combination in combinations():
+    for combination in (c for c in combinations() if not names or str(c) in names):
         trainer, _, _ = run(combination, folder / "runs", devices=2)
         assert trainer.world_size == 2
         outcomes[str(combination)] = outcome(trainer)
@@ -25,4 +25,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(tempfile.mkdtemp()), sys.argv[2:])

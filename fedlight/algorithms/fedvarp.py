@@ -1,0 +1,39 @@
+"""FedVARP."""
+
+import torch
+from torch import Tensor
+
+from fedlight.algorithms.base import Message, Sender, State
+from fedlight.algorithms.fedavg import FedAvg
+
+
+class FedVARP(FedAvg):
+    """The last updates of absent clients stand in for them, so that sampling adds no variance.
+
+    The server remembers each client's last update y_i, 0 at first. With those of before the round
+
+        w ← w + server_lr·(mean_sel(Δ_i − y_i) + mean_all(y)),   y_i ← Δ_i in the round
+
+    Args:
+        server_lr: length of the server's step.
+
+    Source: Jhunjhunwala et al., "FedVARP: Tackling the Variance Due to Partial Client Participation in Federated
+    Learning", UAI 2022. There updates are divided by S·η, and the server multiplies by it: the same if it is constant.
+    """
+
+    mean_by = "equal"
+    keeps_updates = True
+
+    def init_server(self, params: Tensor) -> State:
+        """The model, and the mean of y over all clients, kept as a running sum."""
+        return {"params": params, "last_mean": torch.zeros_like(params)}
+
+    def contribution(self, message: Message, sender: Sender) -> State:
+        """What is new of the update."""
+        return {"news": message["update"] - message["last_update"]}
+
+    def aggregate(self, server: State, total: State) -> State:
+        """The step along the estimate of all clients' mean update, and the new mean of y."""
+        step = total["news"] / total["clients"] + server["last_mean"]
+        last_mean = server["last_mean"] + total["news"] / self.num_clients
+        return {"params": server["params"] + self.server_lr * step, "last_mean": last_mean}
