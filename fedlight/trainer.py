@@ -19,6 +19,7 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.evaluation import Stage
+from fedlight.run.export import export
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import LoggerName
 from fedlight.run.predict import predict
@@ -246,6 +247,31 @@ class FederatedTrainer(TrainerInterface):
             outputs = predict(session, view, output)
             session.views.load("server")
             return outputs if return_predictions else None
+
+    def export(
+        self,
+        model: LightningModule,
+        datamodule: FederatedDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        *,
+        to: str | Path,
+        view: View = "server",
+    ) -> None:
+        """Write a trained model to a file that needs no fedlight.
+
+        Args:
+            model: the module; it holds the view's model afterwards.
+            datamodule: the data.
+            ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
+            to: ``.pt``: the module's ``state_dict``; ``.pt2``: its ``forward`` as ``torch.export`` has it; ``.onnx``.
+            view: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+        """
+        with Session(self, model, datamodule, "predict", ckpt_path) as session:
+            self._session = session
+            session.views.choose(view)
+            if self.is_global_zero:
+                export(session, Path(to))
+                print(f"{view} model: {to}", flush=True)
 
     def _evaluate(self, session: Session, stage: Stage, verbose: bool) -> list[dict[str, float]]:
         with session as self._session:

@@ -107,7 +107,7 @@ class FederatedCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The subcommands, and the arguments of the trainer's methods that the CLI fills in."""
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "analyze")}
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export", "analyze")}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``trainer``, ``algorithm``, ``perturbation``, ``model`` and ``data``."""

@@ -19,6 +19,7 @@ from fedlight.run.loggers import logger_ids, read_metrics, tell_wandb
 from fedlight.run.names import smaller_is_better
 from fedlight.run.wandb import note_checkpoint
 from fedlight.server.clients import DiskClientStore
+from fedlight.written import Lost, written
 
 
 @lru_cache
@@ -41,7 +42,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     callbacks = {c.state_key: _copied(plain(c.state_dict())) for c in trainer.callbacks}
     checkpoint = {
         "state_dict": server_state_dict(run),
-        "hyper_parameters": _copied(plain(dict(module.hparams))),
+        "hyper_parameters": _copied(_hyper_parameters(module)),
         "pytorch-lightning_version": lightning.__version__,
         "epoch": state.round,
         "global_step": state.global_step,
@@ -61,6 +62,15 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     added = {k: _copied(plain(v)) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
     return {**plain(checkpoint), **added, "fedlight": fedlight}
+
+
+def _hyper_parameters(module: Any) -> dict[str, Any]:
+    """Those that it saved; where it was made with more, all of it as a CLI would have it, if that can be written."""
+    saved: dict[str, Any] = plain(dict(module.hparams))
+    made = {} if "_instantiator" in saved else written(module, "", lost := Lost()).get("init_args", {})
+    if made.keys() <= saved.keys() or lost:
+        return saved
+    return {**made, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
 
 
 def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait: bool) -> None:
