@@ -35,8 +35,9 @@ class Classifier(LightningModule):
         Classifier(CifarCNN(num_classes=100), num_classes=100)
         Classifier(CifarCNN, num_classes=100)
 
-    Checkpoints hold the hyperparameters as plain values. Those written under a Lightning CLI name ``net``, optimizer
-    and scheduler too; for others, pass them again: ``Classifier.load_from_checkpoint(path, net=CifarCNN)``.
+    Checkpoints hold the hyperparameters as plain values. Those of a FederatedTrainer or a Lightning CLI name
+    ``net``, optimizer and scheduler too, unless these cannot be written; then pass them again:
+    ``Classifier.load_from_checkpoint(path, net=CifarCNN)``.
 
     Args:
         net: the network, which maps inputs ``[B, ...]`` to logits ``[B, num_classes]``.

@@ -30,15 +30,12 @@ def export(run: RunContext, to: Path) -> None:
     if to.suffix == ".onnx" and not all(map(find_spec, ("onnx", "onnxscript"))):
         raise MisconfigurationException(f'to={str(to)!r} needs ONNX: pip install "fedlight[onnx]"')
     module = run.module.cpu()
-    if to.suffix == ".pt":
-        content: Any = {name: value.detach() for name, value in module.state_dict().items()}
-        save = torch.save
-    else:
-        content, save = _program(run, to), torch.export.save if to.suffix == ".pt2" else torch.onnx.ONNXProgram.save
+    content: Any = module.state_dict() if to.suffix == ".pt" else _program(run, to)
+    write: Any = {".pt": torch.save, ".pt2": torch.export.save, ".onnx": torch.onnx.ONNXProgram.save}[to.suffix]
     with writing(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(to) as file:
-            save(content, file)
+            write(content, file)
 
 
 def _program(run: RunContext, to: Path) -> Any:
