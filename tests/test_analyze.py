@@ -81,7 +81,7 @@ def test_layers_are_drawn_with_the_norms_that_the_run_logged(tmp_path, monkeypat
     trained(tmp_path, MAN(zeta=0.0), model=Net())
     found = analyze(tmp_path, model=Net())["server"]
     first, last = drawn[-1]
-    assert (first.name, first.rounds, first.norm_rounds) == ("net.0", [2], [0, 1, 2])
+    assert (first.name, first.rounds, first.norm_rounds) == ("net.0", [3], [1, 2, 3])
     assert (first.lambda_max, last.lambda_max) == ([found.layers["net.0"]], [found.layers["net.2"]])
     assert (last.name, last.norms) == ("net.2", [])
 
@@ -152,7 +152,7 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     main(["analyze", *CONFIG, "--ckpt_path=last", *options])
     assert "50 samples" in capsys.readouterr().out
     folder = tmp_path / "runs" / "default" / "version_0" / "hessian"
-    with np.load(folder / "round0.npz") as during, np.load(folder / "last.npz") as after:
+    with np.load(folder / "round1.npz") as during, np.load(folder / "last.npz") as after:
         assert during["eigenvalues"].tolist() == after["eigenvalues"].tolist()
         assert during["trace"] == after["trace"]
     saved = folder.parent / "config.yaml"

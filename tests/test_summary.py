@@ -1,12 +1,20 @@
 """What a run says of itself: before the first round, after the last one, and when it is stopped."""
 
+import io
 import os
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli.command import main
+from fedlight.callbacks.progress import RoundProgress
+from fedlight.cli import completion
+from fedlight.cli.command import main, parsers
 from fedlight.run.summary import facts
 from fedlight.server.sampling import Bernoulli
 from fedlight.trainer import FederatedTrainer
@@ -105,3 +113,66 @@ def test_the_facts_of_other_runs(tmp_path):
 
 
 SEEN: list[dict[str, str]] = []
+
+
+def test_weights_are_looked_at_of_the_best_round_where_no_checkpoint_is_named(caplog, capsys):
+    """Of the run whose config.yaml is given; else of the newest run of the name, and where there is none this is said."""
+    main(["test", *TINY])
+    assert "ckpt_path: there is no checkpoint in runs/default, so the weights are untrained." in caplog.text
+    fit("--model.lr=0.3")
+    fit("--trainer.max_rounds=1")
+    old, new = Path("runs/default/version_0"), Path("runs/default/version_1")
+    for args, run, rounds in ((TINY, new, 1), (["-c", str(old / "config.yaml")], old, 2)):
+        caplog.clear()
+        main(["validate", *args])
+        assert f"Reading {run}/checkpoints/best.ckpt, written after {rounds} rounds." in caplog.text
+    (old / "checkpoints" / "best.ckpt").unlink()
+    caplog.clear()
+    main(["test", "-c", str(old / "config.yaml")])
+    assert f"Reading {old}/checkpoints/last.ckpt" in caplog.text
+    caplog.clear()
+    main(["test", *TINY, "--ckpt_path=last"])
+    assert f"Reading {new}/checkpoints/last.ckpt" in caplog.text
+
+
+@pytest.mark.parametrize("columns", [50, 120])
+def test_the_bar_shows_round_and_time_on_a_narrow_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    progress, metrics = RoundProgress(), {f"val/{name}": 0.25 for name in ("accuracy", "loss")}
+    trainer = SimpleNamespace(current_round=0, max_rounds=5000, is_global_zero=True, callback_metrics={})
+    progress.on_train_start(trainer, None)
+    trainer.current_round, trainer.callback_metrics = 1234, metrics
+    progress.on_round_end(trainer, None)
+    progress.on_train_end(trainer, None)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).strip().splitlines()[-1].split("\r")[-1]
+    assert re.fullmatch(r"round [━╸╺ ]+ 1234/5000 (-|\d+):[-\d]+(:[-\d]+)? +accuracy 0\.2500.*", last)
+    assert ("val loss" in last) == (columns == 120)
+    assert len(last) <= columns
+
+
+def test_a_script_for_the_shell_completes_what_there_is():
+    found = completion.script(["bash"], parsers())
+    bash = f"{found}\nCOMP_TYPE=9\n" + "".join(
+        f"COMP_WORDS=(fedlight {words}); COMP_CWORD={len(words.split())}; _shtab_fedlight; echo ${{COMPREPLY[@]}}\n"
+        for words in (
+            "fit --algorithm FedDy",
+            "fit --algorithm fedprox",
+            "test -c paper/c",
+            "ana",
+            "fit --trainer.max_r",
+        )
+    )
+    run = subprocess.run(["bash", "-c", bash], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["FedDyn", "fedprox", "paper/cifar100", "analyze", "--trainer.max_rounds"]
+
+
+def test_a_script_for_no_shell_or_without_shtab_is_refused(monkeypatch):
+    with pytest.raises(MisconfigurationException, match="takes one of bash, zsh"):
+        completion.script(["dos"], {})
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(MisconfigurationException, match=r'needs shtab: pip install "fedlight\[completion\]"'):
+        completion.script(["bash"], {})

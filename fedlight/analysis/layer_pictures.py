@@ -18,7 +18,7 @@ class LayerHistory:
 
     Attributes:
         name: of the layer.
-        rounds: at which λ_max was measured.
+        rounds: after which λ_max was measured, from 1.
         lambda_max: of the layer's block of the Hessian.
         norm_rounds: at which the activation norm is known.
         norms: mean(a²) of the layer's output after its non-linearity; empty where there is none, as for the logits.

@@ -61,7 +61,7 @@ def draw_rounds(module: nn.Module, rows: Rows, folder: Path, stem: str = "") -> 
         drawn.append(draw_layers(layers, folder / f"layers{stem}.png"))
     measured = [row for row in rows if math.isfinite(row.get("hessian/lambda_max", math.nan))]
     if len(measured) > 1:
-        rounds = [int(row["round"]) for row in measured]
+        rounds = [1 + int(row["round"]) for row in measured]
         drawn.append(draw_eigenvalues(rounds, [_from_row(row) for row in measured], folder / f"eigenvalues{stem}.png"))
     return drawn
 
@@ -107,7 +107,7 @@ def _suffix(view: str) -> str:
 
 
 def _series(rows: Rows, key: str) -> dict[int, float]:
-    return {int(row["round"]): row[key] for row in rows if key in row}
+    return {1 + int(row["round"]): row[key] for row in rows if key in row}
 
 
 def _from_row(row: Mapping[str, float]) -> HessianResult:

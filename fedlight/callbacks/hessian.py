@@ -108,7 +108,7 @@ class HessianSpectrum(Remembers, Callback):
             if key not in measured:
                 measured[key] = self.measurement.run(subject, view)
             self.results[view] = measured[key]
-        self._undrawn = trainer.current_round - 1
+        self._undrawn = trainer.current_round
         if (folder := _folder(trainer)) is not None:
             with optional(self, "HessianSpectrum's files"):
                 records.save(self.results, folder / "hessian", f"round{self._undrawn}")

@@ -21,6 +21,7 @@ class RoundProgress(RoundCallback):
     def __init__(self, every_n_seconds: float = 2.0) -> None:
         self.every_n_seconds = every_n_seconds
         self._bar: Any = None
+        self._shown: tuple[tuple[str, str, str], ...] = _SHOWN
         self._printed = float("-inf")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -28,10 +29,13 @@ class RoundProgress(RoundCallback):
         self._started, self._first = time.monotonic(), trainer.current_round
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn("round"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[metrics]}"))
+        console = Console()
+        self._shown = _SHOWN if (wide := console.width >= 80) else _SHOWN[:1]  # round and time have to be seen whole
+        columns = (TextColumn("round"), BarColumn(40 if wide else 6), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console)
         self._task = self._bar.add_task("round", total=trainer.max_rounds, completed=trainer.current_round, metrics="")
         self._bar.start()
 
@@ -42,7 +46,7 @@ class RoundProgress(RoundCallback):
         done, total = trainer.current_round, trainer.max_rounds
         text = "  ".join(
             f"{label} {form.format(float(trainer.callback_metrics[name]))}"
-            for label, name, form in _SHOWN
+            for label, name, form in self._shown
             if name in trainer.callback_metrics
         )
         if self._bar is not None:

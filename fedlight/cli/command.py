@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import get_loader
@@ -21,6 +22,7 @@ import fedlight.perturbations
 import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
+from fedlight.cli import completion
 from fedlight.cli.arguments import yaml_argument
 from fedlight.cli.classes import ShortHelp, class_names, list_classes
 from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
@@ -28,6 +30,7 @@ from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.processes import raised_in
+from fedlight.run.resume import usual_checkpoint
 from fedlight.run.signals import exit_by_signal
 from fedlight.trainer import FederatedTrainer
 
@@ -120,6 +123,13 @@ class FederatedCLI(LightningCLI):
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
 
+    def before_instantiate_classes(self) -> None:
+        """Let a command that looks at trained weights take the best ones there are, where no checkpoint is named."""
+        config = self.config.get(self.subcommand or "fit", {})
+        if self.subcommand not in (None, "fit") and config.get("ckpt_path") is None and not config.trainer.fast_dev_run:
+            files = [Path(str(file)) for file in config.get("config") or []]
+            config.ckpt_path = usual_checkpoint(files, Path(config.trainer.default_root_dir), config.trainer.name)
+
     def _parse_ckpt_path(self) -> None:
         """The model comes from the configuration; a checkpoint of another model is refused by the trainer."""
 
@@ -136,6 +146,20 @@ class FederatedCLI(LightningCLI):
         return super().instantiate_trainer(**parts, seed=0 if seed is False else int(seed), **kwargs)
 
 
+def parsers() -> dict[str, Any]:
+    """The parsers of all commands that take a configuration."""
+    found: dict[str, Any] = {}
+
+    class Parsers(FederatedCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            found.update(self._subcommand_parsers)
+            raise StopIteration
+
+    with suppress(StopIteration):
+        Parsers([])
+    return found
+
+
 def main(args: ArgsType = None) -> None:
     """The console script. Exit codes: 2 for bad input, 1 for any other failure, 130 for Ctrl-C, 143 for SIGTERM.
 
@@ -147,6 +171,9 @@ def main(args: ArgsType = None) -> None:
             # They train nothing themselves, so that nothing that trains has to be built.
             package = {"study": "studies", "report": "report"}[given[0]]
             sys.exit(importlib.import_module(f"fedlight.{package}.command").main(given[1:]))
+        if isinstance(given, list) and given[:1] == ["--print_completion"]:
+            print(completion.script(given[1:], parsers()))
+            return
         FederatedCLI(args)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,7 @@
 """Continuing a run: which file is read, whether it is of the same experiment, and what the folder keeps of changes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,7 @@ from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.experiment import describe, differences, plain
-from fedlight.run.folder import HISTORY, RunFolder, atomic_write, writing
+from fedlight.run.folder import HISTORY, RunFolder, atomic_write, versions, writing
 from fedlight.run.wandb import PREFIX, download
 
 T = TypeVar("T")
@@ -61,6 +61,22 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
     ended = f": the run is finished, as trainer.max_rounds={trainer.max_rounds}. Raise that to go on with it"
     rank_zero_info(f"Continuing {path} after round {round}{ended if round >= trainer.max_rounds else again}.")
     return checkpoint, path, folder
+
+
+def usual_checkpoint(configs: Sequence[Path], root: Path, name: str) -> Path | None:
+    """The checkpoint to look at where none is named: the best, else the last; None is said.
+
+    Args:
+        configs: configurations that were given; the last one that is a run's ``config.yaml`` means that run.
+        root: ``trainer.default_root_dir``, below which the newest run is meant otherwise.
+        name: ``trainer.name``.
+    """
+    own = [file.parent for file in configs if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()]
+    runs = own[-1:] or [root / name / f"version_{version}" for version in versions(root / name)[-1:]]
+    found = [file for run in runs for kind in ("best", "last") if (file := RunFolder(run).checkpoint(kind)).exists()]
+    if not found:
+        rank_zero_info(f"ckpt_path: there is no checkpoint in {(*runs, root / name)[0]}, so the weights are untrained.")
+    return next(iter(found), None)
 
 
 def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:

@@ -255,13 +255,13 @@ def test_files_and_pictures(tmp_path):
     trainer, _, rows = fit(tmp_path, MAN(zeta=0.0), callback, model=Net(), data=Clients(batch_size=8), max_rounds=5)
     run = trainer.run_dir
     plots = {path.name for path in (run / "plots").iterdir()}
-    assert plots == {"density_round3.png", "density_round4.png", "layers.png", "eigenvalues.png"}
-    stems = [f"round{r}{view}" for r in (1, 3, 4) for view in ("", "_all")]
+    assert plots == {"density_round4.png", "density_round5.png", "layers.png", "eigenvalues.png"}
+    stems = [f"round{r}{view}" for r in (2, 4, 5) for view in ("", "_all")]
     files = {f"{stem}{end}" for stem in stems for end in (".npz", "_density.csv")}
     assert {path.name for path in (run / "hessian").iterdir()} == files
-    with np.load(run / "hessian" / "round4.npz", allow_pickle=False) as saved:
+    with np.load(run / "hessian" / "round5.npz", allow_pickle=False) as saved:
         assert saved["eigenvalues"].tolist() == callback.results["server"].eigenvalues
-    with (run / "hessian" / "round4_density.csv").open() as file:
+    with (run / "hessian" / "round5_density.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [(float(r["eigenvalue"]), float(r["density"])) for r in table] == callback.results["server"].density_table()
     assert all("hessian/trace" in row for row in rows if row["round"] in (1, 3, 4))
@@ -275,11 +275,11 @@ def test_layers_are_drawn_with_the_activations_that_follow_them():
     ]
     histories = records.layer_histories(Net(), rows)
     assert [(h.name, h.rounds, h.lambda_max) for h in histories] == [
-        ("net.0", [1], [0.0]),
-        ("net.1", [1], [1.0]),
-        ("net.4", [1], [2.0]),
+        ("net.0", [2], [0.0]),
+        ("net.1", [2], [1.0]),
+        ("net.4", [2], [2.0]),
     ]
-    assert [(h.norm_rounds, h.norms) for h in histories] == [([0, 1], [5.0, 4.0]), ([0, 1], [5.0, 4.0]), ([], [])]
+    assert [(h.norm_rounds, h.norms) for h in histories] == [([1, 2], [5.0, 4.0]), ([1, 2], [5.0, 4.0]), ([], [])]
 
 
 def test_a_resumed_run_draws_what_came_before(tmp_path, monkeypatch):
@@ -289,8 +289,8 @@ def test_a_resumed_run_draws_what_came_before(tmp_path, monkeypatch):
     fit(tmp_path, spectrum(), max_rounds=2)
     trainer = quiet_trainer(tmp_path, callbacks=[spectrum()], max_rounds=4)
     trainer.fit(Regression(), Clients(), ckpt_path="last")
-    assert drawn[-1] == [0, 1, 2, 3]
-    assert drawn[-2][0].rounds == [0, 1, 2, 3]
+    assert drawn[-1] == [1, 2, 3, 4]
+    assert drawn[-2][0].rounds == [1, 2, 3, 4]
 
 
 class Seen(Logger):
@@ -326,7 +326,7 @@ def test_loggers_get_scalars_and_densities(tmp_path):
         ("hessian/density", columns, 1024, 3),
     ]
     assert len(seen.tables) == 4
-    assert ("plots/density", "density_round1.png", 2) in seen.pictures
+    assert ("plots/density", "density_round2.png", 2) in seen.pictures
     assert ("plots/layers", "layers.png", 3) in seen.pictures
     assert ("plots/eigenvalues", "eigenvalues.png", 3) in seen.pictures
 
