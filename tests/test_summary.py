@@ -116,16 +116,16 @@ SEEN: list[dict[str, str]] = []
 
 
 def test_weights_are_looked_at_of_the_best_round_where_no_checkpoint_is_named(caplog, capsys):
-    """Of the run whose config.yaml is given; else of the newest run of the name, and where there is none this is said."""
+    """Of the run whose config.yaml is given; else of the newest run of the name, and without any that is said."""
     main(["test", *TINY])
     assert "ckpt_path: there is no checkpoint in runs/default, so the weights are untrained." in caplog.text
-    fit("--model.lr=0.3")
+    fit()
     fit("--trainer.max_rounds=1")
     old, new = Path("runs/default/version_0"), Path("runs/default/version_1")
-    for args, run, rounds in ((TINY, new, 1), (["-c", str(old / "config.yaml")], old, 2)):
+    for args, run, rounds in ((TINY, new, "1 round"), (["-c", str(old / "config.yaml")], old, "2 rounds")):
         caplog.clear()
         main(["validate", *args])
-        assert f"Reading {run}/checkpoints/best.ckpt, written after {rounds} rounds." in caplog.text
+        assert f"Reading {run}/checkpoints/best.ckpt, written after {rounds}." in caplog.text
     (old / "checkpoints" / "best.ckpt").unlink()
     caplog.clear()
     main(["test", "-c", str(old / "config.yaml")])
@@ -156,15 +156,10 @@ def test_the_bar_shows_round_and_time_on_a_narrow_terminal(columns, monkeypatch)
 
 def test_a_script_for_the_shell_completes_what_there_is():
     found = completion.script(["bash"], parsers())
+    typed = ("fit --algorithm FedDy", "fit --algorithm fedprox", "test -c paper/c", "ana", "fit --trainer.max_r")
     bash = f"{found}\nCOMP_TYPE=9\n" + "".join(
         f"COMP_WORDS=(fedlight {words}); COMP_CWORD={len(words.split())}; _shtab_fedlight; echo ${{COMPREPLY[@]}}\n"
-        for words in (
-            "fit --algorithm FedDy",
-            "fit --algorithm fedprox",
-            "test -c paper/c",
-            "ana",
-            "fit --trainer.max_r",
-        )
+        for words in typed
     )
     run = subprocess.run(["bash", "-c", bash], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == ["FedDyn", "fedprox", "paper/cifar100", "analyze", "--trainer.max_rounds"]

@@ -54,7 +54,7 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
     folder = RunFolder(parent) if path.resolve().parent.name == "checkpoints" else None
     round = checkpoint["fedlight"]["server"]["round"]
     if run.command != "fit":
-        rank_zero_info(f"Reading {path}, written after {round} rounds.")
+        rank_zero_info(f"Reading {path}, written after {round} round{'s' * (round != 1)}.")
         return checkpoint, path, folder
     later = 0 if folder is None else folder.rounds() - round
     again = f"; {later} later rounds in its folder are trained again" if later > 0 else ""
