@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from fedlight.cli.command import FederatedCLI
+from fedlight.data import DatasetPartition
 from fedlight.models import MLP, Classifier
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes
 
@@ -59,6 +60,25 @@ def items(record):
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.item}
 
 
+def values(record):
+    """The values of a record by their names, whether a nested one came whole or leaf by leaf."""
+    out = {}
+    for item in record.item:
+        *above, last = item.nested_key or [item.key]
+        at = out
+        for name in above:
+            at = at.setdefault(name, {})
+        at[last] = json.loads(item.value_json)
+    return out
+
+
+class EvaluatedClients(DatasetPartition):
+    """Clients that are evaluated on what they train on."""
+
+    def client_val_dataset(self, client):
+        return self.client_dataset(client)
+
+
 @pytest.mark.usefixtures("offline")
 def test_a_run_and_its_continuation_in_wandb(tmp_path):
     from fedlight.callbacks.partition import PartitionPicture
@@ -89,6 +109,37 @@ def test_a_run_and_its_continuation_in_wandb(tmp_path):
     ]
     assert len(kinds) == 1
     assert kinds[0].startswith("image")
+
+
+@pytest.mark.usefixtures("offline")
+def test_charts_at_the_end_and_a_histogram_of_the_clients_in_every_round(tmp_path):
+    from fedlight.callbacks.hessian import HessianSpectrum
+
+    spectrum = HessianSpectrum(every_n_rounds=5, layerwise=False, trace=False)
+    trainer = quiet_trainer(tmp_path, logger="wandb", max_rounds=2, callbacks=[spectrum])
+    module, points = Classifier(MLP(3, 2), 2), two_classes().test_dataset()
+    trainer.fit(module, EvaluatedClients(points, val=points, num_clients=4, batch_size=5))
+    (run,) = records(trainer.run_dir)
+    rows = [values(record) for record in run["history"]]
+    histograms = [row["clients/accuracy"]["values"] for row in rows if "clients/accuracy" in row]
+    assert [sum(counts) for counts in histograms] == [4, 4], "every client counts once"
+    tables = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, dict) and value.get("_type") == "table-file":
+                (file,) = trainer.run_dir.rglob(f"files/{value['path']}")
+                tables[key] = json.loads(file.read_text())
+    x, y = points.tensors
+    actual = [[0, 0], [0, 0]]
+    for label, predicted in zip(y.tolist(), module(x).argmax(1).tolist(), strict=True):
+        actual[label][predicted] += 1
+    found = {tuple(row[:2]): row[2] for row in tables["val/confusion_matrix_table"]["data"]}
+    assert found == {(str(i), str(j)): actual[i][j] for i in range(2) for j in range(2)}
+    density = spectrum.results["server"].density_table()
+    assert tables["hessian/density_table"]["data"] == [pytest.approx(list(row)) for row in density]
+    charts = str(run["config"])
+    assert "wandb/confusion_matrix/v1" in charts
+    assert "wandb/line/v0" in charts
 
 
 @pytest.mark.usefixtures("offline")

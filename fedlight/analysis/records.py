@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedlight.analysis.layers import layer_blocks
 from fedlight.analysis.pictures import draw_density, draw_eigenvalues
 from fedlight.analysis.result import HessianResult
 from fedlight.run.loggers import tell
+from fedlight.run.wandb import is_wandb, log_curve
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -91,13 +93,14 @@ def layer_histories(module: nn.Module, rows: Rows) -> list[LayerHistory]:
 
 
 def log_density(loggers: Sequence[Logger], results: Mapping[str, HessianResult]) -> None:
-    """Send the densities as tables of (eigenvalue, density) to those loggers that take tables."""
+    """Send the densities to those loggers that take tables of (eigenvalue, density); W&B draws a curve of them."""
     having = {view: result for view, result in results.items() if result.density is not None}
 
     def log(logger: Any) -> None:
         for view, result in having.items():
             rows = [list(row) for row in result.density_table()]
-            logger.log_table(key=f"hessian/density{_suffix(view)}", columns=["eigenvalue", "density"], data=rows)
+            log_table = partial(log_curve, logger) if is_wandb(logger) else logger.log_table
+            log_table(key=f"hessian/density{_suffix(view)}", columns=["eigenvalue", "density"], data=rows)
 
     tell((logger for logger in loggers if hasattr(logger, "log_table")), log)
 

@@ -36,7 +36,6 @@ from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
-from fedlight.run.wandb import log_sources
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
@@ -227,7 +226,6 @@ class Session(RunContext):
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
         self.first_round = trainer.current_round
-        tell_wandb(self.loggers, lambda logger: log_sources(logger, (self.module, data, *trainer.callbacks)))
         self.hooks("on_fit_start")
         self._follow_freezing(self._checkpoint)
         if self._checkpoint is not None and self.metrics_csv is not None:
@@ -249,6 +247,7 @@ class Session(RunContext):
         """Leave the server's model in the module, and the run's summary in its folder."""
         self.views.load("server")
         self.hooks("on_train_end")
+        tell_wandb(self.loggers, self.views.log_confusion)
         self._finished = True
         if self.folder is not None and self.is_zero:
             say_end(self, time.perf_counter() - self._started, self.views.logged, self.engine)

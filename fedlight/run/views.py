@@ -1,14 +1,18 @@
 """Evaluation of the weights that are of interest after a round: the server's, the selected clients', all clients'."""
 
+from typing import Any
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import Stage, over_clients
 from fedlight.run.rows import as_floats
+from fedlight.run.wandb import log_confusion
 
 Row = dict[str, Tensor | float]
 
@@ -57,6 +61,14 @@ class Views:
         trainer = self._run.trainer
         return trainer.current_round >= trainer.max_rounds or trainer.should_stop
 
+    def log_confusion(self, logger: Any, stage: Stage = "validation") -> None:
+        """Give W&B what a classifier takes for what, if the module tells its classes and predicts them."""
+        run, classes = self._run, getattr(self._run.module, "num_classes", None)
+        dataset, limit = self._data(stage)
+        if isinstance(classes, int) and dataset is not None and overrides(run.module, "predict_step"):
+            counts = run.evaluator.confusion(dataset, classes, limit)
+            log_confusion(logger, stage.removesuffix("idation"), counts, getattr(run.datamodule, "classes", None))
+
     def evaluate_round(self) -> Row:
         """Evaluate views and clients, where this round is due."""
         self.clients = {}
@@ -83,12 +95,17 @@ class Views:
             raise MisconfigurationException(f"data: {type(run.datamodule).__name__} has no {stage} data.")
         return metrics
 
+    def _data(self, stage: Stage) -> tuple[Dataset[Any] | None, int | float | None]:
+        """What is evaluated, and at most so many batches of it."""
+        data, settings = self._run.datamodule, self._settings
+        if stage == "validation":
+            return data.val_dataset(), settings["limit_val_batches"]
+        return data.test_dataset(), settings["limit_test_batches"]
+
     def _evaluate(self, stage: Stage) -> Row:
-        run, data = self._run, self._run.datamodule
-        dataset = data.val_dataset() if stage == "validation" else data.test_dataset()
+        run, (dataset, limit) = self._run, self._data(stage)
         if dataset is None:
             return {}
-        limit = self._settings["limit_val_batches" if stage == "validation" else "limit_test_batches"]
         views = run.federation.state.views
         if run.command != "fit" and not run.resumed:  # nothing but the caller's module is known
             views = {"server": views["server"]}

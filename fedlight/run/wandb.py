@@ -1,16 +1,16 @@
 """Weights & Biases: how a run begins there, checkpoints as artifacts, and charts; of any logger that is Lightning's."""
 
 import csv
-import inspect
 import math
 import os
-import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from fedlight.run.names import aggregate, preferred_metric, smaller_is_better
 
@@ -91,17 +91,6 @@ def end(logger: Any, exit_code: int) -> None:
     """End the W&B run; the logger begins another one with the next fit."""
     logger.ended_here = True
     logger.experiment.finish(exit_code=exit_code)
-
-
-def log_sources(logger: Any, objects: Iterable[Any]) -> None:
-    """With ``save_code``: keep the files that the user's own classes are defined in, as W&B's artifact of code."""
-    if getattr(logger.experiment.settings, "save_code", None) is not True:
-        return
-    known = Path(__file__).parents[1], *(Path(sysconfig.get_path(kind)) for kind in ("purelib", "stdlib"))
-    files = {Path(inspect.getfile(type(o))).resolve() for o in objects if o is not None}
-    own = {str(file) for file in files if not any(file.is_relative_to(folder) for folder in known)}
-    if own:
-        logger.experiment.log_code(os.path.commonpath([Path(file).parent for file in own]), include_fn=own.__contains__)
 
 
 def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
@@ -199,9 +188,21 @@ def download(wanted: str) -> Path:
     return files[0]
 
 
-def log_curve(logger: Any, key: str, x: str, y: str, rows: Sequence[tuple[float, float]]) -> None:
+def log_curve(logger: Any, key: str, columns: list[str | int], data: list[list[float]]) -> None:
     """A custom chart of a curve, which keeps its table."""
     import wandb
 
-    table = wandb.Table(columns=[x, y], data=[list(row) for row in rows])
-    logger.log_metrics({key: wandb.plot.line(table, x, y, title=key)})
+    table = wandb.Table(columns=columns, data=data)
+    logger.log_metrics({key: wandb.plot.line(table, str(columns[0]), str(columns[1]), title=key)})
+
+
+def log_confusion(logger: Any, stage: str, counts: Tensor, names: Sequence[str] | None) -> None:
+    """A chart of how often each class was taken for which, ``counts[actual, predicted]``."""
+    import wandb
+
+    count = len(counts)
+    pairs = torch.arange(count**2).repeat_interleave(counts.flatten())
+    actual, predicted = (pairs // count).tolist(), (pairs % count).tolist()
+    names = list(names or map(str, range(count)))
+    chart = wandb.plot.confusion_matrix(y_true=actual, preds=predicted, class_names=names, title=stage)
+    logger.log_metrics({f"{stage}/confusion_matrix": chart})
