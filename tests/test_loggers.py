@@ -136,13 +136,6 @@ def test_what_log_model_may_be(tmp_path):
         make_loggers(logger, tmp_path, {})
 
 
-def test_without_a_login_the_warning_says_how(tmp_path):
-    wandb = pytest.importorskip("wandb")
-    logger = FakeWandbLogger(wandb.errors.UsageError("api_key not configured (no-tty)"))
-    with pytest.warns(UserWarning, match="`wandb login` or WANDB_API_KEY lets runs in"):
-        make_loggers(logger, tmp_path, {})
-
-
 def test_offline_nothing_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with pytest.raises(MisconfigurationException, match="WANDB_MODE=offline nothing .*'me/p/model-x:best' would be"):

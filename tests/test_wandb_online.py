@@ -1,6 +1,8 @@
 """W&B online: runs, their continuations and artifacts, as a server of its API sees them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.models import MLP, Classifier
-from tests.helpers.tiny import Regression, quiet_trainer, two_classes
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes
 from tests.studies.wandb_server import WandbServer
 
 ID = "w1"
@@ -80,8 +82,9 @@ def test_the_summary_has_the_best_and_the_last_of_accuracy_and_loss(server, trai
 
 
 def test_checkpoints_are_artifacts_with_aliases_and_metadata(server, trained):
-    versions = {alias: artifact for artifact in server.artifacts for alias in artifact["names"]}
-    assert {a["artifactSequence"]["name"] for a in server.artifacts} == {f"model-{ID}"}
+    models = [artifact for artifact in server.artifacts if artifact["artifactType"]["name"] == "model"]
+    versions = {alias: artifact for artifact in models for alias in artifact["names"]}
+    assert {a["artifactSequence"]["name"] for a in models} == {f"model-{ID}"}
     assert {"latest", "last", "best", "round-2", "round-3"} <= set(versions)
     assert versions["last"] is versions["latest"] is versions["round-3"]
     about = json.loads(versions["last"]["metadata"])
@@ -91,6 +94,7 @@ def test_checkpoints_are_artifacts_with_aliases_and_metadata(server, trained):
     assert all(a["state"] == "COMMITTED" for a in server.artifacts)
 
 
+@pytest.mark.slow  # W&B takes seconds to load what asks for artifacts
 def test_an_artifact_is_a_ckpt_path(server, trained, folder):
     path = f"wandb:me/fedlight/model-{ID}:best"
     again = quiet_trainer(folder / "elsewhere")
@@ -103,6 +107,26 @@ def test_an_artifact_is_a_ckpt_path(server, trained, folder):
     assert file.read_bytes() == (trained.run_dir / "checkpoints" / "best.ckpt").read_bytes()
 
 
+@pytest.mark.slow  # W&B takes seconds to load what asks for artifacts
 def test_an_artifact_that_is_not_there(server, folder):
     with pytest.raises(MisconfigurationException, match="W&B gives no artifact 'me/fedlight/model-x:best'.*not found"):
         quiet_trainer(folder).validate(Regression(), two_classes(), ckpt_path="wandb:me/fedlight/model-x:best")
+
+
+@pytest.mark.slow
+def test_parts_of_a_run_that_was_offline_are_sent_together(server, folder, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sys.modules["wandb"].teardown()
+    for rounds, ckpt_path in ((2, None), (3, "last")):
+        trainer = quiet_trainer(folder / "offline", logger="wandb", max_rounds=rounds)
+        trainer.fit(Regression(), Clients(), ckpt_path=ckpt_path)
+    monkeypatch.delenv("WANDB_MODE")
+    sys.modules["wandb"].teardown()
+    parts = sorted(str(path) for path in (trainer.run_dir / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", *parts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (run for id, run in server.runs.items() if id != ID)
+    assert [row["round"] for row in run.history if "train/loss" in row] == [0, 1, 2]
+    assert run.fields["displayName"] == "FedAvg-seed0-version_0"

@@ -62,9 +62,8 @@ def begin(logger: Any, folder: Path, id: str | None, name: str) -> None:
             run = logger.experiment
         except (wandb.errors.CommError, wandb.errors.UsageError):
             raise MisconfigurationException(f"trainer.logger: {error}") from error
-        login = " `wandb login` or WANDB_API_KEY lets runs in." if "key" in said.lower() else ""
         rank_zero_warn(
-            f"W&B cannot be reached ({said}), so this run is logged offline.{login} To upload it later:"
+            f"W&B cannot be reached ({said}), so this run is logged offline. To upload it later:"
             f" wandb sync {run.settings.sync_dir}"
         )
     except (TypeError, ValueError) as error:  # what wandb.init does not know
@@ -119,7 +118,7 @@ def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mappin
 
 def log_best(logger: Any, rows: Sequence[Mapping[str, float]]) -> None:
     """Put the best value of what validation logged, and its round, into the summary below ``best/``."""
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row if not name.endswith("_selected"))
     for name in [n for n in names if n.startswith("val")] or [n for n in names if aggregate(n)]:
         if having := [row for row in rows if not math.isnan(row.get(name, math.nan))]:
             best = (min if smaller_is_better(name) else max)(having, key=lambda row, n=name: row[n])  # type: ignore[misc]

@@ -45,6 +45,26 @@ def wandb(arguments: list[str], server: WandbServer, folder: Path, **env: str) -
 
 
 @pytest.mark.slow
+def test_wandb_sweep_and_its_agent_online(tmp_path):
+    pytest.importorskip("wandb")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(SWEEP))
+    short = {"trainer.default_root_dir": str(tmp_path), "trainer.max_rounds": 2, "trainer.name": "online"}
+    with WandbServer(batches=[[sent("one", {"seed_everything": 3, **short})]]) as server:
+        said = wandb(["sweep", "--project", "fedlight", str(path)], server, tmp_path)
+        assert yaml.safe_load(server.sweep)["command"] == SWEEP["command"]
+        assert "wandb agent me/fedlight/sweep" in said
+        wandb(["agent", "me/fedlight/sweep"], server, tmp_path)
+        run = server.runs["one"]
+    (folder,) = tmp_path.glob("online/version_*")
+    rows = read_metrics(folder / "metrics.csv")
+    assert [row["val/accuracy"] for row in run.history if "val/accuracy" in row] == [r["val/accuracy"] for r in rows]
+    assert (run.fields["sweep"], run.fields["groupName"], run.exit_code) == ("sweep", "online", 0)
+    assert run.summary["best/val/accuracy"] == max(row["val/accuracy"] for row in rows)
+    assert run.config["trainer.max_rounds"] == 2
+
+
+@pytest.mark.slow
 def test_three_runs_of_a_sweep(tmp_path):
     pytest.importorskip("wandb")
     short = {"trainer.default_root_dir": str(tmp_path), "trainer.max_rounds": 2}

@@ -114,6 +114,8 @@ class WandbServer:
             "GetArtifactMembershipFileUrls": lambda v: {"project": {"artifactCollection": self._file_urls(v)}},
             "ArtifactByID": lambda v: {"artifact": self._artifact(v["id"])},
         }
+        if name == "UpsertSweep":
+            self.sweep = given["config"]
         if name in known:
             return answer(query, known[name](given))
         if "agentHeartbeat" in query:
@@ -123,7 +125,12 @@ class WandbServer:
         user = {"id": "u", "entity": "me", "username": "me", "name": "me", "email": "", "flags": "{}"}
         fixed = {
             "createAgent": {"createAgent": {"agent": {"id": "agent"}}},
-            "upsertSweep": {"upsertSweep": {"sweep": {"name": "sweep", "project": {"name": "p", "entity": ENTITY}}}},
+            "upsertSweep": {
+                "upsertSweep": {
+                    "configValidationWarnings": [],
+                    "sweep": {"name": "sweep", "project": {"name": "p", "entity": ENTITY}},
+                }
+            },
             "SweepWithRuns": {
                 "project": {"sweep": {"id": "s", "name": "sweep", "config": self.sweep, "runs": {"edges": []}}}
             },
