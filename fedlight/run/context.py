@@ -17,8 +17,9 @@ from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.evaluation import Evaluator
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
-from fedlight.run.loggers import MetricsCSV, log_round
+from fedlight.run.loggers import MetricsCSV, tell
 from fedlight.run.rows import as_floats
+from fedlight.run.wandb import of_round
 from fedlight.server.federation import Federation
 
 Command = Literal["fit", "validate", "test", "predict"]
@@ -83,7 +84,8 @@ class RunContext:
         metrics = as_floats(row)
         self.publish(dict(zip(metrics, torch.tensor(list(metrics.values())).unbind(), strict=True)))
         with writing(self.trainer.run_dir or Path()):
-            log_round(self.loggers, metrics, self.trainer.client_val_metrics)
+            step, clients = int(metrics["round"]), self.trainer.client_val_metrics
+            tell(self.loggers, lambda logger: logger.log_metrics(metrics | of_round(logger, metrics, clients), step))
 
     @property
     def metrics_csv(self) -> MetricsCSV | None:

@@ -105,21 +105,18 @@ class Evaluator:
             call(f"on_{stage}_end")
         return metrics
 
-    def _step(self, stage: Stage, batch: Any, index: int) -> Any:
+    def _step(self, stage: str, batch: Any, index: int) -> Any:
         with self._fabric.strategy.precision.forward_context():
             return call_step(self._module, f"{stage}_step", batch, index)
 
-    def confusion(self, dataset: Dataset[Any], classes: int, limit: int | float | None = None) -> Tensor:
-        """How often ``predict_step`` takes each class for which, by this process alone: ``[actual, predicted]``."""
-        dataset = in_memory(dataset, self._datamodule.collate_fn)
-        counts = torch.zeros(classes**2, dtype=torch.int64, device=self._fabric.device)
+    def classified(self, dataset: Dataset[Any], limit: int | float | None = None) -> list[tuple[int, int]]:
+        """The class of each sample, and what ``predict_step`` takes it for; by this process alone."""
+        dataset, pairs = in_memory(dataset, self._datamodule.collate_fn), []
         with self._untouched(), evaluating(self._module), torch.no_grad():
             for index, batch in self._batches(dataset, self._num_batches(dataset, limit), share=False):
-                with self._fabric.strategy.precision.forward_context():
-                    predicted = call_step(self._module, "predict_step", batch, index)
-                known = batch[1] >= 0  # a loss may ignore samples by negative labels
-                counts += torch.bincount((batch[1] * classes + predicted)[known], minlength=classes**2)
-        return counts.view(classes, classes).cpu()
+                found = self._step("predict", batch, index)
+                pairs += [pair for pair in zip(batch[1].tolist(), found.tolist(), strict=True) if pair[0] >= 0]
+        return pairs
 
     def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[int, dict[str, float]]:
         """What the module logs on each client's own validation data, in the order of the clients.

@@ -77,11 +77,6 @@ class MetricsCSV(Logger):
         """What the file should hold."""
         return "".join(self._lines)
 
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        """What has been written, by rounds."""
-        return [self._rows[round] for round in sorted(self._rows)]
-
     def sync(self) -> None:
         """Wait until the rows are on the disk; a file that was taken away is written anew with the next one."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
@@ -206,25 +201,15 @@ def tell_wandb(loggers: Iterable[Logger], message: Callable[[Any], object]) -> N
     tell(filter(wandb.is_wandb, loggers), message)
 
 
-def log_round(loggers: list[Logger], row: dict[str, float], clients: Mapping[int, Mapping[str, float]]) -> None:
-    """Write a round's row to every logger; to W&B also what the ``clients`` have on their own data."""
-
-    def log(logger: Any) -> None:
-        extra = wandb.of_round(logger, row, clients) if wandb.is_wandb(logger) else {}
-        logger.log_metrics(row | extra, step=int(row["round"]))
-
-    tell(loggers, log)
-
-
 def close_loggers(loggers: list[Logger], status: Literal["success", "failed"]) -> None:
     """Finalise every logger, and end the W&B runs that :func:`make_loggers` began."""
     if loggers and isinstance(table := loggers[0], MetricsCSV):
-        tell_wandb(loggers, lambda logger: wandb.log_best(logger, table.rows))
+        tell_wandb(loggers, lambda logger: wandb.log_best(logger, table._rows.values()))
     if status == "success":
         tell_wandb(loggers, wandb.upload)
     tell(loggers, lambda logger: logger.finalize(status))
     begun = [logger for logger in loggers if getattr(logger, "begun_here", False)]
-    tell(begun, lambda logger: wandb.end(logger, int(status == "failed")))
+    tell(begun, lambda logger: logger.experiment.finish(exit_code=int(status == "failed")))
 
 
 def logger_ids(loggers: list[Logger]) -> dict[str, str]:

@@ -62,6 +62,5 @@ def dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def aggregate(metric: str) -> str | None:
     """What a summary keeps of a metric besides the last value, in W&B's words: the largest accuracy, the least loss."""
-    if metric.endswith("_std"):
-        return None
-    return "min,last" if "loss" in metric.lower() else "max,last" if re.search(_PREFERRED[3], metric.lower()) else None
+    found = None if metric.endswith("_std") else re.search(f"(loss)|{_PREFERRED[3]}", metric.lower())
+    return None if found is None else "min,last" if found[1] else "max,last"

@@ -66,8 +66,8 @@ class Views:
         run, classes = self._run, getattr(self._run.module, "num_classes", None)
         dataset, limit = self._data(stage)
         if isinstance(classes, int) and dataset is not None and overrides(run.module, "predict_step"):
-            counts = run.evaluator.confusion(dataset, classes, limit)
-            log_confusion(logger, stage.removesuffix("idation"), counts, getattr(run.datamodule, "classes", None))
+            names = getattr(run.datamodule, "classes", None) or [str(number) for number in range(classes)]
+            log_confusion(logger, stage.removesuffix("idation"), run.evaluator.classified(dataset, limit), names)
 
     def evaluate_round(self) -> Row:
         """Evaluate views and clients, where this round is due."""

@@ -3,20 +3,17 @@
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from fedlight.run.names import aggregate, preferred_metric, smaller_is_better
 
 PREFIX = "wandb:"
 """What a ``ckpt_path`` begins with that names an artifact."""
-_DEFAULTS = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "group": "WANDB_RUN_GROUP"}
 
 
 def is_wandb(logger: Any) -> bool:
@@ -25,13 +22,7 @@ def is_wandb(logger: Any) -> bool:
 
 
 def begin(logger: Any, folder: Path, id: str | None, name: str) -> None:
-    """Begin a W&B run below the run's folder, or continue that of a checkpoint; offline where there is no server.
-
-    Args:
-        logger: what the user has set in it stays.
-        folder: the run's folder; the one above it is named after the experiment, and so is the group.
-        id: of the W&B run to continue, which keeps its name.
-        name: of a new run, before the folder's.
+    """Begin a W&B run below the run's ``folder``, or continue the one with this ``id``; offline if there is no server.
 
     Raises:
         MisconfigurationException: for settings that W&B does not take.
@@ -47,7 +38,7 @@ def begin(logger: Any, folder: Path, id: str | None, name: str) -> None:
     logger.given = vars(logger).get("given", dict(settings))  # a logger may see several fits, each in a folder
     settings.clear()
     settings.update(logger.given)
-    if vars(logger).pop("ended_here", False):
+    if getattr(logger, "begun_here", False):  # and ended here
         logger._experiment = None
     _fill_in(settings, folder, id, name)
     logger._save_dir, logger._project, logger._name = settings["dir"], settings["project"], settings["name"]
@@ -56,14 +47,13 @@ def begin(logger: Any, folder: Path, id: str | None, name: str) -> None:
     try:
         _ = logger.experiment
     except (wandb.errors.CommError, wandb.errors.UsageError) as error:
-        said = str(error).splitlines()[0]
+        settings["mode"] = "offline"
         try:
-            settings["mode"] = "offline"
             run = logger.experiment
         except (wandb.errors.CommError, wandb.errors.UsageError):
             raise MisconfigurationException(f"trainer.logger: {error}") from error
         rank_zero_warn(
-            f"W&B cannot be reached ({said}), so this run is logged offline. To upload it later:"
+            f"W&B cannot be reached ({str(error).splitlines()[0]}), so this run is logged offline. To upload it later:"
             f" wandb sync {run.settings.sync_dir}"
         )
     except (TypeError, ValueError) as error:  # what wandb.init does not know
@@ -78,30 +68,21 @@ def _fill_in(settings: dict[str, Any], folder: Path, id: str | None, name: str) 
         settings["project"] = None
     # Of a run that is continued, W&B knows name and group, or those that its user has given it there.
     ours = {"project": "fedlight"} | ({} if id else {"name": f"{name}-{folder.name}", "group": folder.parent.name})
-    for key, variable in _DEFAULTS.items():
-        settings[key] = settings.get(key) or os.environ.get(variable) or ours.get(key)
+    for key, variable in {"project": "PROJECT", "name": "NAME", "group": "RUN_GROUP"}.items():
+        settings[key] = settings.get(key) or os.environ.get(f"WANDB_{variable}") or ours.get(key)
     settings["id"] = settings.get("id") or id
     # W&B's own patience is 90 s, which every run of a study would wait where there is no network.
     patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))}
     settings["settings"] = settings.get("settings") or patience
 
 
-def end(logger: Any, exit_code: int) -> None:
-    """End the W&B run; the logger begins another one with the next fit."""
-    logger.ended_here = True
-    logger.experiment.finish(exit_code=exit_code)
-
-
 def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
-    """What W&B gets beside a round's row: a histogram of how the clients do on their own data.
+    """What W&B gets beside a round's row: a histogram of what validation logged on the ``clients``' own data.
 
     Every metric of the row is drawn over ``round``, and of accuracies and losses the summary keeps the best value.
-
-    Args:
-        logger: of W&B.
-        row: the metrics of the round.
-        clients: what validation logged on the data of each.
     """
+    if not is_wandb(logger):
+        return {}
     import wandb
 
     prefix = getattr(logger, "_prefix", "")
@@ -110,13 +91,12 @@ def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mappin
         if name not in logger.defined:
             logger.defined.add(name)
             logger.experiment.define_metric(name, step_metric=None if name == axis else axis, summary=aggregate(name))
-    judged = preferred_metric(dict.fromkeys(name for metrics in clients.values() for name in metrics))
-    found = (metrics.get(str(judged), math.nan) for metrics in clients.values())
-    values = [value for value in found if math.isfinite(value)]
-    return {f"clients/{str(judged).removeprefix('val/')}": wandb.Histogram(values)} if values else {}
+    judged = str(preferred_metric(dict.fromkeys(name for metrics in clients.values() for name in metrics)))
+    values = [v for metrics in clients.values() if math.isfinite(v := metrics.get(judged, math.nan))]
+    return {f"clients/{judged.removeprefix('val/')}": wandb.Histogram(values)} if values else {}
 
 
-def log_best(logger: Any, rows: Sequence[Mapping[str, float]]) -> None:
+def log_best(logger: Any, rows: Iterable[Mapping[str, float]]) -> None:
     """Put the best value of what validation logged, and its round, into the summary below ``best/``."""
     names = dict.fromkeys(name for row in rows for name in row if not name.endswith("_selected"))
     for name in [n for n in names if n.startswith("val")] or [n for n in names if aggregate(n)]:
@@ -126,14 +106,7 @@ def log_best(logger: Any, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 def note_checkpoint(logger: Any, path: Path, content: Mapping[str, Any], callback: Any) -> None:
-    """A checkpoint was written: with ``log_model: all`` it is uploaded now, with ``true`` when the fit has ended.
-
-    Args:
-        logger: of W&B.
-        path: the file.
-        content: of the checkpoint.
-        callback: what has it written, or None.
-    """
+    """A ``callback`` has written a checkpoint: ``log_model: all`` uploads it now, ``true`` when the fit has ended."""
     if not logger._log_model:
         return
     lines = content["fedlight"]["metrics"].splitlines()
@@ -175,16 +148,13 @@ def download(wanted: str) -> Path:
             " fetched to artifacts/. Unset WANDB_MODE, or give the path of a file."
         )
     try:
-        folder = Path(wandb.Api().artifact(name).download())
+        (file,) = Path(wandb.Api().artifact(name).download()).rglob("*.ckpt")
     except (wandb.errors.Error, ValueError, OSError) as error:
         raise MisconfigurationException(
-            f"ckpt_path={wanted!r}: W&B gives no artifact {name!r} ({type(error).__name__}: {error}). It is named"
-            " wandb:ENTITY/PROJECT/model-RUNID:best, as on its page; `wandb login` lets you in."
+            f"ckpt_path={wanted!r}: W&B gives no artifact {name!r} with one checkpoint ({type(error).__name__}:"
+            f" {error}). It is named wandb:ENTITY/PROJECT/model-RUNID:best, as on its page; `wandb login` lets you in."
         ) from error
-    files = sorted(folder.rglob("*.ckpt"))
-    if len(files) != 1:
-        raise MisconfigurationException(f"ckpt_path={wanted!r}: the artifact has {len(files)} files *.ckpt, not one.")
-    return files[0]
+    return file
 
 
 def log_curve(logger: Any, key: str, columns: list[str | int], data: list[list[float]]) -> None:
@@ -195,13 +165,10 @@ def log_curve(logger: Any, key: str, columns: list[str | int], data: list[list[f
     logger.log_metrics({key: wandb.plot.line(table, str(columns[0]), str(columns[1]), title=key)})
 
 
-def log_confusion(logger: Any, stage: str, counts: Tensor, names: Sequence[str] | None) -> None:
-    """A chart of how often each class was taken for which, ``counts[actual, predicted]``."""
+def log_confusion(logger: Any, stage: str, pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> None:
+    """A chart of how often each class was taken for which, from pairs of both."""
     import wandb
 
-    count = len(counts)
-    pairs = torch.arange(count**2).repeat_interleave(counts.flatten())
-    actual, predicted = (pairs // count).tolist(), (pairs % count).tolist()
-    names = list(names or map(str, range(count)))
+    actual, predicted = zip(*pairs, strict=True)
     chart = wandb.plot.confusion_matrix(y_true=actual, preds=predicted, class_names=names, title=stage)
     logger.log_metrics({f"{stage}/confusion_matrix": chart})
