@@ -72,8 +72,7 @@ def _fill_in(settings: dict[str, Any], folder: Path, id: str | None, name: str) 
         settings[key] = settings.get(key) or os.environ.get(f"WANDB_{variable}") or ours.get(key)
     settings["id"] = settings.get("id") or id
     # W&B's own patience is 90 s, which every run of a study would wait where there is no network.
-    patience = {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))}
-    settings["settings"] = settings.get("settings") or patience
+    settings["settings"] = settings.get("settings") or {"init_timeout": float(os.environ.get("WANDB_INIT_TIMEOUT", 30))}
 
 
 def of_round(logger: Any, row: Mapping[str, float], clients: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
