@@ -135,6 +135,7 @@ def test_charts_at_the_end_and_a_histogram_of_the_clients_in_every_round(tmp_pat
         actual[label][predicted] += 1
     found = {tuple(row[:2]): row[2] for row in tables["val/confusion_matrix_table"]["data"]}
     assert found == {(str(i), str(j)): actual[i][j] for i in range(2) for j in range(2)}
+    assert "test/confusion_matrix_table" not in tables
     density = spectrum.results["server"].density_table()
     assert tables["hessian/density_table"]["data"] == [pytest.approx(list(row)) for row in density]
     charts = str(run["config"])

@@ -11,6 +11,7 @@ from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import Stage, over_clients
+from fedlight.run.loggers import tell_wandb
 from fedlight.run.rows import as_floats
 from fedlight.run.wandb import log_confusion
 
@@ -93,6 +94,8 @@ class Views:
         metrics = as_floats(self._evaluate(stage))
         if not metrics:
             raise MisconfigurationException(f"data: {type(run.datamodule).__name__} has no {stage} data.")
+        self.load("server")
+        tell_wandb(run.loggers, lambda logger: self.log_confusion(logger, stage))
         return metrics
 
     def _data(self, stage: Stage) -> tuple[Dataset[Any] | None, int | float | None]:
