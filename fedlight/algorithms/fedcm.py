@@ -34,7 +34,7 @@ class FedCM(Algorithm):
 
     def broadcast(self, server: State) -> State:
         """The model and m."""
-        return {"params": server["params"], "momentum": server["momentum"]}
+        return server
 
     def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Mix the gradient with m."""

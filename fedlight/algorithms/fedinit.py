@@ -7,9 +7,7 @@ from fedlight.local import ClientResult, LocalObjective
 
 
 class FedInit(Algorithm):
-    """Clients start beyond the server's model, away from where they ended last: at w + beta·(w − w_i).
-
-    The server takes the mean of the models, w ← mean_sel(w_i).
+    """Clients start beyond the server's model, away from where they ended: at w + beta·(w − w_i). w ← mean_sel(w_i).
 
     Args:
         beta: how far beyond; 0 is FedAvg with a plain mean.

@@ -10,9 +10,8 @@ from fedlight.algorithms.fedavg import FedAvg
 class FedVARP(FedAvg):
     """The last updates of absent clients stand in for them, so that sampling adds no variance.
 
-    The server remembers each client's last update y_i, 0 at first. With those of before the round
-
-        w ← w + server_lr·(mean_sel(Δ_i − y_i) + mean_all(y)),   y_i ← Δ_i in the round
+    The server keeps each client's last update y_i, 0 at first: w ← w + server_lr·(mean_sel(Δ_i − y_i) + mean_all(y))
+    with those of before the round, then y_i ← Δ_i.
 
     Args:
         server_lr: length of the server's step.

@@ -60,15 +60,10 @@ class FedWMSAM(FedCM):
         """c_i."""
         return {"control": torch.zeros_like(params)}
 
-    def broadcast(self, server: State) -> State:
-        """All of it."""
-        return server
-
     def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Mix the gradient with m_i."""
-        alpha = received["alpha"]
-        linear = (1 - alpha) * personal(received, client)
-        return LocalObjective(received["params"], gradient_scale=alpha, linear=linear)
+        alpha, own = received["alpha"], personal(received, client)
+        return LocalObjective(received["params"], gradient_scale=alpha, linear=(1 - alpha) * own)
 
     def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
         """The new c_i. The server works out its change from the model, so nothing more is sent."""
