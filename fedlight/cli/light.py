@@ -7,7 +7,7 @@ from pathlib import Path
 from fedlight import __version__
 from fedlight.cli import configs, new
 
-TRAINERS = ("fit", "validate", "test", "predict", "analyze")
+TRAINERS = ("fit", "validate", "test", "predict", "export", "analyze")
 """The commands that take a configuration."""
 
 
