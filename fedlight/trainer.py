@@ -64,6 +64,7 @@ class FederatedTrainer(Commands):
         limit_test_batches: batches of a test: a number, or a fraction (float).
         fast_dev_run: one round, two clients, one batch of everything, nothing written.
         enable_progress_bar: whether to show the progress over rounds.
+        enable_plots: whether ``plots/`` gets the pictures of every run: the partition and the curves.
         profiler: ``simple``, ``advanced``, ``pytorch`` or a Profiler of Lightning; it reports to the run's folder.
         enable_checkpointing: whether ``last.ckpt`` and ``best.ckpt`` are written.
         deterministic: make torch refuse algorithms that are not deterministic.
@@ -116,6 +117,7 @@ class FederatedTrainer(Commands):
         limit_test_batches: int | float | None = None,
         fast_dev_run: bool = False,
         enable_progress_bar: bool = True,
+        enable_plots: bool = True,
         profiler: Profiler | Literal["simple", "advanced", "pytorch"] | None = None,
         enable_checkpointing: bool = True,
         deterministic: bool = False,

@@ -17,7 +17,7 @@ from lightning.fabric import fabric
 from lightning.pytorch.trainer.connectors import callback_connector
 from PIL import Image
 
-from fedlight.callbacks import partition
+from fedlight.callbacks import curves, partition
 from fedlight.seeding import preserved_global_rng
 from tests.helpers import leaks
 
@@ -49,12 +49,15 @@ def _global_rng_is_restored() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _partition_pictures_are_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing one takes longer than most fits here: all tests but those of the picture get an empty one."""
+def _pictures_of_every_run_are_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing one takes longer than most fits here: all tests but those of a picture get an empty one."""
 
-    def save(counts: torch.Tensor, path: Path, names: list[str] | None) -> None:
+    def save(_: object, path: Path, *more: object) -> None:
+        path.parent.mkdir(exist_ok=True)
         Image.new("L", (1, 1)).save(path)
 
+    if not request.node.path.match("callbacks/test_curves.py"):
+        monkeypatch.setattr(curves, "draw_curves", save)
     if not request.node.path.match("callbacks/test_partition.py"):
         monkeypatch.setattr(partition, "save_partition_picture", save)
 

@@ -7,6 +7,7 @@ import yaml
 
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.callbacks.curves import Curves
 from fedlight.callbacks.partition import PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.run.folder import atomic_write, keep_config, writing
@@ -14,7 +15,7 @@ from fedlight.run.loggers import tell
 from fedlight.run.names import dotted
 from fedlight.written import Lost, written
 
-_DEFAULTS = (Checkpoint, RoundProgress, PartitionPicture)
+_DEFAULTS = (Checkpoint, RoundProgress, PartitionPicture, Curves)
 _FREE = ("trainer.logger", "trainer.profiler", "trainer.engine")
 
 

@@ -106,12 +106,12 @@ def draw_layers(study: Study, setting: str, path: Path) -> Path | None:
 
     def plot(figure: "Figure") -> None:
         axes = figure.subplots()
-        for group in groups:
-            stats = [(i, group.stat(layer)) for i, layer in enumerate(layers)]
-            there = [(i, s.mean, s.std or 0.0) for i, s in stats if s is not None]
-            if there:
+        for k, group in enumerate(groups):
+            stats = [(i + 0.6 * (k + 0.5) / len(groups) - 0.3, group.stat(layer)) for i, layer in enumerate(layers)]
+            there = [(x, s.mean, s.std or 0.0) for x, s in stats if s is not None]
+            if there:  # side by side, and not joined: layers are no sequence that something runs along
                 x, y, e = zip(*there, strict=True)
-                axes.errorbar(x, y, e, label=group.label, capsize=3, **_style(study, group))
+                axes.errorbar(x, y, e, label=group.label, capsize=3, **_style(study, group) | {"linestyle": "none"})
         names = [layer.removeprefix(prefix).removesuffix(suffix) for layer in layers]
         axes.set_xticks(range(len(layers)), names, rotation=30, ha="right", fontsize=8)
         axes.set_ylabel("λ_max of the layer's block")

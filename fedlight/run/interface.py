@@ -12,6 +12,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.config_file import ConfigFile
+from fedlight.callbacks.curves import Curves
 from fedlight.callbacks.partition import PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.module.hooks import in_federated_terms
@@ -82,8 +83,9 @@ class TrainerInterface(LightningNames):
         callbacks = settings.pop("callbacks")
         given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         self.callbacks: list[Callback] = in_federated_terms(c for c in given if c is not None)
-        wanted = settings["enable_checkpointing"], settings["enable_progress_bar"], True, True
-        for default, is_wanted in zip((Checkpoint, RoundProgress, PartitionPicture, ConfigFile), wanted, strict=True):
+        kinds = Checkpoint, RoundProgress, PartitionPicture, Curves, ConfigFile
+        enabled = [settings[f"enable_{what}"] for what in ("checkpointing", "progress_bar", "plots", "plots")]
+        for default, is_wanted in zip(kinds, [*enabled, True], strict=True):
             if is_wanted and not any(isinstance(c, default) for c in self.callbacks):
                 self.callbacks.append(default())
         settings["default_root_dir"] = Path(settings["default_root_dir"])

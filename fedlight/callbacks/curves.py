@@ -1,0 +1,66 @@
+"""The picture of a run: accuracy, loss and learning rate by rounds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlight.analysis._drawing import drawn, line_style
+from fedlight.callbacks._rounds import RoundCallback
+from fedlight.run.folder import optional
+from fedlight.run.loggers import log_picture, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ELSEWHERE = ("clients", "time", "comm", "hessian", "man")
+
+
+class Curves(RoundCallback):
+    """Draws ``plots/curves.png`` at the end of a run of two rounds or more, also of one that is interrupted.
+
+    Every run has it, unless ``trainer.enable_plots`` is false; loggers that take pictures get it, too.
+    """
+
+    optional_hooks = ("on_train_end",)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw it."""
+        if trainer.run_dir is None or not getattr(trainer, "is_global_zero", False):
+            return
+        rows = read_metrics(Path(trainer.run_dir) / "metrics.csv")
+        if len(rows) > 1:
+            draw_curves(rows, picture := Path(trainer.run_dir) / "plots" / "curves.png")
+            log_picture(trainer.loggers, "curves", picture)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Draw what there is."""
+        with optional(self, "trainer.callbacks: Curves"):
+            self.on_train_end(trainer, pl_module)
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
+    """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has; rounds from 1."""
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.startswith(_ELSEWHERE)]
+    panels = {
+        "accuracy": [name for name in names if "acc" in name.lower()],
+        "loss": [name for name in names if "loss" in name.lower()],
+        "learning rate": ["lr"] * ("lr" in names),
+    }
+    panels = {title: shown for title, shown in panels.items() if shown}
+
+    def plot(figure: "Figure") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for axes, (title, shown) in zip(
+            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
+        ):
+            for i, name in enumerate(shown):
+                points = [(row["round"] + 1, row[name]) for row in rows if name in row]
+                axes.plot(*zip(*points, strict=True), label=name, **line_style(i, marker=len(points) < 15))
+            axes.set_xlabel("round")
+            axes.set_ylabel(title)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if len(shown) > 1:
+                axes.legend(fontsize=8, handlelength=3)
+
+    return drawn(path, plot, (4.2 * len(panels), 3.4))
