@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-gpu | lint | format | clean
+# make demo | test | test-all | test-gpu | lint | format | docs | clean
 #
 # Each target creates .venv and installs fedlight into it the first time. `make test VENV=` uses the Python
 # that is active instead (a conda environment, a container) and installs nothing.
@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu lint format clean
+.PHONY: help demo test test-all test-gpu lint format docs clean
 
 help:
 	@echo "make demo      train FedAvg and FedAvg+MAN on real images, side by side"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-all  run also those that take more than ten seconds each"
 	@echo "make test-gpu  run the tests that need a CUDA device"
 	@echo "make lint      ruff and mypy; make format fixes what it can"
+	@echo "make docs      build the documentation's site into site/"
 	@echo "make clean     remove .venv and caches"
 
 demo: $(INSTALLED)
@@ -47,8 +48,11 @@ format: $(INSTALLED)
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+docs: $(INSTALLED)
+	$(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp makes a second run quick; a change of the dependencies renews it.

@@ -67,7 +67,8 @@ class PartitionedDataModule(FederatedDataModule):
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which samples.
         batch_size: samples of a batch in local training.
-        others, more: what else :class:`~fedlight.data.FederatedDataModule` takes; ``seed`` is that of the partition.
+        *others: what else :class:`~fedlight.data.FederatedDataModule` takes.
+        **more: the same by name; ``seed`` is that of the partition.
 
     Attributes:
         partition: the rows of each client; None before ``setup``.
