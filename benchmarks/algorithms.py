@@ -35,6 +35,7 @@ SETTINGS = {
     "FedGloSS": {"rho": 0.05},
     "FedCM": {"alpha": 0.3},
     "MoFedSAM": {"alpha": 0.3},
+    "FedWMSAM": {"alpha": 0.3},
     "FedAvgM": {"server_lr": 0.5, "momentum": 0.7},
     "FedAdam": {"server_lr": 0.02},
     "FedYogi": {"server_lr": 0.02},
