@@ -15,8 +15,8 @@ class FedExP(Algorithm):
     Args:
         eps: keeps the step finite where updates cancel each other; it is to be small beside ‖mean_sel(Δ_i)‖².
 
-    Source: Jhunjhunwala et al., "FedExP: Speeding up Federated Averaging via Extrapolation", ICLR 2023, algorithm 1.
-    The authors' code weighs by samples, adds K·eps, and lets eps fall with the square of the learning rate.
+    Source: Jhunjhunwala et al., "FedExP: Speeding up Federated Averaging via Extrapolation", ICLR 2023. Read
+    was the authors' code, which weighs by samples, adds K·eps, and lets eps fall with the square of the learning rate.
     """
 
     mean_by = "equal"

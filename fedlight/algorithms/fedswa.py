@@ -26,8 +26,8 @@ class FedSWA(_FallingRates, FedAvg):
         server_lr: length of the server's step, the paper's α; above 1 it goes beyond the mean.
 
     Source: Liu et al., "Improving Generalization in Federated Learning with Highly Heterogeneous Data via
-    Momentum-Based Stochastic Controlled Weight Averaging", ICML 2025, algorithm 1. The published code doubles the rate,
-    lets it fall to 0, and takes the mean.
+    Momentum-Based Stochastic Controlled Weight Averaging", ICML 2025, from notes on it that are public, and the
+    published code, which doubles the rate, lets it fall to 0, and takes the mean.
     """
 
     mean_by = "equal"
@@ -47,8 +47,8 @@ class FedMoSWA(_FallingRates, SCAFFOLD):
         gamma: how fast m follows, in (0, 1].
         server_lr: length of the server's step, the paper's α.
 
-    Source: as :class:`FedSWA`, algorithm 2, option II. The published script runs another function under this name, at
-    a constant rate, with gamma 0.4, and takes the mean.
+    Source: as :class:`FedSWA`, option II. The published script runs another function under this name, at a constant
+    rate, with gamma 0.4, and takes the mean.
     """
 
     def __init__(self, rho: float = 0.1, gamma: float = 0.2, server_lr: float = 1.5) -> None:

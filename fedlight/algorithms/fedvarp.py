@@ -17,7 +17,7 @@ class FedVARP(FedAvg):
         server_lr: length of the server's step.
 
     Source: Jhunjhunwala et al., "FedVARP: Tackling the Variance Due to Partial Client Participation in Federated
-    Learning", UAI 2022. There updates are divided by S·η, and the server multiplies by it: the same if it is constant.
+    Learning", UAI 2022, as public code states it: updates divided by S·η, which the server multiplies by.
     """
 
     mean_by = "equal"
