@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 
 from fedlight.analysis.result import HessianResult
@@ -14,6 +15,7 @@ from fedlight.run.interface import TrainerInterface
 from fedlight.run.predict import predict
 from fedlight.run.results import destination, keep
 from fedlight.run.session import Session
+from fedlight.run.summary import RunSummary
 from fedlight.server.federation import View
 
 
@@ -129,6 +131,16 @@ class Commands(TrainerInterface):
             if self.is_global_zero:
                 export(session, Path(to))
                 print(f"{view} model: {to}", flush=True)
+
+    def summary(self) -> RunSummary:
+        """What was trained last and what came of it: text, and in a notebook a table with the curves.
+
+        Raises:
+            MisconfigurationException: if nothing has been trained.
+        """
+        if not self.facts:
+            raise MisconfigurationException("There is no summary before fit: this trainer has trained nothing yet.")
+        return RunSummary(self)
 
     def _evaluate(self, session: Session, stage: Stage, verbose: bool) -> list[dict[str, float]]:
         with session as self._session:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
@@ -85,3 +86,25 @@ def test_a_file_that_cannot_be_written_is_warned_of(run):
         found = other(run).test(Regression(), Clients(), "best", verbose=False)
     assert found
     assert path.read_text() == "{"
+
+
+def test_the_summary_is_text_and_html(tmp_path):
+    trainer = quiet_trainer(tmp_path, name="<b>")
+    with pytest.raises(MisconfigurationException, match="no summary before fit"):
+        trainer.summary()
+    trainer.fit(Regression(), Clients())
+    found = trainer.summary()
+    lines = dict(line.split(maxsplit=1) for line in str(found).splitlines())
+    assert lines["method"].startswith("FedAvg, 3 rounds of 1 local epoch")
+    assert lines["rounds"].startswith("3 in ")
+    assert "val/loss" in lines
+    html = found._repr_html_()
+    assert f"<tr><th>method</th><td>{lines['method']}</td></tr>" in html
+    assert "&lt;b&gt;" in html
+    assert '<img src="data:image/png;base64,' in html
+    trainer.test(Regression(), Clients(), verbose=False)
+    assert str(trainer.summary()) == str(found)
+    dry = quiet_trainer(tmp_path, fast_dev_run=True)
+    dry.fit(Regression(), Clients())
+    assert "<img" not in dry.summary()._repr_html_()
+    assert "not finished" in str(dry.summary())

@@ -10,7 +10,7 @@ _SHOWN = (("accuracy", "val/accuracy", "{:.4f}"), ("val loss", "val/loss", "{:.4
 
 
 class RoundProgress(RoundCallback):
-    """One bar over the rounds, with accuracy, loss and time left; plain lines where there is no terminal.
+    """One bar over the rounds, with accuracy, loss and time left; plain lines where there is no terminal or notebook.
 
     Args:
         every_n_seconds: at most one plain line in so many seconds; the first and the last round always have one.
@@ -21,12 +21,14 @@ class RoundProgress(RoundCallback):
     def __init__(self, every_n_seconds: float = 2.0) -> None:
         self.every_n_seconds = every_n_seconds
         self._bar: Any = None
+        self._line: Any = None
         self._shown: tuple[tuple[str, str, str], ...] = _SHOWN
         self._printed = float("-inf")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Show an empty bar on a terminal."""
         self._started, self._first = time.monotonic(), trainer.current_round
+        self._line = _notebook_line() if trainer.is_global_zero else None
         if not trainer.is_global_zero or not sys.stdout.isatty():
             return
         from rich.console import Console
@@ -53,10 +55,16 @@ class RoundProgress(RoundCallback):
             self._bar.update(self._task, completed=done, metrics=text)
             return
         now = time.monotonic()
-        if now - self._printed >= self.every_n_seconds or done == total or done == self._first + 1:
+        every = self.every_n_seconds if self._line is None else min(0.2, self.every_n_seconds)
+        if now - self._printed >= every or done == total or done == self._first + 1:
             self._printed = now
             left = (now - self._started) / (done - self._first) * (total - done)
-            print(f"round {done}/{total}  {text}  {left:.0f} s left", flush=True)
+            line = f"round {done}/{total}  {text}  {left:.0f} s left"
+            if self._line is None:
+                print(line, flush=True)
+                return
+            html = f'<progress value="{done}" max="{total}"></progress> <code>{line}</code>'
+            self._line.update({"text/plain": line, "text/html": html}, raw=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the last state of the bar on the screen."""
@@ -69,4 +77,15 @@ class RoundProgress(RoundCallback):
         self.on_train_end(trainer, pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_bar": None}
+        return {**vars(self), "_bar": None, "_line": None}
+
+
+def _notebook_line() -> Any:
+    """A line of a notebook's output that can be changed; None elsewhere. It needs no widgets."""
+    if "ipykernel" not in sys.modules:
+        return None
+    from IPython import get_ipython
+    from IPython.display import display
+
+    kernel = hasattr(get_ipython(), "kernel")
+    return display({"text/plain": "round"}, raw=True, display_id=True) if kernel else None  # type: ignore[no-untyped-call]

@@ -101,6 +101,7 @@ class TrainerInterface(LightningNames):
         self.should_stop = False
         self._metrics: dict[str, torch.Tensor] = {}
         self.run_dir: Path | None = None
+        self.facts: dict[str, str] = {}
 
     @property
     def method_name(self) -> str:

@@ -2,6 +2,8 @@
 
 import json
 import shlex
+from base64 import b64encode
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from fedlight.engines.base import Engine
 from fedlight.run.context import RunContext
 from fedlight.run.folder import writing
+from fedlight.run.interface import TrainerInterface
 from fedlight.run.snapshot import write_summary
 from fedlight.server.sampling import Bernoulli
 
@@ -48,8 +51,9 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
 
 
 def say_start(run: RunContext, engine: Engine) -> None:
-    """Say what is being trained."""
-    rank_zero_info(_lines(facts(run, engine)))
+    """Say what is being trained, and let the trainer know it."""
+    run.trainer.facts = facts(run, engine)
+    rank_zero_info(_lines(run.trainer.facts))
 
 
 def say_end(run: RunContext, seconds: float, logged: list[str], engine: Engine) -> None:
@@ -98,6 +102,33 @@ def next_commands(run: RunContext) -> dict[str, str]:
     found = {name: f"fedlight {name} -c {config}" for name in ("test", "analyze")} if finished else {}
     more = f" --trainer.max_rounds {2 * done}" * finished
     return found | {"go on": f"fedlight fit -c {config} --ckpt_path {shlex.quote(str(last))}{more}"}
+
+
+class RunSummary:
+    """A run as text, and in a notebook as a table with the curves.
+
+    Args:
+        trainer: that has trained.
+
+    Attributes:
+        found: phrases by what they are about.
+        picture: of the curves; it may not be there.
+    """
+
+    def __init__(self, trainer: TrainerInterface) -> None:
+        folder = trainer.run_dir or Path("not kept")
+        found = results(folder) if (folder / "summary.json").exists() else {"rounds": "not finished"}
+        self.found, self.picture = trainer.facts | found, folder / "plots" / "curves.png"
+
+    def __repr__(self) -> str:
+        return _lines(self.found)
+
+    def _repr_html_(self) -> str:
+        cells = [f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in self.found.items()]
+        table = f"<table>{''.join(cells)}</table>"
+        if self.picture.exists():
+            table += f'<img src="data:image/png;base64,{b64encode(self.picture.read_bytes()).decode()}">'
+        return table
 
 
 def _count(number: int, thing: str) -> str:
