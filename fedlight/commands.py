@@ -26,7 +26,7 @@ class Commands(TrainerInterface):
 
     def validate(
         self,
-        model: LightningModule,
+        model: LightningModule | None = None,
         datamodule: FederatedDataModule | None = None,
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
@@ -34,7 +34,8 @@ class Commands(TrainerInterface):
         """Evaluate the views of a checkpoint, or a module as it is, on the validation data.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards.
+            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
+                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             verbose: print the metrics.
@@ -43,7 +44,7 @@ class Commands(TrainerInterface):
 
     def test(
         self,
-        model: LightningModule,
+        model: LightningModule | None = None,
         datamodule: FederatedDataModule | None = None,
         ckpt_path: str | Path | None = None,
         verbose: bool = True,
@@ -51,7 +52,8 @@ class Commands(TrainerInterface):
         """Evaluate the views of a checkpoint, or a module as it is, on the test data.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards.
+            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
+                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             verbose: print the metrics.
@@ -60,7 +62,7 @@ class Commands(TrainerInterface):
 
     def analyze(
         self,
-        model: LightningModule,
+        model: LightningModule | None = None,
         datamodule: FederatedDataModule | None = None,
         ckpt_path: str | Path | None = None,
         **options: Any,
@@ -68,7 +70,8 @@ class Commands(TrainerInterface):
         """Measure the curvature of a checkpoint's views, or of a module as it is: Hessian, density, landscape.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards.
+            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
+                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             options: what to measure; see :func:`fedlight.analysis.run.analyze`.
@@ -80,7 +83,7 @@ class Commands(TrainerInterface):
 
     def predict(
         self,
-        model: LightningModule,
+        model: LightningModule | None = None,
         datamodule: FederatedDataModule | None = None,
         ckpt_path: str | Path | None = None,
         return_predictions: bool = True,
@@ -90,7 +93,8 @@ class Commands(TrainerInterface):
         """Predict from the data's ``predict_dataloader``, which by default is the test data, and write it to a file.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards.
+            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
+                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             return_predictions: whether to return them.
@@ -109,7 +113,7 @@ class Commands(TrainerInterface):
 
     def export(
         self,
-        model: LightningModule,
+        model: LightningModule | None = None,
         datamodule: FederatedDataModule | None = None,
         ckpt_path: str | Path | None = None,
         *,

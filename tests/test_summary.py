@@ -171,3 +171,23 @@ def test_a_script_for_no_shell_or_without_shtab_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(MisconfigurationException, match=r'needs shtab: pip install "fedlight\[completion\]"'):
         completion.script(["bash"], {})
+
+
+@pytest.mark.parametrize("centralized", [False, True])
+def test_after_fit_the_best_round_is_tested_without_a_module_as_in_lightning(tmp_path, caplog, centralized):
+    trainer, model, data = quiet_trainer(tmp_path, max_rounds=4, centralized=centralized), Worse(), Clients()
+    with pytest.raises(MisconfigurationException, match="model: give a module, or fit one before"):
+        trainer.test()
+    trainer.fit(model, data)
+    (as_it_is,) = trainer.test(model, data, verbose=False)
+    caplog.clear()
+    (best,) = trainer.test(verbose=False)
+    assert f"Reading {trainer.run_dir}/checkpoints/best.ckpt, written after 1 round." in caplog.text
+    assert best["test/loss"] > as_it_is["test/loss"]  # the first round was best by what this module validates
+    (again,) = trainer.test(Worse(), data, ckpt_path="best", verbose=False)
+    assert again == best
+
+
+class Worse(Regression):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", float(self.current_epoch))

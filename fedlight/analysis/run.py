@@ -23,7 +23,7 @@ from fedlight.run.session import Session
 
 def analyze(
     trainer: TrainerInterface,
-    model: LightningModule,
+    model: LightningModule | None,
     datamodule: FederatedDataModule | None,
     ckpt_path: str | Path | None,
     *,

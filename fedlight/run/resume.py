@@ -7,13 +7,16 @@ from typing import Any, TypeVar, cast
 
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from fedlight.data.pooled import PooledData
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.experiment import describe, differences, plain
 from fedlight.run.folder import HISTORY, RunFolder, atomic_write, versions, writing
+from fedlight.run.interface import TrainerInterface
 from fedlight.run.wandb import PREFIX, download
 
 T = TypeVar("T")
@@ -77,6 +80,25 @@ def usual_checkpoint(configs: Sequence[Path], root: Path, name: str) -> Path | N
     if not found:
         rank_zero_info(f"ckpt_path: there is no checkpoint in {(*runs, root / name)[0]}, so the weights are untrained.")
     return next(iter(found), None)
+
+
+def of_last_call(
+    trainer: TrainerInterface, model: LightningModule | None, datamodule: Any, ckpt_path: str | Path | None
+) -> tuple[LightningModule, Any, str | Path | None]:
+    """What a call is about: without a module, as in Lightning, that of the call before, its data, its best checkpoint.
+
+    Raises:
+        MisconfigurationException: without a module, where there was no call before.
+    """
+    if model is not None:
+        return model, datamodule, ckpt_path
+    before: Any = vars(trainer).get("_session")
+    if before is None:
+        raise MisconfigurationException("model: give a module, or fit one before.")
+    if ckpt_path is None and trainer.run_dir is not None:
+        ckpt_path = usual_checkpoint([trainer.run_dir / "config.yaml"], trainer.default_root_dir, trainer.name)
+    data = before.datamodule
+    return before.module, datamodule or (data.data if isinstance(data, PooledData) else data), ckpt_path
 
 
 def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:

@@ -17,6 +17,7 @@ from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
+from fedlight.run import resume
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.clock import RoundClock, make_profiler, start_profiler
 from fedlight.run.context import Command, RunContext
@@ -30,7 +31,6 @@ from fedlight.run.preflight import preflight
 from fedlight.run.processes import lost_process, watch_children
 from fedlight.run.processors import choose_threads, resolve_devices
 from fedlight.run.results import destination
-from fedlight.run.resume import begin_experiment, decided, read_checkpoint, record_changes, restore_schedule
 from fedlight.run.setup import be_deterministic, local_training, make_fabric, use_threads
 from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
@@ -45,7 +45,7 @@ class Session(RunContext):
 
     Args:
         trainer: whose settings are followed.
-        model: the module.
+        model: the module; without one, module, data and best checkpoint are those of the last call.
         datamodule: the data.
         command: what is called.
         ckpt_path: ``last``, ``best``, a file, or None.
@@ -60,11 +60,12 @@ class Session(RunContext):
     def __init__(
         self,
         trainer: TrainerInterface,
-        model: LightningModule,
+        model: LightningModule | None,
         datamodule: LightningDataModule | None,
         command: Command,
         ckpt_path: str | Path | None,
     ) -> None:
+        model, datamodule, ckpt_path = resume.of_last_call(trainer, model, datamodule, ckpt_path)
         self.trainer, self.module, self.command = trainer, model, command
         self.stage = RunningStage("train" if command == "fit" else command)
         self.settings = trainer.settings
@@ -164,7 +165,7 @@ class Session(RunContext):
         if ParameterLayout.of(self.module) != self.layout:
             self._make_federation(checkpoint)
             if checkpoint is not None:
-                restore_schedule(self, checkpoint)
+                resume.restore_schedule(self, checkpoint)
 
     def _make_federation(self, checkpoint: dict[str, Any] | None) -> None:
         settings, trainer = self.settings, self.trainer
@@ -180,7 +181,7 @@ class Session(RunContext):
         least = min(max(2, trainer.algorithm.min_clients), self.federation.num_clients)
         per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
-        anew = self.command == "fit" and begin_experiment(self, checkpoint)
+        anew = self.command == "fit" and resume.begin_experiment(self, checkpoint)
         buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
         self.federation.initialise(flat_parameters(self.module), buffers)
         if checkpoint is not None:
@@ -193,12 +194,12 @@ class Session(RunContext):
         """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
         trainer, checkpoint = self.trainer, None
         if self.ckpt_path is not None:
-            checkpoint, self.checkpoint_path, self.folder = read_checkpoint(self, self.ckpt_path)
+            checkpoint, self.checkpoint_path, self.folder = resume.read_checkpoint(self, self.ckpt_path)
         if trainer.fast_dev_run:
             return checkpoint
         folder = destination(self)[0]
         if fit := self.command == "fit":
-            trainer.run_dir = folder = decided(self.fabric, self._take_folder)
+            trainer.run_dir = folder = resume.decided(self.fabric, self._take_folder)
             self.folder = self.folder or RunFolder(folder)
         # A run in a folder of its own is one of its own for W&B, too.
         ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
@@ -219,7 +220,7 @@ class Session(RunContext):
         """Make the schedule and the engine, try one batch, and call the hooks of the start."""
         trainer, settings, data = self.trainer, self.settings, self.datamodule
         if self._checkpoint is not None:
-            restore_schedule(self, self._checkpoint)
+            resume.restore_schedule(self, self._checkpoint)
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
         use_threads(choose_threads(self), self._cleanup)
@@ -238,7 +239,7 @@ class Session(RunContext):
         profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
-            record_changes(self.folder.path, trainer.current_round, self.changes)
+            resume.record_changes(self.folder.path, trainer.current_round, self.changes)
         self.hooks("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
             self.raise_if_interrupted(self.interrupted)
