@@ -202,7 +202,9 @@ def test_the_modules_own_callbacks_join_and_replace(tmp_path):
     trainer.fit(Model(), Clients())
     assert calls == ["module's"]
     # The checkpoint saves what others did in the round, and does not wait for pictures.
-    assert [type(c).__name__ for c in trainer.callbacks] == ["Mine", "Checkpoint", "PartitionPicture"]
+    assert [type(c).__name__ for c in trainer.callbacks] == [
+        *("ConfigFile", "Mine", "Checkpoint", "PartitionPicture", "Curves")
+    ]
 
 
 def test_configure_model_comes_after_setup_and_before_parameters_are_read(tmp_path):

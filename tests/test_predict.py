@@ -84,7 +84,7 @@ def test_a_stock_datamodule_has_its_own_loader(tmp_path):
     found = quiet_trainer(tmp_path).predict(model, Federated(Stock(), num_clients=3))
     with torch.no_grad():
         assert torch.equal(torch.cat(found), model(2 * NEW))
-    assert (tmp_path / "default" / "analysis" / "predictions" / "model_round0.csv").exists()
+    assert (tmp_path / "default" / "analysis" / "predictions" / "model.csv").exists()
 
 
 class Untested(Clients):

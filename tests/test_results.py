@@ -72,8 +72,8 @@ def test_weights_of_no_run_have_a_folder_of_their_own(run, tmp_path):
     moved = tmp_path / "moved.ckpt"
     moved.write_bytes((run / "checkpoints" / "best.ckpt").read_bytes())
     quiet_trainer(tmp_path).test(Regression(), Clients(), moved, verbose=False)
-    found = [record["checkpoint"] for record in records(tmp_path / "default" / "analysis", "test")]
-    assert found == [None, str(moved)]
+    found = [(r["checkpoint"], r["rounds"]) for r in records(tmp_path / "default" / "analysis", "test")]
+    assert found == [(None, None), (str(moved), 5)]
     assert {p.name for p in tmp_path.iterdir()} == {"default", "moved.ckpt"}
     quiet_trainer(tmp_path / "dry", fast_dev_run=True).test(Regression(), Clients(), verbose=False)
     assert not (tmp_path / "dry").exists()

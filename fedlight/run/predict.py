@@ -68,8 +68,8 @@ def _step(run: RunContext, batch: Any, index: int) -> Any:
 def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | None) -> None:
     """``<checkpoint>_round<n>.pt``, and where there is a number for each sample a table of them."""
     folder, stem = destination(run, output)
-    where, rounds = folder if output else folder / "predictions", run.trainer.current_round
-    name = f"{stem}_round{rounds}" + (f"_{view}" if view != "server" else "")
+    where, rounds = folder if output else folder / "predictions", run.trainer.current_round if run.resumed else None
+    name = stem + (f"_round{rounds}" if run.resumed else "") + (f"_{view}" if view != "server" else "")
     joined: Any = outputs
     if all(isinstance(o, Tensor) and o.ndim and o.shape[1:] == outputs[0].shape[1:] for o in outputs):
         joined = torch.cat(outputs)

@@ -35,9 +35,9 @@ def keep(run: RunContext, name: str, metrics: Mapping[str, float], folder: Path,
         folder: where the file is.
         how: settings that make a difference, of which None is left out.
     """
-    rounds = run.trainer.current_round
-    row = {**metrics, "round": float(max(0, rounds - 1))}
-    tell(run.loggers, lambda logger: logger.log_metrics(row, step=int(row["round"])))
+    rounds = run.trainer.current_round if run.resumed else None  # nobody knows what trained a module as it is
+    row = {**metrics} if rounds is None else {**metrics, "round": rounds - 1.0}
+    tell(run.loggers, lambda logger: logger.log_metrics(row, step=None if rounds is None else rounds - 1))
     about = {"checkpoint": checkpoint_name(run, folder), "rounds": rounds}
     about |= {key: value for key, value in how.items() if value is not None}
     path = folder / f"{name}_metrics.json"
