@@ -22,11 +22,17 @@ class Curves(RoundCallback):
     """
 
     optional_hooks = ("on_train_end",)
+    _news = False
+
+    def on_round_end(self, trainer: Any, pl_module: Any) -> None:
+        """There is something to draw."""
+        self._news = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draw it."""
-        if trainer.run_dir is None or not getattr(trainer, "is_global_zero", False):
+        """Draw it; a fit that trained nothing leaves the picture of its run as it is."""
+        if trainer.run_dir is None or not trainer.is_global_zero or not self._news:
             return
+        self._news = False
         rows = read_metrics(Path(trainer.run_dir) / "metrics.csv")
         if len(rows) > 1:
             draw_curves(rows, picture := Path(trainer.run_dir) / "plots" / "curves.png")

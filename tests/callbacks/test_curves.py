@@ -1,6 +1,7 @@
 """``plots/curves.png`` of every run."""
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from matplotlib.image import imread
 
@@ -65,3 +66,13 @@ def test_an_interrupted_run_draws_what_there_is_and_failing_pictures_end_nothing
     with pytest.warns(UserWarning, match="Curves failed, and the run goes on without it: ZeroDivisionError"):
         trainer.fit(Regression(), Clients())
     assert (trainer.run_dir / "summary.json").exists()
+
+
+def test_a_fit_that_trains_nothing_leaves_the_picture_alone(tmp_path, monkeypatch):
+    DRAWN.clear()
+    monkeypatch.setattr(curves, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
+    quiet_trainer(tmp_path).fit(Regression(), Clients())
+    quiet_trainer(tmp_path).fit(Regression(), Clients(), ckpt_path="last")  # it is finished
+    with pytest.raises(MisconfigurationException):
+        quiet_trainer(tmp_path, seed=1, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")
+    assert DRAWN == [3]
