@@ -48,18 +48,29 @@ def _global_rng_is_restored() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _pictures_of_every_run_are_quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+REAL = {curves: curves.draw_curves, partition: partition.save_partition_picture}
+"""What draws the pictures of every run."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _pictures_of_every_run_are_quick() -> Iterator[None]:
     """Drawing one takes longer than most fits here: all tests but those of a picture get an empty one."""
 
     def save(_: object, path: Path, *more: object) -> None:
         path.parent.mkdir(exist_ok=True)
         Image.new("L", (1, 1)).save(path)
 
-    if not request.node.path.match("callbacks/test_curves.py"):
-        monkeypatch.setattr(curves, "draw_curves", save)
-    if not request.node.path.match("callbacks/test_partition.py"):
-        monkeypatch.setattr(partition, "save_partition_picture", save)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, draw in REAL.items():
+            patch.setattr(module, draw.__name__, save)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _pictures_that_are_tested_are_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, draw in REAL.items():
+        if request.node.path.match(f"callbacks/test_{module.__name__.split('.')[-1]}.py"):
+            monkeypatch.setattr(module, draw.__name__, draw)
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ def test_pictures_and_files_next_to_the_run(tmp_path, capsys):
     trainer, _ = trained(tmp_path, MAN(zeta=0.0), model=Net())
     analyze(tmp_path, model=Net(), density=True, top_k=2, landscape="random", landscape_points=3, verbose=True)
     plots = {p.name for p in (trainer.run_dir / "plots").iterdir()}
-    wanted = {"density_last.png", "eigenvalues_last.png", "layers_last.png"}
+    wanted = {"curves.png", "density_last.png", "eigenvalues_last.png", "layers_last.png"}
     assert plots == wanted | {"landscape_last_contour.png", "landscape_last_surface.png"}
     files = {p.name for p in (trainer.run_dir / "hessian").iterdir()}
     assert files == {"last.npz", "last_density.csv", "landscape_last.npz"}
