@@ -67,7 +67,20 @@ def arguments(name, folder):
     return [*chosen, *images_for(name, folder), *QUICK, f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
 
 
-@pytest.mark.parametrize("name", FILES)
+def is_slow(name):
+    """Whether others of its kind train as it does: contracts train with every algorithm and perturbation."""
+    kept = ("algorithm/feddyn.yaml", "algorithm/fedlesam_d.yaml", "perturbation/sam.yaml")
+    others = name.startswith(("algorithm/", "perturbation/")) and name not in kept
+    return others or "tinyimagenet" in name or name in ("model/resnet18gn.yaml", "data/cifar100_iid.yaml")
+
+
+def test_every_config_is_read(tmp_path):
+    parser = parser_of_fit()
+    for name in FILES:
+        assert parser.parse_args(arguments(name, tmp_path)).trainer.max_rounds == 1, name
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * is_slow(n)) for n in FILES])
 @pytest.mark.filterwarnings("ignore:.*FedBN")  # the quickstart's network has no BatchNorm
 @pytest.mark.filterwarnings("ignore:.*num_batches|.*does not have many workers")
 def test_every_config_runs(name, tmp_path, monkeypatch, request):

@@ -64,7 +64,9 @@ def test_the_example_is_named_in_yaml_by_its_import_path(example, tmp_path):
 
 def test_the_method_in_the_documentation_is_fedavg_with_momentum():
     text = (REPOSITORY / "docs/add_an_algorithm.md").read_text()
-    source = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Momentum" in block)
+    source = next(
+        block for block in re.findall(r"```python[^\n]*\n(.*?)```", text, re.DOTALL) if "class Momentum" in block
+    )
     names: dict = {}
     exec(source, names)
     problem = Problem()

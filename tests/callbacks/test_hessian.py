@@ -255,7 +255,7 @@ def test_files_and_pictures(tmp_path):
     trainer, _, rows = fit(tmp_path, MAN(zeta=0.0), callback, model=Net(), data=Clients(batch_size=8), max_rounds=5)
     run = trainer.run_dir
     plots = {path.name for path in (run / "plots").iterdir()}
-    assert plots == {"density_round4.png", "density_round5.png", "layers.png", "eigenvalues.png"}
+    assert plots == {"curves.png", "density_round4.png", "density_round5.png", "layers.png", "eigenvalues.png"}
     stems = [f"round{r}{view}" for r in (2, 4, 5) for view in ("", "_all")]
     files = {f"{stem}{end}" for stem in stems for end in (".npz", "_density.csv")}
     assert {path.name for path in (run / "hessian").iterdir()} == files

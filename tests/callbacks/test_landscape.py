@@ -48,7 +48,7 @@ def _drawing_is_quick(request, monkeypatch):
 def test_pictures_and_grids(tmp_path):
     trainer, model = fit(tmp_path, LossLandscape(points=5, max_samples=None, float64=True))
     names = {p.name for p in (trainer.run_dir / "plots").iterdir()}
-    assert names == {"landscape_contour.png", "landscape_surface.png"}
+    assert names == {"curves.png", "landscape_contour.png", "landscape_surface.png"}
     with np.load(trainer.run_dir / "hessian" / "landscape.npz") as saved:
         assert saved["a"].tolist() == saved["b"].tolist() == [-1, -0.5, 0, 0.5, 1]
         assert saved["loss"].shape == (5, 5)

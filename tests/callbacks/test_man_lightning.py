@@ -150,6 +150,7 @@ def test_gradient_clipping_sees_the_penalty():
         torch.testing.assert_close(p.detach(), q.detach() - 0.1 * g * 0.01 / (total + 1e-6), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_torch_compile():
     data, module = batches(2), Validated()
     ours, trainer = fit(module, data, MAN(ZETA), compiled="aot_eager", validation=data)

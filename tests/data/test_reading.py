@@ -87,6 +87,7 @@ def run(tmp_path, resume=None, **settings):
     return weights(module), [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_bits_with_and_without_workers_and_across_a_resume(tmp_path):
     expected, rows = run(tmp_path)
     for settings in ({"workers": 2}, {"resume": 2}):

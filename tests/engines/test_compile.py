@@ -42,7 +42,7 @@ def _quick_backend(monkeypatch, request):
 @pytest.mark.parametrize(
     ("engine", "name"),
     [
-        *[("eager", name) for name in CASES],
+        *[pytest.param("eager", name, marks=[pytest.mark.slow] * (name != "batch norm, clip")) for name in CASES],
         ("cuda_graph", "man, sam, scaffold"),
         pytest.param("vmap", "man, sam, scaffold", marks=pytest.mark.slow),
     ],

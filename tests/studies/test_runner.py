@@ -168,6 +168,7 @@ def killed_study(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_after_kill_9_no_run_is_trained_twice(killed_study, capsys):
     """The run outlived its study: the next study waits for it instead of beginning it again."""
     assert run(killed_study)[0] == 0
