@@ -23,6 +23,7 @@ LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
 # The pages of the reference: what each lists is `__all__` of its package.
 REFERENCE = ["algorithms", "perturbations", "transforms", "callbacks", "data", "models", "engines", "analysis"]
 BASES = ("Algorithm", "Message", "Perturbation")
+COMMANDS = "[validate, test, predict, analyze, export, summary]"
 MAIN = ["FederatedTrainer", "LocalObjective", "ClientResult", "sampling.Sampler", "sampling.Uniform"]
 
 
@@ -69,7 +70,7 @@ def plugin_pages(folder: str) -> dict[str, str]:
         if name in BASES:
             continue
         text = f"# {name}\n\n{row(name)}\n\n{section(name)}\n\n## Use\n\n"
-        text += f"```bash\nfedlight fit -c configs/quickstart.yaml --{key} {name}\n```\n\n"
+        text += f"```bash\nfedlight fit -c quickstart --{key} {name}\n```\n\n"
         if name in files:
             shown = files[name].relative_to(CONFIGS.parent)
             text += f'```yaml title="{shown}"\n{files[name].read_text().strip()}\n```\n\n'
@@ -97,12 +98,18 @@ def reference_pages() -> dict[str, str]:
             own = [name for name in names if name not in BASES]
             text += "\n".join(f"- [{name}](../{plugin_page(page, name)})" for name in own) + "\n\n"
             things = [path for path in things if path.rsplit(".", 1)[-1] in BASES]
-        pages[f"reference/{page}.md"] = text + "\n\n".join(f"::: {path}" for path in dict.fromkeys(things))
+        options = {"fedlight.trainer.FederatedTrainer": f"\n    options: {{inherited_members: {COMMANDS}}}"}
+        text += "\n\n".join(f"::: {path}{options.get(path, '')}" for path in dict.fromkeys(things))
+        pages[f"reference/{page}.md"] = text
     return pages
 
 
 def source_page(path: Path) -> str:
-    """A file of the repository as a page."""
+    """A file of the repository as a page; of a folder, its YAML files."""
+    if path.is_dir():
+        files = {file: file.read_text().splitlines() for file in sorted(path.rglob("*.yaml"))}
+        lines = [f"- `{file.relative_to(ROOT)}`: {text[0].lstrip('# ')}" for file, text in files.items()]
+        return f"# {path.name}/\n\n" + "\n".join(lines) + "\n"
     if path.suffix == ".md":
         return path.read_text()
     language = {".py": "python", ".yaml": "yaml"}.get(path.suffix, "text")
@@ -137,7 +144,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, text in {**written, **GENERATED}.items():
         for target in LINK.findall(text):
             path = ROOT / linked(uri, target)
-            if path.is_file() and not path.is_relative_to(ROOT / "docs") and path.name != "README.md":
+            if path.exists() and not path.is_relative_to(ROOT / "docs") and path.name != "README.md":
                 GENERATED[f"sources/{path.relative_to(ROOT).with_suffix('.md')}"] = source_page(path)
     for uri, text in GENERATED.items():
         files.append(File.generated(config, uri, content=text))
@@ -160,7 +167,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             goal = "index.md"
         elif path.startswith("docs/"):
             goal = path.removeprefix("docs/")
-        elif (ROOT / path).is_file():
+        elif (ROOT / path).exists():
             goal = f"sources/{Path(path).with_suffix('.md')}"
         else:
             return match[1]

@@ -1,11 +1,17 @@
-"""FedAvg and FedAvg+MAN side by side: 20 clients, the embedded digits, under a minute on two cores.
+"""FedAvg and FedAvg+MAN side by side, three seeds each: the embedded digits, 20 clients, 40 % of the labels drawn anew.
 
 python examples/demo.py [OUTPUT_FOLDER]
 
-Prints a table of both runs, with the curvature of the loss at the end, and the paths of the pictures.
+Under a minute on two cores. Prints a table of both, with the curvature of the loss at the end, and the paths of the
+pictures. Learning rate, weight decay and ζ come from benchmarks/demo_search.py, which searches one grid for both
+methods: docs/demo.md.
 """
 
+import logging
+import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -18,51 +24,105 @@ from fedlight.data import DirichletClients
 from fedlight.models import MLP
 from fedlight.run.loggers import read_metrics
 
-METHODS = {"FedAvg": 0.0, "FedAvg+MAN": 0.15}
-
+METHODS = {
+    "FedAvg": {"lr": 0.1, "weight_decay": 1e-2, "zeta": 0.0},
+    "FedAvg+MAN": {"lr": 0.1, "weight_decay": 1e-3, "zeta": 0.5},
+}
+SEEDS = (3, 4, 5)  # the search had 0, 1 and 2
 ROUNDS = 40
 
 
-def run(name: str, zeta: float, root: Path) -> tuple[FederatedTrainer, HessianSpectrum]:
-    """Train one method and measure its curvature; both start from the same weights and see the same batches."""
-    torch.manual_seed(0)
+CLIENTS, PER_ROUND, EPOCHS, BATCH, GAMMA, CLIP = 20, 10, 10, 32, 0.94, 10.0
+
+
+class NoisyDigits(ImageData):
+    """The embedded digits with label skew; a fifth is held out, and of the rest 40 % of the labels are drawn anew."""
+
+    def __init__(self) -> None:
+        skew = DirichletClients(alpha=0.3)
+        super().__init__("digits", num_clients=CLIENTS, partitioner=skew, batch_size=BATCH, val_fraction=0.2)
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.partition is None:
+            super().setup(stage)
+            generator = torch.Generator().manual_seed(0)
+            rows = self._train.positions(torch.arange(len(self._train)))  # what is held out stays as it is
+            rows = rows[torch.rand(len(rows), generator=generator) < 0.4]
+            self._train.targets[rows] = torch.randint(10, (len(rows),), generator=generator)
+
+
+def make_net(seed: int) -> MLP:
+    """The network, with the weights that this seed draws."""
+    torch.manual_seed(seed)
+    return MLP(in_features=64, hidden=[128, 64], num_classes=10)
+
+
+def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData]:
+    """Train one method; the seed draws weights, clients and batches, the same for both methods."""
+    method = METHODS[name]
     model = Classifier(
-        MLP(in_features=64, hidden=[128, 64], num_classes=10),
+        make_net(seed),
         num_classes=10,
-        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, weight_decay=1e-3),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99),
+        optimizer=lambda params: torch.optim.SGD(params, lr=method["lr"], weight_decay=method["weight_decay"]),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, GAMMA),
     )
-    spectrum = HessianSpectrum(every_n_rounds=10, top_k=3)
-    data = ImageData("digits", num_clients=20, partitioner=DirichletClients(alpha=0.1), batch_size=16)
+    spectrum = HessianSpectrum(every_n_rounds=ROUNDS, top_k=3, density=seed == SEEDS[0], max_samples=None)
     trainer = FederatedTrainer(
         max_rounds=ROUNDS,
-        clients_per_round=0.25,
-        local_epochs=5,
-        gradient_clip_val=10.0,
-        callbacks=[MAN(zeta=zeta), spectrum],  # with zeta=0 it measures the norms and changes nothing
+        clients_per_round=PER_ROUND,
+        local_epochs=EPOCHS,
+        gradient_clip_val=CLIP,
+        callbacks=[MAN(zeta=method["zeta"]), spectrum],  # with zeta=0 MAN measures the norms and changes nothing
         accelerator="cpu",
         devices=1,
+        engine="vmap",  # the clients of a round as one batched program
+        seed=seed,
         default_root_dir=root,
         name=name,
+        check_val_every_n_rounds=2,
+        client_val_every_n_rounds=0,
+        views=("server",),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
     )
-    print(f"{name}:")
+    data = NoisyDigits()
     trainer.fit(model, data)
-    return trainer, spectrum
+    return trainer, data
 
 
-def picture(runs: dict[str, list[dict[str, float]]], layers: list[str], path: Path) -> None:
-    """Accuracy and activation norms over rounds, readable in black and white."""
+def one(job: tuple[str, int, Path]) -> tuple[list[dict[str, float]], object, Path]:
+    """One run in a process of its own: its rows, the last with the test set's accuracy, its spectrum and its folder."""
+    name, seed, root = job
+    torch.set_num_threads(1)  # a network this small runs no faster on a second thread
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("fedlight").setLevel(logging.WARNING)
+    trainer, data = train(name, seed, root)
+    folder = Path(str(trainer.log_dir))
+    rows = read_metrics(folder / "metrics.csv")
+    (tested,) = trainer.test(trainer.lightning_module, data, verbose=False)
+    rows[-1] |= tested
+    spectra = next(c.results for c in trainer.callbacks if isinstance(c, HessianSpectrum))
+    return rows, spectra["server"], folder
+
+
+def picture(runs: dict[str, list[list[dict[str, float]]]], layers: list[str], path: Path) -> None:
+    """Accuracy and activation norms over rounds, means and ranges of the seeds, readable in black and white."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for (name, rows), style in zip(runs.items(), ("--", "-"), strict=True):
-        rounds = [row["round"] + 1 for row in rows]
-        left.plot(rounds, [100 * row["val/accuracy"] for row in rows], style, color="black", label=name)
-        for layer, color in zip(layers, ("black", "gray"), strict=False):
-            right.plot(rounds, [row[layer] for row in rows], style, color=color, label=f"{name}, {layer[4:]}")
+    for (name, seeds), style in zip(runs.items(), ("--", "-"), strict=True):
+        for axes, key, label, color, factor in [(left, "val/accuracy", name, "black", 100)] + [
+            (right, layer, f"{name}, {layer[4:]}", color, 1)
+            for layer, color in zip(layers, ("black", "gray"), strict=False)
+        ]:
+            rounds = [i + 1 for i, row in enumerate(seeds[0]) if key in row]
+            values = [[factor * row[key] for row in rows if key in row] for rows in seeds]
+            axes.plot(rounds, [statistics.mean(v) for v in zip(*values, strict=True)], style, color=color, label=label)
+            low, high = zip(*[(min(v), max(v)) for v in zip(*values, strict=True)], strict=True)
+            axes.fill_between(rounds, low, high, color=color, alpha=0.12, linewidth=0)
     left.set(xlabel="communication round", ylabel="validation accuracy (%)", title="the server's model")
     right.set(xlabel="communication round", ylabel="mean squared activation", yscale="log")
     right.set_title("what MAN keeps small")
@@ -76,27 +136,39 @@ def picture(runs: dict[str, list[dict[str, float]]], layers: list[str], path: Pa
 
 
 def main(root: Path) -> None:
-    """Run both methods, print the table, draw the picture."""
-    torch.set_num_threads(1)  # a network this small runs no faster on a second thread
-    found = {name: run(name, zeta, root) for name, zeta in METHODS.items()}
-    trainers = {name: trainer for name, (trainer, _) in found.items()}
-    runs = {name: read_metrics(Path(str(trainer.log_dir)) / "metrics.csv") for name, trainer in trainers.items()}
-    layers = [key for key in runs["FedAvg"][-1] if key.startswith("man/")]
-    table = Table(title=f"digits, 20 clients, Dirichlet(0.1), {ROUNDS} rounds")
-    columns = {"accuracy (%)": "val/accuracy", "accuracy, all (%)": "val/accuracy_all", "val loss": "val/loss"}
-    columns |= {layer: layer for layer in layers}
-    columns |= {"λ_max": "hessian/lambda_max", "trace": "hessian/trace"}
-    table.add_column("method")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, rows in runs.items():
-        final = {column: rows[-1][key] * (100 if "%" in column else 1) for column, key in columns.items()}
-        table.add_row(name, *(f"{v:.2f}" if "%" in column or v > 5 else f"{v:.4f}" for column, v in final.items()))
-    Console(width=110).print(table)
+    """Run both methods with three seeds in two processes, print the table, draw the pictures."""
+    jobs = [(name, seed, root) for seed in SEEDS for name in METHODS]
+    print(f"{len(jobs)} runs of {ROUNDS} rounds, two at a time ...", flush=True)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = dict(zip(jobs, pool.map(one, jobs), strict=True))
+    runs = {name: [found[name, seed, root][0] for seed in SEEDS] for name in METHODS}
+    layers = [key for key in runs["FedAvg"][0][-1] if key.startswith("man/")]
+    columns = {"test accuracy (%)": "test/accuracy", "λ_1": "hessian/lambda_max", "λ_2": "hessian/lambda_2"}
+    columns |= {"λ_3": "hessian/lambda_3", "trace": "hessian/trace"} | {layer: layer for layer in layers}
+    last = {name: {c: [rows[-1][k] for rows in seeds] for c, k in columns.items()} for name, seeds in runs.items()}
+    table = Table(title=f"digits, 20 clients, 40 % label noise, {ROUNDS} rounds: mean ± deviation of seeds {SEEDS}")
+    for column in ("method", *columns):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, figures in last.items():
+        table.add_row(name, *(show(v, 100 if "%" in column else 1) for column, v in figures.items()))
+    compared = []
+    for column in columns:  # seed by seed
+        pairs = list(zip(last["FedAvg"][column], last["FedAvg+MAN"][column], strict=True))
+        is_share = "%" in column
+        compared.append(show([100 * (man - plain) if is_share else man / plain for plain, man in pairs], 1))
+    table.add_row("gain, ratios", *compared)
+    Console(width=130).print(table)
     picture(runs, layers, root / "demo.png")
-    draw_density({name: spectrum.results["server"] for name, (_, spectrum) in found.items()}, root / "density.png")
-    pictures = [p for t in trainers.values() for p in sorted(Path(str(t.log_dir)).glob("plots/*.png"))]
+    draw_density({name: found[name, SEEDS[0], root][1] for name in METHODS}, root / "density.png")
+    pictures = [p for name in METHODS for p in sorted(found[name, SEEDS[0], root][2].glob("plots/*.png"))]
     print("pictures:", root / "demo.png", root / "density.png", *pictures)
+
+
+def show(values: list[float], factor: float) -> str:
+    """Mean ± standard deviation."""
+    mean, spread = factor * statistics.mean(values), factor * statistics.stdev(values)
+    digits = 1 if abs(mean) > 20 else 2 if abs(mean) > 1 else 3
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ commands of fedlight and ``python FILE`` run in this process, for a round of a b
 """
 
 import ast
+import os
 import re
 import runpy
 import shlex
@@ -23,6 +24,7 @@ import numpy as np
 import yaml
 
 from fedlight.cli.command import FederatedCLI, main
+from fedlight.cli.light import command_first, light
 
 REPOSITORY = Path(__file__).parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -110,7 +112,8 @@ def known(arguments: list[str]) -> list[str]:
     """The arguments without what ends parsing; a file that the reader is to write is the quickstart here."""
     found = [a for a in arguments if a != "--print_config"]
     for i, argument in enumerate(found[:-1]):
-        if argument == "-c" and not Path(found[i + 1]).exists() and not found[i + 1].startswith("configs/"):
+        file = Path(found[i + 1])
+        if argument == "-c" and file.suffix == ".yaml" and not file.exists() and file.parts[0] != "configs":
             found[i + 1] = "configs/quickstart.yaml"
     return found
 
@@ -130,7 +133,7 @@ def links(folder: Path) -> None:
     for name in ("configs", "sweeps", "examples", "benchmarks", "docs"):
         (folder / name).symlink_to(REPOSITORY / name)
     rng = np.random.default_rng(0)
-    splits = {"train": 400, "test": 100}
+    splits = {"train": 200, "test": 100}
     x = {f"x_{split}": rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8) for split, n in splits.items()}
     np.savez(folder / "cifar100.npz", **x, **{f"y_{split}": np.arange(n) % 100 for split, n in splits.items()})
 
@@ -150,12 +153,17 @@ def quick(arguments: list[str]) -> list[str]:
 
 def run_here(arguments: list[str]) -> str:
     """Run a command of fedlight in this process, and return what it printed; a failure is an error."""
-    out, said, code = StringIO(), StringIO(), None
+    out, said, words = StringIO(), StringIO(), command_first(quick(arguments))
+    sys.path.insert(0, os.getcwd())  # as the program does
     try:
-        with redirect_stdout(out), redirect_stderr(said), argv(["fedlight", *arguments]):
-            main(quick(arguments))
+        with redirect_stdout(out), redirect_stderr(said), argv(["fedlight", *words]):
+            code = light(words)
+            if code is None:
+                main(words)
     except SystemExit as stop:
         code = stop.code
+    finally:
+        sys.path.remove(os.getcwd())
     assert not code, f"fedlight {shlex.join(arguments)} ended with {code}:\n{out.getvalue()}\n{said.getvalue()}"
     return out.getvalue()
 
@@ -170,7 +178,9 @@ def run_command(words: list[str], folder: Path) -> str:
     if arguments is None and words[0] == "python":
         with redirect_stdout(out), argv(words[1:]):
             runpy.run_path(words[1], run_name="__main__")
-    elif arguments is None and words[0] in ("cd", "ls", "cat", "pip", "make"):  # CI's jobs begin with the latter two
+    elif arguments is None and words[0] == "cd":
+        os.chdir(words[1])
+    elif arguments is None and words[0] in ("ls", "cat", "pip", "make"):  # CI's jobs begin with the latter two
         return ""
     elif arguments is None:
         raise AssertionError(f"{words[0]} is no command of fedlight: mark the block as parsed only")
