@@ -238,6 +238,7 @@ def run(block: Block, parser: Parser, folder: Path, names: dict) -> None:
     elif block.language == "bash":
         for words in commands(block):
             run_command(words, folder)
+        os.chdir(folder)
     elif block.language == "yaml":
         file = folder / (block.title or "block.yaml")
         file.write_text(block.text)
