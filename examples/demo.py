@@ -66,7 +66,8 @@ def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData
         optimizer=lambda params: torch.optim.SGD(params, lr=method["lr"], weight_decay=method["weight_decay"]),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, GAMMA),
     )
-    spectrum = HessianSpectrum(every_n_rounds=ROUNDS, top_k=3, density=seed == SEEDS[0], max_samples=None)
+    first = seed == SEEDS[0]  # of this one there are pictures
+    spectrum = HessianSpectrum(every_n_rounds=ROUNDS, top_k=3, density=first, layerwise=first, max_samples=None)
     trainer = FederatedTrainer(
         max_rounds=ROUNDS,
         clients_per_round=PER_ROUND,
@@ -83,6 +84,7 @@ def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData
         client_val_every_n_rounds=0,
         views=("server",),
         enable_checkpointing=False,
+        enable_plots=first,
         enable_progress_bar=False,
     )
     data = NoisyDigits()
@@ -139,7 +141,8 @@ def main(root: Path) -> None:
     """Run both methods with three seeds in two processes, print the table, draw the pictures."""
     jobs = [(name, seed, root) for seed in SEEDS for name in METHODS]
     print(f"{len(jobs)} runs of {ROUNDS} rounds, two at a time ...", flush=True)
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    # A process that is forked has loaded torch already, which takes as long as a run.
+    with ProcessPoolExecutor(2, mp_context=get_context("fork" if sys.platform == "linux" else "spawn")) as pool:
         found = dict(zip(jobs, pool.map(one, jobs), strict=True))
     runs = {name: [found[name, seed, root][0] for seed in SEEDS] for name in METHODS}
     layers = [key for key in runs["FedAvg"][0][-1] if key.startswith("man/")]
