@@ -12,7 +12,13 @@ def main() -> None:
     from fedlight.cli.light import command_first, light
 
     sys.argv[1:] = command_first(sys.argv[1:])
-    if (code := light(sys.argv[1:])) is not None:
+    try:
+        code = light(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `fedlight configs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    if code is not None:
         sys.exit(code)
     if not print_help(sys.argv[1:], _run):
         _run()

@@ -105,7 +105,6 @@ class Commands(TrainerInterface):
             What ``predict_step`` returned for each batch, on the CPU.
         """
         with Session(self, model, datamodule, "predict", ckpt_path) as session:
-            self._session = session
             session.views.choose(view)
             outputs = predict(session, view, output)
             session.views.load("server")
@@ -130,7 +129,6 @@ class Commands(TrainerInterface):
             view: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
         """
         with Session(self, model, datamodule, "predict", ckpt_path) as session:
-            self._session = session
             session.views.choose(view)
             if self.is_global_zero:
                 export(session, Path(to))
@@ -147,7 +145,7 @@ class Commands(TrainerInterface):
         return RunSummary(self)
 
     def _evaluate(self, session: Session, stage: Stage, verbose: bool) -> list[dict[str, float]]:
-        with session as self._session:
+        with session:
             metrics = session.views.evaluate(stage)
             session.views.load("server")
             if verbose and self.is_global_zero:

@@ -86,3 +86,13 @@ def test_nothing_is_overwritten_by_a_new_project(tmp_path, capsys):
     assert "File exists" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
     assert (light(["new"]), light(["new", "--help"])) == (2, 0)
+
+
+def test_a_pipe_that_is_closed_is_no_error():
+    command = [sys.executable, "-m", "fedlight", "configs"]
+    read = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert read.stdout is not None
+    read.stdout.close()  # before anything is written
+    said = read.stderr.read()
+    read.stderr.close()
+    assert (read.wait(60), said) == (0, b"")

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.models import MLP, Classifier
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes, weights
 from tests.studies.wandb_server import WandbServer
 
 ID = "w1"
@@ -105,6 +105,13 @@ def test_an_artifact_is_a_ckpt_path(server, trained, folder):
     assert metrics["val/accuracy"] == pytest.approx(server.runs[ID].summary["best/val/accuracy"])
     file = next(Path(folder / "ARTIFACT").rglob("model.ckpt"))
     assert file.read_bytes() == (trained.run_dir / "checkpoints" / "best.ckpt").read_bytes()
+    quick = {"top_k": 1, "trace": False, "density": False, "layerwise": False, "verbose": False}
+    for command, options in ((again.test, {}), (again.predict, {}), (again.analyze, quick)):
+        command(Classifier(MLP(3, 2), 2), two_classes(), ckpt_path=path, **options)
+        assert again.current_round == 2
+    further = quiet_trainer(folder / "further", seed=3)
+    further.fit(Classifier(MLP(3, 2), 2), two_classes(), ckpt_path=path)
+    assert torch.equal(weights(further.lightning_module), weights(trained.lightning_module)), "the same third round"
 
 
 @pytest.mark.slow  # W&B takes seconds to load what asks for artifacts

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fedlight.analysis._drawing import drawn, line_style
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.run.loggers import log_picture, read_metrics
+from fedlight.run.names import aggregate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ELSEWHERE = ("clients", "time", "comm", "hessian", "man")
+_PANELS: dict[str | None, str] = {"max,last": "accuracy", "min,last": "loss"}
 
 
 class Curves(RoundCallback):
@@ -47,10 +49,9 @@ class Curves(RoundCallback):
 def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has; rounds from 1."""
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.startswith(_ELSEWHERE)]
+    kinds = {name: "learning rate" if name == "lr" else _PANELS.get(aggregate(name)) for name in names}
     panels = {
-        "accuracy": [name for name in names if "acc" in name.lower()],
-        "loss": [name for name in names if "loss" in name.lower()],
-        "learning rate": ["lr"] * ("lr" in names),
+        title: [n for n, kind in kinds.items() if kind == title] for title in (*_PANELS.values(), "learning rate")
     }
     panels = {title: shown for title, shown in panels.items() if shown}
 

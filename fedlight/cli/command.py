@@ -26,6 +26,7 @@ from fedlight.cli import completion
 from fedlight.cli.arguments import yaml_argument
 from fedlight.cli.classes import ShortHelp, class_names, list_classes
 from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
+from fedlight.cli.light import TRAINERS
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
@@ -110,7 +111,7 @@ class FederatedCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The subcommands, and the arguments of the trainer's methods that the CLI fills in."""
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export", "analyze")}
+        return {name: {"model", "datamodule"} for name in TRAINERS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``trainer``, ``algorithm``, ``perturbation``, ``model`` and ``data``."""
