@@ -1,54 +1,52 @@
-"""An algorithm of your own, in one file outside the package: FedExP, a server that extrapolates.
+"""An algorithm of your own, in one file outside the package: a server that lets its clients vote.
 
     python examples/custom_algorithm.py
 
 From YAML it is named by its import path, with this folder on the path:
 
-    PYTHONPATH=examples fedlight fit -c configs/quickstart.yaml --algorithm custom_algorithm.FedExP
+    PYTHONPATH=examples fedlight fit -c configs/quickstart.yaml --algorithm custom_algorithm.MajorityVote
 """
 
 import torch
 
 from fedlight import MAN, Classifier, FederatedTrainer, ImageData
 from fedlight.algorithms import Algorithm, Message
-from fedlight.algorithms.base import Sender, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Sender, State, check_hyperparameter
 from fedlight.models import MLP
 from fedlight.perturbations import SAM
 
 
-class FedExP(Algorithm):
-    """A longer server step where the clients' updates disagree.
-
-    With Δ the mean of the K updates, w ← w + max(1, Σ‖Δ_i‖² / (2K(‖Δ‖² + eps)))·Δ.
+class MajorityVote(Algorithm):
+    """Every parameter moves by ``step`` the way that most clients moved it: w ← w + step·sign(Σ sign(Δ_i)).
 
     Args:
-        eps: keeps the step finite where the updates cancel.
+        step: length of the step.
 
-    Source: Jhunjhunwala et al., "FedExP: Speeding Up Federated Averaging via Extrapolation", ICLR 2023, algorithm 1.
+    Source: Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant", ICLR 2019,
+    with the update of a client's local training in the place of its gradient.
     """
 
     mean_by = "equal"
 
-    def __init__(self, eps: float = 1e-3) -> None:
-        self.eps = check_hyperparameter("algorithm.eps", eps, positive=True)
+    def __init__(self, step: float = 0.02) -> None:
+        self.step = check_hyperparameter("algorithm.step", step, positive=True)
 
     def contribution(self, message: Message, sender: Sender) -> State:
-        """‖Δ_i‖², to be summed over the clients."""
-        return {"square": message["update"].square().sum()}
+        """A client's votes, to be summed over the clients."""
+        return {"votes": message["update"].sign()}
 
     def aggregate(self, server: State, total: State) -> State:
-        """The extrapolated step."""
-        mean = mean_update(total)
-        spread = total["square"] / (2 * total["clients"])
-        step = torch.clamp(spread / (mean.square().sum() + self.eps), min=1.0)
-        return {"params": server["params"] + step * mean}
+        """The step that the majority wants."""
+        return {"params": server["params"] + self.step * total["votes"].sign()}
 
 
 def main(**settings) -> FederatedTrainer:
     """Train with it; like any algorithm it goes with a perturbation and with MAN."""
     torch.manual_seed(0)
     options = {"max_rounds": 15, "clients_per_round": 0.5, "local_epochs": 2, "name": "custom_algorithm", **settings}
-    trainer = FederatedTrainer(algorithm=FedExP(), perturbation=SAM(rho=0.05), callbacks=[MAN(zeta=0.15)], **options)
+    trainer = FederatedTrainer(
+        algorithm=MajorityVote(), perturbation=SAM(rho=0.05), callbacks=[MAN(zeta=0.15)], **options
+    )
     trainer.fit(Classifier(MLP(64, 10), num_classes=10), ImageData("digits", num_clients=20, batch_size=16))
     return trainer
 
