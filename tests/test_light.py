@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import fedlight
-from fedlight.cli.command import FederatedCLI, main
+from fedlight.cli.command import COMMANDS, FederatedCLI, main
 from fedlight.cli.light import TRAINERS, command_first, light
 from fedlight.run.loggers import read_metrics
 from fedlight.studies.plan import plan
@@ -20,7 +20,7 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 def test_without_a_command_all_of_them_are_named(capsys):
     assert (light([]), light(["--help"]), light(["-h"])) == (2, 0, 0)
     text = capsys.readouterr().out
-    for name in (*FederatedCLI.subcommands(), "study", "report", "configs", "new"):
+    for name in (*FederatedCLI.subcommands(), *COMMANDS, "configs", "new"):
         assert f"\n  {name} " in text
     assert "fedlight fit -c quickstart" in text
     assert max(map(len, text.splitlines())) <= 100

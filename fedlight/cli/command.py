@@ -35,6 +35,13 @@ from fedlight.run.resume import usual_checkpoint
 from fedlight.run.signals import exit_by_signal
 from fedlight.trainer import FederatedTrainer
 
+COMMANDS = {
+    "study": "fedlight.studies.command",
+    "report": "fedlight.report.command",
+    "check-fidelity": "fedlight.cli.fidelity",
+}
+"""Commands that take no configuration, so that nothing has to be built for them."""
+
 
 class FederatedArgumentParser(LightningArgumentParser):
     """Reads values as sweep agents write them, and says briefly what it cannot read, with the nearest name."""
@@ -168,10 +175,8 @@ def main(args: ArgsType = None) -> None:
     """
     given = sys.argv[1:] if args is None else args
     try:
-        if isinstance(given, list) and given[:1] in (["study"], ["report"]):
-            # They train nothing themselves, so that nothing that trains has to be built.
-            package = {"study": "studies", "report": "report"}[given[0]]
-            sys.exit(importlib.import_module(f"fedlight.{package}.command").main(given[1:]))
+        if isinstance(given, list) and given and given[0] in COMMANDS:
+            sys.exit(importlib.import_module(COMMANDS[given[0]]).main(given[1:]))
         if isinstance(given, list) and given[:1] == ["--print_completion"]:
             print(completion.script(given[1:], parsers()))
             return

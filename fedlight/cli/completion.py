@@ -38,6 +38,7 @@ def script(args: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser]) 
             command.add_argument(*action.option_strings, dest=action.dest, choices=choices)
     for name in ("study", "report"):
         below.add_parser(name, help=name).add_argument("path").complete = shtab.FILE  # type: ignore[attr-defined]
-    below.add_parser("configs", help="configs").add_argument("name", choices=values["config"])
+    for name, key in (("configs", "config"), ("check-fidelity", "algorithm")):
+        below.add_parser(name, help=name).add_argument("name", choices=values[key])
     below.add_parser("new", help="new")
     return str(shtab.complete(parser, args[0]))

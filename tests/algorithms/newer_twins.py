@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.algorithms.twins import PARAMS, Plain, Sam, local, rounds
+from .twins import PARAMS, Plain, Sam, local, rounds
 
 
 def norm(v):
