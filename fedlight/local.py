@@ -51,12 +51,15 @@ class LocalObjective:
         """What :meth:`correct` reads, by name; nothing where there is nothing to correct."""
         parts: dict[str, Tensor | float] = {}
         if self.anchor is not None and not _is_constant(self.proximal, 0.0):
-            parts |= {"anchor": self.anchor, "proximal": self.proximal}
+            parts |= {"anchor": self.anchor, "proximal": self._scalar(self.proximal)}
         if self.linear is not None:
             parts["linear"] = self.linear
         if not _is_constant(self.gradient_scale, 1.0):
-            parts["gradient_scale"] = self.gradient_scale
+            parts["gradient_scale"] = self._scalar(self.gradient_scale)
         return parts
+
+    def _scalar(self, value: float | Tensor) -> float | Tensor:
+        return value.to(self.start) if isinstance(value, Tensor) else value  # of a schedule, in float64
 
 
 def _is_constant(value: float | Tensor, constant: float) -> bool:

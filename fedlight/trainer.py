@@ -16,6 +16,7 @@ from fedlight.callbacks.config_file import config_yaml
 from fedlight.commands import Commands
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine
+from fedlight.penalties.numbers import follow
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
 from fedlight.run.session import Session
@@ -164,6 +165,7 @@ class FederatedTrainer(Commands):
         session, federation, round = self._session, self._session.federation, self.current_round
         clock = session.clock
         clock.begin()
+        now = follow(self.scheduled, round, session.fabric.device)
         session.hooks("on_round_start")
         session.layout.check(session.module)
         clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
@@ -177,7 +179,8 @@ class FederatedTrainer(Commands):
             stop = federation.exchange(session.fabric, session.interrupted)
             session.movers.join(federation.late())
         with clock("aggregate"):
-            row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr, **federation.aggregate()}
+            row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
+            row |= {f"schedule/{key}": value for key, value in now.items()} | federation.aggregate()
         self.should_stop = self.should_stop or stop > 0
         self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
         session.hooks("on_round_trained")

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from fedlight.penalties.numbers import settings_of
+
 Lost = dict[str, str]
 """What cannot be written, by its key, and why."""
 _PLAIN = (bool, int, float, str)
@@ -45,7 +47,7 @@ def written(value: Any, key: str, lost: Lost) -> Any:
         key: where it belongs, such as ``model.net``.
         lost: receives what cannot be written, and why.
     """
-    value = value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else settings_of(value) or value
     if value is None or type(value) in _PLAIN:
         return value
     if isinstance(value, PurePath | enum.Enum):

@@ -293,7 +293,7 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
         (["-c", "none.yaml"], "File does not exist"),
         (
             ["--trainer.callbacks+=MAN", "--trainer.callbacks.zeta=-1"],
-            "MAN: `zeta` must be finite and at least 0, found -1",
+            "MAN.zeta must be a finite number at least 0, found -1",
         ),
         (["--algorithm=FedProx", "--algorithm.mu=.nan"], "algorithm.mu must be a finite number at least 0, found nan"),
         (["--data=ImageData", "--data.batch_size=0"], "`data.batch_size` must be at least 1, got 0"),

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedlight.checks import Number as Number
 from fedlight.checks import check_hyperparameter as check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.parameters import ParameterLayout

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Number, State, check_hyperparameter, mean_update
 from fedlight.local import LocalObjective
 
 
@@ -22,7 +22,7 @@ class FedACG(Algorithm):
 
     mean_by = "equal"
 
-    def __init__(self, momentum: float = 0.85, beta: float = 0.001) -> None:
+    def __init__(self, momentum: Number = 0.85, beta: Number = 0.001) -> None:
         self.momentum = check_hyperparameter("algorithm.momentum", momentum, below=1)
         self.beta = check_hyperparameter("algorithm.beta", beta)
 

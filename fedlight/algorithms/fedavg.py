@@ -1,6 +1,6 @@
 """FedAvg."""
 
-from fedlight.algorithms.base import Algorithm, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Number, State, check_hyperparameter, mean_update
 
 
 class FedAvg(Algorithm):
@@ -17,7 +17,7 @@ class FedAvg(Algorithm):
         FederatedTrainer(algorithm=FedAvg())
     """
 
-    def __init__(self, server_lr: float = 1.0) -> None:
+    def __init__(self, server_lr: Number = 1.0) -> None:
         self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
 
     def aggregate(self, server: State, total: State) -> State:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_gradient, mean_update
+from fedlight.checks import Number
 from fedlight.local import LocalObjective
 
 
@@ -24,7 +25,7 @@ class FedCM(Algorithm):
     needs_lr = True
     mean_by = "equal"
 
-    def __init__(self, alpha: float = 0.1, server_lr: float = 1.0) -> None:
+    def __init__(self, alpha: Number = 0.1, server_lr: Number = 1.0) -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True, at_most=1)
         self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
 

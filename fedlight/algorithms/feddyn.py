@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, Weighting, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Message, Number, State, Weighting, check_hyperparameter, mean_update
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -27,7 +27,7 @@ class FedDyn(Algorithm):
 
     mean_by = "equal"
 
-    def __init__(self, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+    def __init__(self, alpha: Number = 0.01, weighting: Weighting = "samples") -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True)
         self.weighting = weighting
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Message, Number, Sender, State, check_hyperparameter, mean_update
 
 
 class FedExP(Algorithm):
@@ -21,7 +21,7 @@ class FedExP(Algorithm):
 
     mean_by = "equal"
 
-    def __init__(self, eps: float = 0.001) -> None:
+    def __init__(self, eps: Number = 0.001) -> None:
         self.eps = check_hyperparameter("algorithm.eps", eps, positive=True)
 
     def contribution(self, message: Message, sender: Sender) -> State:

@@ -1,6 +1,6 @@
 """FedGAMMA."""
 
-from fedlight.algorithms.base import Weighting, check_hyperparameter
+from fedlight.algorithms.base import Number, Weighting, check_hyperparameter
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.perturbations.sam import SAM
 
@@ -17,6 +17,6 @@ class FedGAMMA(SCAFFOLD):
     Neural Networks and Learning Systems, 2023.
     """
 
-    def __init__(self, rho: float = 0.05, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
+    def __init__(self, rho: Number = 0.05, server_lr: Number = 1.0, weighting: Weighting = "samples") -> None:
         super().__init__(server_lr, weighting)
         self.perturbation = SAM(check_hyperparameter("algorithm.rho", rho))

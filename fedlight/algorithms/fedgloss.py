@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Message, Number, Sender, State, check_hyperparameter, mean_update
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.perturbations.base import unit
 
@@ -26,11 +26,11 @@ class FedGloSS(Algorithm):
         server_lr: length of the server's step.
 
     Source: Caldarola et al., "Beyond Local Sharpness: Communication-Efficient Global Sharpness-aware Minimization for
-    Federated Learning", CVPR 2025, algorithm 1, without the warm-up of rho. The authors' implementation divides the
+    Federated Learning", CVPR 2025, algorithm 1; its warm-up is a schedule. The authors' implementation divides the
     change of σ by the number of sampled clients once more; here σ is the mean of σ_i over all clients.
     """
 
-    def __init__(self, rho: float = 0.1, beta: float = 10.0, server_lr: float = 1.0) -> None:
+    def __init__(self, rho: Number = 0.1, beta: Number = 10.0, server_lr: Number = 1.0) -> None:
         self.rho = check_hyperparameter("algorithm.rho", rho)
         self.beta = check_hyperparameter("algorithm.beta", beta, positive=True)
         self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)

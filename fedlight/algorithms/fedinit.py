@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, Number, State, check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -19,7 +19,7 @@ class FedInit(Algorithm):
 
     mean_by = "equal"
 
-    def __init__(self, beta: float = 0.1) -> None:
+    def __init__(self, beta: Number = 0.1) -> None:
         self.beta = check_hyperparameter("algorithm.beta", beta)
 
     def init_client(self, params: Tensor) -> State:

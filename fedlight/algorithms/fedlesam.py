@@ -1,6 +1,6 @@
 """The locally estimated global perturbation on FedAvg, SCAFFOLD and FedDyn: FedLESAM, FedLESAM_S, FedLESAM_D."""
 
-from fedlight.algorithms.base import Weighting, check_hyperparameter
+from fedlight.algorithms.base import Number, Weighting, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.algorithms.scaffold import SCAFFOLD
@@ -18,7 +18,7 @@ class FedLESAM(FedAvg):
     Sharpness-aware Minimization", ICML 2024, algorithm 1.
     """
 
-    def __init__(self, rho: float = 0.05, server_lr: float = 1.0) -> None:
+    def __init__(self, rho: Number = 0.05, server_lr: Number = 1.0) -> None:
         super().__init__(server_lr)
         self.perturbation = LESAM(check_hyperparameter("algorithm.rho", rho))
 
@@ -34,7 +34,7 @@ class FedLESAM_S(SCAFFOLD):
     Source: as :class:`FedLESAM`.
     """
 
-    def __init__(self, rho: float = 0.05, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
+    def __init__(self, rho: Number = 0.05, server_lr: Number = 1.0, weighting: Weighting = "samples") -> None:
         super().__init__(server_lr, weighting)
         self.perturbation = LESAM(check_hyperparameter("algorithm.rho", rho))
 
@@ -50,6 +50,6 @@ class FedLESAM_D(FedDyn):
     Source: as :class:`FedLESAM`.
     """
 
-    def __init__(self, rho: float = 0.05, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+    def __init__(self, rho: Number = 0.05, alpha: Number = 0.01, weighting: Weighting = "samples") -> None:
         super().__init__(alpha, weighting)
         self.perturbation = LESAM(check_hyperparameter("algorithm.rho", rho))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedlight.algorithms.base import State, check_hyperparameter
+from fedlight.algorithms.base import Number, State, check_hyperparameter
 from fedlight.algorithms.fedacg import FedACG
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.sam import SAM
@@ -43,13 +43,13 @@ class FedNSAM(FedACG):
     """
 
     def __init__(
-        self, rho: float = 0.05, gamma: float = 0.85, along: Literal["gradient", "momentum"] = "gradient"
+        self, rho: Number = 0.05, gamma: Number = 0.85, along: Literal["gradient", "momentum"] = "gradient"
     ) -> None:
         super().__init__(check_hyperparameter("algorithm.gamma", gamma, below=1), beta=0.0)
         if along not in ("gradient", "momentum"):
             raise ValueError(f"algorithm.along must be 'gradient' or 'momentum', found {along!r}.")
         self.along, sam = along, SAM(check_hyperparameter("algorithm.rho", rho))
-        self.perturbation = sam if along == "gradient" else AlongMomentum(gamma)
+        self.perturbation = sam if along == "gradient" else AlongMomentum(self.momentum)
 
     def broadcast(self, server: State) -> State:
         """The model ahead, or the model and m."""

@@ -8,8 +8,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from fedlight.algorithms.base import Algorithm, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Algorithm, Number, State, check_hyperparameter, mean_update
+from fedlight.checks import check_number, largest
 
 _PREFIX = "optimizer."
 _sgd = partial(torch.optim.SGD, lr=1.0)
@@ -40,6 +42,7 @@ class FedOpt(Algorithm):
 
     def __init__(self, optimizer: OptimizerCallable = _sgd, weighted: bool = True) -> None:
         self.optimizer, self.mean_by = optimizer, "samples" if weighted else "equal"
+        self.settings = getattr(optimizer, "keywords", {})
 
     def init_server(self, params: Tensor) -> State:
         """The model, the number of steps, and room for all that the optimizer keeps.
@@ -47,7 +50,7 @@ class FedOpt(Algorithm):
         Raises:
             MisconfigurationException: if the optimizer wants a closure.
         """
-        probe, optimizer = self._prepare(params)
+        probe, optimizer = self._prepare(params, largest)
         probe.grad = torch.zeros_like(params)
         try:
             optimizer.step()
@@ -67,11 +70,12 @@ class FedOpt(Algorithm):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: state}})
         params.grad = -mean_update(total).to(params)
         optimizer.step()
-        return {"params": params.detach(), "steps": server["steps"] + 1, **_tensors(optimizer, params)}
+        return {**server, "params": params.detach(), "steps": server["steps"] + 1, **_tensors(optimizer, params)}
 
-    def _prepare(self, params: Tensor) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    def _prepare(self, params: Tensor, number: Any = float) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
         parameter = torch.nn.Parameter(params.clone())
-        return parameter, self.optimizer([parameter])
+        now = {k: tree_map_only(Tensor, number, value) for k, value in self.settings.items()}
+        return parameter, self.optimizer([parameter], **now)
 
 
 def _tensors(optimizer: torch.optim.Optimizer, params: torch.nn.Parameter) -> State:
@@ -93,7 +97,7 @@ class FedAvgM(FedOpt):
     """
 
     def __init__(
-        self, server_lr: float = 1.0, momentum: float = 0.9, nesterov: bool = False, weighted: bool = True
+        self, server_lr: Number = 1.0, momentum: Number = 0.9, nesterov: bool = False, weighted: bool = True
     ) -> None:
         lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
         momentum = check_hyperparameter("algorithm.momentum", momentum, below=1)
@@ -120,10 +124,10 @@ class FedAdam(FedOpt):
 
     def __init__(
         self,
-        server_lr: float = 0.01,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        eps: float = 1e-3,
+        server_lr: Number = 0.01,
+        beta1: Number = 0.9,
+        beta2: Number = 0.99,
+        eps: Number = 1e-3,
         initial_accumulator: float = 0.0,
         bias_correction: bool = False,
         weighted: bool = True,
@@ -156,10 +160,10 @@ class FedYogi(FedOpt):
 
     def __init__(
         self,
-        server_lr: float = 0.01,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        eps: float = 1e-3,
+        server_lr: Number = 0.01,
+        beta1: Number = 0.9,
+        beta2: Number = 0.99,
+        eps: Number = 1e-3,
         initial_accumulator: float = 0.0,
         weighted: bool = True,
     ) -> None:
@@ -180,22 +184,20 @@ class FedAdagrad(FedOpt):
     """
 
     def __init__(
-        self, server_lr: float = 0.1, eps: float = 1e-3, initial_accumulator: float = 0.0, weighted: bool = True
+        self, server_lr: Number = 0.1, eps: Number = 1e-3, initial_accumulator: float = 0.0, weighted: bool = True
     ) -> None:
         made = _adaptive(server_lr, 0, 0, eps, initial_accumulator)
-        start = made["initial_accumulator"]
-        super().__init__(
-            partial(torch.optim.Adagrad, lr=made["lr"], eps=made["eps"], initial_accumulator_value=start), weighted
-        )
+        made = {"lr": made["lr"], "eps": made["eps"], "initial_accumulator_value": made["initial_accumulator"]}
+        super().__init__(partial(torch.optim.Adagrad, **made), weighted)
 
 
-def _adaptive(server_lr: float, beta1: float, beta2: float, eps: float, initial_accumulator: float) -> dict[str, Any]:
+def _adaptive(server_lr: Number, beta1: Number, beta2: Number, eps: Number, start: float) -> dict[str, Any]:
     check = check_hyperparameter
     return {
         "lr": check("algorithm.server_lr", server_lr, positive=True),
         "betas": (check("algorithm.beta1", beta1, below=1), check("algorithm.beta2", beta2, below=1)),
         "eps": check("algorithm.eps", eps, positive=True),
-        "initial_accumulator": check("algorithm.initial_accumulator", initial_accumulator),
+        "initial_accumulator": check_number("algorithm.initial_accumulator", start),
     }
 
 

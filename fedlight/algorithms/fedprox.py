@@ -1,6 +1,6 @@
 """FedProx."""
 
-from fedlight.algorithms.base import State, check_hyperparameter
+from fedlight.algorithms.base import Number, State, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import LocalObjective
 
@@ -15,7 +15,7 @@ class FedProx(FedAvg):
     Source: Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, equation 2.
     """
 
-    def __init__(self, mu: float = 1e-4, server_lr: float = 1.0) -> None:
+    def __init__(self, mu: Number = 1e-4, server_lr: Number = 1.0) -> None:
         super().__init__(server_lr)
         self.mu = check_hyperparameter("algorithm.mu", mu)
 

@@ -1,6 +1,6 @@
 """FedAvg with a perturbation, under the names that the papers gave: FedSAM, FedASAM."""
 
-from fedlight.algorithms.base import check_hyperparameter
+from fedlight.algorithms.base import Number, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.perturbations.asam import ASAM
 from fedlight.perturbations.sam import SAM
@@ -17,7 +17,7 @@ class FedSAM(FedAvg):
     Caldarola et al., "Improving Generalization in Federated Learning by Seeking Flat Minima", ECCV 2022.
     """
 
-    def __init__(self, rho: float = 0.05, server_lr: float = 1.0) -> None:
+    def __init__(self, rho: Number = 0.05, server_lr: Number = 1.0) -> None:
         super().__init__(server_lr)
         self.perturbation = SAM(check_hyperparameter("algorithm.rho", rho))
 
@@ -33,6 +33,6 @@ class FedASAM(FedAvg):
     Source: Caldarola et al., "Improving Generalization in Federated Learning by Seeking Flat Minima", ECCV 2022.
     """
 
-    def __init__(self, rho: float = 0.5, eta: float = 0.2, server_lr: float = 1.0) -> None:
+    def __init__(self, rho: Number = 0.5, eta: Number = 0.2, server_lr: Number = 1.0) -> None:
         super().__init__(server_lr)
         self.perturbation = ASAM(check_hyperparameter("algorithm.rho", rho), check_hyperparameter("algorithm.eta", eta))

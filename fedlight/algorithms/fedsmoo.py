@@ -1,6 +1,6 @@
 """FedSMOO."""
 
-from fedlight.algorithms.base import Weighting, check_hyperparameter
+from fedlight.algorithms.base import Number, Weighting, check_hyperparameter
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.perturbations.dual_sam import DualSAM
 
@@ -19,6 +19,6 @@ class FedSMOO(FedDyn):
     Consistency and Smooth Landscape", ICML 2023, algorithm 1.
     """
 
-    def __init__(self, rho: float = 0.1, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+    def __init__(self, rho: Number = 0.1, alpha: Number = 0.01, weighting: Weighting = "samples") -> None:
         super().__init__(alpha, weighting)
         self.perturbation = DualSAM(check_hyperparameter("algorithm.rho", rho))

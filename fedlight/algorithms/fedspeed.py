@@ -1,6 +1,6 @@
 """FedSpeed."""
 
-from fedlight.algorithms.base import Weighting, check_hyperparameter
+from fedlight.algorithms.base import Number, Weighting, check_hyperparameter
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.perturbations.sam import SAM
 
@@ -19,6 +19,6 @@ class FedSpeed(FedDyn):
     correction that the server adds is the mean over all clients, where the paper averages it over the sampled ones.
     """
 
-    def __init__(self, rho: float = 0.01, alpha: float = 0.01, weighting: Weighting = "samples") -> None:
+    def __init__(self, rho: Number = 0.01, alpha: Number = 0.01, weighting: Weighting = "samples") -> None:
         super().__init__(alpha, weighting)
         self.perturbation = SAM(check_hyperparameter("algorithm.rho", rho))

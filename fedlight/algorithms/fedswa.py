@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fedlight.algorithms.base import Algorithm, Message, State, check_hyperparameter
+from fedlight.algorithms.base import Algorithm, Message, Number, State, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.local import ClientResult
@@ -15,7 +15,7 @@ class _FallingRates(Algorithm):
 
     def lr_factors(self, steps: int) -> Sequence[float]:
         """η_k/η."""
-        return [1 - (1 - self.rho) * k / steps for k in range(steps)]
+        return [1 - (1 - float(self.rho)) * k / steps for k in range(steps)]
 
 
 class FedSWA(_FallingRates, FedAvg):
@@ -32,7 +32,7 @@ class FedSWA(_FallingRates, FedAvg):
 
     mean_by = "equal"
 
-    def __init__(self, rho: float = 0.1, server_lr: float = 1.5) -> None:
+    def __init__(self, rho: Number = 0.1, server_lr: Number = 1.5) -> None:
         super().__init__(server_lr)
         self.rho = check_hyperparameter("algorithm.rho", rho, at_most=1)
 
@@ -51,7 +51,7 @@ class FedMoSWA(_FallingRates, SCAFFOLD):
     rate, with gamma 0.4, and takes the mean.
     """
 
-    def __init__(self, rho: float = 0.1, gamma: float = 0.2, server_lr: float = 1.5) -> None:
+    def __init__(self, rho: Number = 0.1, gamma: Number = 0.2, server_lr: Number = 1.5) -> None:
         super().__init__(server_lr, "equal")
         self.rho = check_hyperparameter("algorithm.rho", rho, at_most=1)
         self.gamma = check_hyperparameter("algorithm.gamma", gamma, positive=True, at_most=1)

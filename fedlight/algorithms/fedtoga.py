@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Message, Sender, State, Weighting, check_hyperparameter
+from fedlight.algorithms.base import Message, Number, Sender, State, Weighting, check_hyperparameter
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.local import LocalObjective
 from fedlight.perturbations.sam import SAM
@@ -46,10 +46,10 @@ class FedTOGA(FedDyn):
 
     def __init__(
         self,
-        rho: float = 0.1,
-        alpha: float = 0.1,
-        kappa: float = 1.0,
-        beta: float = 0.9,
+        rho: Number = 0.1,
+        alpha: Number = 0.1,
+        kappa: Number = 1.0,
+        beta: Number = 0.9,
         weighting: Weighting = "samples",
     ) -> None:
         super().__init__(alpha, weighting)

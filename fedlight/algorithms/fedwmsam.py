@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from fedlight.algorithms.base import Message, Sender, State, check_hyperparameter, mean_gradient
+from fedlight.algorithms.base import Message, Number, Sender, State, check_hyperparameter, mean_gradient
 from fedlight.algorithms.fedcm import FedCM
+from fedlight.checks import check_number
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.perturbations.base import Perturbation, unit
 
@@ -46,8 +47,8 @@ class FedWMSAM(FedCM):
     round, and takes one entry of δ for each parameter; here δ is the paper's.
     """
 
-    def __init__(self, rho: float = 0.01, alpha: float = 0.1, speed: float = 0.01, server_lr: float = 1.0) -> None:
-        super().__init__(check_hyperparameter("algorithm.alpha", alpha, positive=True, below=1), server_lr)
+    def __init__(self, rho: Number = 0.01, alpha: float = 0.1, speed: Number = 0.01, server_lr: Number = 1.0) -> None:
+        super().__init__(check_number("algorithm.alpha", alpha, positive=True, below=1), server_lr)
         self.speed = check_hyperparameter("algorithm.speed", speed, at_most=1)
         self.perturbation = TowardsMomentum(check_hyperparameter("algorithm.rho", rho))
 

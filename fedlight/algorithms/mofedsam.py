@@ -1,6 +1,6 @@
 """MoFedSAM."""
 
-from fedlight.algorithms.base import check_hyperparameter
+from fedlight.algorithms.base import Number, check_hyperparameter
 from fedlight.algorithms.fedcm import FedCM
 from fedlight.perturbations.sam import SAM
 
@@ -16,6 +16,6 @@ class MoFedSAM(FedCM):
     Source: Qu et al., "Generalized Federated Learning via Sharpness Aware Minimization", ICML 2022, algorithm 2.
     """
 
-    def __init__(self, rho: float = 0.05, alpha: float = 0.1, server_lr: float = 1.0) -> None:
+    def __init__(self, rho: Number = 0.05, alpha: Number = 0.1, server_lr: Number = 1.0) -> None:
         super().__init__(alpha, server_lr)
         self.perturbation = SAM(check_hyperparameter("algorithm.rho", rho))

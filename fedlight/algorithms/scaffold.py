@@ -13,6 +13,7 @@ from fedlight.algorithms.base import (
     mean_gradient,
     mean_update,
 )
+from fedlight.checks import Number
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -35,7 +36,7 @@ class SCAFFOLD(Algorithm):
     needs_lr = True
     mean_by = "equal"
 
-    def __init__(self, server_lr: float = 1.0, weighting: Weighting = "samples") -> None:
+    def __init__(self, server_lr: Number = 1.0, weighting: Weighting = "samples") -> None:
         self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
         self.weighting = weighting
 

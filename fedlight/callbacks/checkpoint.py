@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks._rounds import RoundCallback
-from fedlight.checks import check_at_least_one, check_hyperparameter
+from fedlight.checks import check_at_least_one, check_number
 from fedlight.run.checkpoint import CheckpointWriter, save_checkpoint
 from fedlight.run.names import preferred_metric, smaller_is_better
 
@@ -41,7 +41,7 @@ class Checkpoint(RoundCallback):
     ) -> None:
         self.monitor, self.mode = monitor, mode
         self.every_n_rounds = check_at_least_one("Checkpoint.every_n_rounds", every_n_rounds)
-        self.max_overhead = check_hyperparameter("Checkpoint.max_overhead", max_overhead, positive=True, at_most=1)
+        self.max_overhead = check_number("Checkpoint.max_overhead", max_overhead, positive=True, at_most=1)
         self._begin()
 
     def _begin(self) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_at_least_one, check_hyperparameter
+from fedlight.checks import check_at_least_one, check_number
 from fedlight.data._draws import (
     apportion,
     by_client,
@@ -31,7 +31,7 @@ class DirichletClients(Partitioner):
     """
 
     def __init__(self, alpha: float = 0.3) -> None:
-        self.alpha = check_hyperparameter("`data.partitioner.alpha`", alpha, positive=True)
+        self.alpha = check_number("`data.partitioner.alpha`", alpha, positive=True)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw priors, then a class for every place of every client, then a sample for each."""
@@ -91,7 +91,7 @@ class DirichletClasses(Partitioner):
     """
 
     def __init__(self, alpha: float = 0.3, min_size: int = 1, max_tries: int = 100) -> None:
-        self.alpha = check_hyperparameter("`data.partitioner.alpha`", alpha, positive=True)
+        self.alpha = check_number("`data.partitioner.alpha`", alpha, positive=True)
         self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
         self.max_tries = check_at_least_one("`data.partitioner.max_tries`", max_tries)
 

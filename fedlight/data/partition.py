@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_at_least_one, check_hyperparameter
+from fedlight.checks import check_at_least_one, check_number
 from fedlight.data._draws import apportion, by_client, check_min_size, rank_in_group, rows_by_class
 
 
@@ -94,7 +94,7 @@ class QuantitySkew(Partitioner):
     needs_labels: ClassVar[bool] = False
 
     def __init__(self, sigma: float = 1.0, min_size: int = 1) -> None:
-        self.sigma = check_hyperparameter("`data.partitioner.sigma`", sigma)
+        self.sigma = check_number("`data.partitioner.sigma`", sigma)
         self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:

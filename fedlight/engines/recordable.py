@@ -12,6 +12,7 @@ from fedlight.engines.base import LocalTraining
 from fedlight.module.hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
 from fedlight.module.state import ModuleState
 from fedlight.module.step import TRANSFER_HOOKS
+from fedlight.penalties.numbers import scheduled
 from fedlight.penalties.step import penalized_step
 
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
@@ -94,9 +95,8 @@ def values_of_step(training: LocalTraining) -> ModuleState:
     """What penalties and perturbation are set to, which a recorded step has frozen."""
     step = penalized_step(training.module)
     owners = {f"penalty {i}": vars(p) for i, p in enumerate([] if step is None else step.penalties)}
-    return ModuleState(
-        owners | ({} if training.perturbation is None else {"perturbation": vars(training.perturbation)})
-    )
+    owners |= {} if training.perturbation is None else {"perturbation": vars(training.perturbation)}
+    return ModuleState(owners, lambda: scheduled(owners))  # these are inputs: steps read what they are now
 
 
 def is_outdated(training: LocalTraining, values: ModuleState) -> bool:

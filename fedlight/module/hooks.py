@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.penalties.base import Penalty
 from fedlight.run.folder import optional
 
 FIT_HOOKS = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end")
@@ -83,7 +84,7 @@ def overrides(instance: object, name: str) -> bool:
     if name in vars(instance):
         return True
     for cls in type(instance).__mro__:
-        if name in vars(cls):
+        if name in vars(cls) and vars(cls)[name] is not Penalty.on_train_epoch_start:  # for Lightning's Trainer
             return not (cls.__name__ in _BASES and cls.__module__.split(".")[0] in _PACKAGES)
     return False
 

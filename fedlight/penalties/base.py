@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from fedlight.penalties.numbers import follow, scheduled
 from fedlight.penalties.step import PenalizedStep, penalized_step, unwrapped
 from fedlight.penalties.term import Term
 
@@ -63,6 +65,11 @@ class Penalty(_CallbackBase, Term):
         if step is not None and self in step.penalties:
             return step
         self._check(module)
+        for waiting in [tensor for tensor in scheduled(vars(self)) if tensor.round is None]:
+            raise MisconfigurationException(
+                f"{waiting.key} follows a schedule, and no one has said of which round or epoch. In a loop of your own,"
+                f" call {type(self).__name__}.follow(epoch) before attach, and whenever an epoch begins."
+            )
         observed = self.observe(module)
         if step is None:
             step = PenalizedStep(module)
@@ -84,11 +91,25 @@ class Penalty(_CallbackBase, Term):
         finally:
             self.detach(module)
 
+    def follow(self, round: int, device: torch.device | None = None) -> None:
+        """Set what follows a schedule to its value in a round: for a loop of your own; trainers call it.
+
+        Args:
+            round: counted from 0; an epoch, in Lightning's ``Trainer``.
+            device: where the penalty is worked out.
+        """
+        follow(scheduled(vars(self)), round, device)
+
     # Layers may come into being in configure_model, and DDP redirects to whatever `training_step` the module has when
     # it is called: the start of fit is late enough for the one and early enough for the other.
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach."""
+        self.follow(trainer.current_epoch, pl_module.device)
         self.attach(pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow schedules; ``FederatedTrainer``, which has rounds, does so itself."""
+        self.follow(trainer.current_epoch, pl_module.device)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""

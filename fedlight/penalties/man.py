@@ -1,6 +1,5 @@
 """MAN: flat minima through small layer-wise activation norms."""
 
-import math
 from typing import Any, cast
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from fedlight.penalties.base import Penalty, penalized_step
 from fedlight.penalties.layers import check_selectors, find_layers, matches_function
+from fedlight.penalties.numbers import Number, check_hyperparameter, largest, settings_of
 
 
 class MAN(Penalty):
@@ -26,7 +26,8 @@ class MAN(Penalty):
 
     Args:
         zeta: ζ, the weight, at least 0. The paper takes 0.15 for a CNN on CIFAR-100 and 0.1 on Tiny-ImageNet. With 0
-            the norms are reported and nothing is penalised.
+            the norms are reported and nothing is penalised. A schedule (``{schedule: linear, from: 0, to: 0.15, rounds:
+            50}``) counts rounds, or the epochs of Lightning's ``Trainer``.
         layers: whose outputs are a_l. Each entry is a module class, its import path (``my.Swish``, ``torch.nn.ReLU``,
             for classes of torch.nn also ``ReLU``), the name of a submodule (``net.relu1``) or of a function that one
             calls (``net.relu`` for ``F.relu`` in ``net``), or a regular expression that names match in full
@@ -41,12 +42,8 @@ class MAN(Penalty):
     2024 (arXiv:2512.08314).
     """
 
-    def __init__(self, zeta: float = 0.15, layers: list[str | type[nn.Module]] | None = None) -> None:
-        if isinstance(zeta, bool) or not isinstance(zeta, int | float):
-            raise TypeError(f"MAN: `zeta` must be a number, found {zeta!r}")
-        if not math.isfinite(zeta) or zeta < 0:
-            raise ValueError(f"MAN: `zeta` must be finite and at least 0, found {zeta}; 0.1 to 0.15 are usual")
-        self.zeta = float(zeta)
+    def __init__(self, zeta: Number = 0.15, layers: list[str | type[nn.Module]] | None = None) -> None:
+        self.zeta = check_hyperparameter("MAN.zeta", zeta)
         self.layers = check_selectors(layers, "MAN")
 
     sees_functions = True
@@ -70,9 +67,10 @@ class MAN(Penalty):
     def penalty(self, module: nn.Module, measured: dict[str, Tensor]) -> Tensor:
         """ζ/2 · Σ_l mean(a_l²)."""
         norms = list(measured.values())
-        if self.zeta == 0:
+        if largest(self.zeta) == 0:
             return norms[0].new_zeros(())  # 0·mean(a²) would cost a backward pass, and not be 0 where it overflows
-        return torch.stack([norm.to(norms[0].device) for norm in norms]).sum() * (self.zeta / 2)
+        total, weight = torch.stack([norm.to(norms[0].device) for norm in norms]).sum(), cast(Any, self.zeta / 2)
+        return total * (weight.to(total) if isinstance(weight, Tensor) else weight)
 
     def metrics(self, measured: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each layer's norm as ``man/<layer>``."""
@@ -86,7 +84,7 @@ class MAN(Penalty):
     @property
     def state_key(self) -> str:
         """Several of them in one trainer are told apart by their settings."""
-        return self._generate_state_key(zeta=self.zeta, layers=self.layers)
+        return self._generate_state_key(zeta=settings_of(self.zeta) or self.zeta, layers=self.layers)
 
 
 def mean_square(a: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class PenalizedStep:
                 f"training_step of {type(self.module).__name__} returned {type(output).__name__}: penalties can be "
                 "added to a Tensor, or to the Tensor under 'loss' of a dict."
             )
-        penalty = reduce(torch.add, [o.term(self.module).to(loss.device) for o in self._observations])
+        wide = torch.promote_types(loss.dtype, torch.float32)  # what a schedule multiplies is float64
+        penalty = reduce(torch.add, [o.term(self.module).to(loss.device, wide) for o in self._observations])
         self.task_loss, self.penalty = loss.detach(), penalty.detach()
         self._log(batch, {"train/penalty": penalty})
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty

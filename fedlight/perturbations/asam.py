@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter, largest
 from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State, unit
 
@@ -22,10 +22,10 @@ class ASAM(Perturbation):
     Networks", ICML 2021, equation 7.
     """
 
-    def __init__(self, rho: float = 0.5, eta: float = 0.2) -> None:
+    def __init__(self, rho: Number = 0.5, eta: Number = 0.2) -> None:
         self.rho = check_hyperparameter("perturbation.rho", rho)
         self.eta = check_hyperparameter("perturbation.eta", eta)
-        self.needs_gradient = self.rho > 0
+        self.needs_gradient = largest(self.rho) > 0
 
     def setup(self, layout: ParameterLayout) -> None:
         """Find the weights."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter, largest
 from fedlight.perturbations.base import Perturbation, State, unit
 
 
@@ -24,9 +24,9 @@ class DualSAM(Perturbation):
     the authors' implementation ε, whose norm is small beside that of the accumulated μ_i, is left out.
     """
 
-    def __init__(self, rho: float = 0.1) -> None:
+    def __init__(self, rho: Number = 0.1) -> None:
         self.rho = check_hyperparameter("perturbation.rho", rho)
-        self.needs_gradient = self.rho > 0
+        self.needs_gradient = largest(self.rho) > 0
 
     def init_server(self, params: Tensor) -> State:
         """μ."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter
 from fedlight.perturbations.base import Perturbation, State, unit
 
 
@@ -24,7 +24,7 @@ class LESAM(Perturbation):
 
     needs_gradient = False
 
-    def __init__(self, rho: float = 0.05) -> None:
+    def __init__(self, rho: Number = 0.05) -> None:
         self.rho = check_hyperparameter("perturbation.rho", rho)
 
     def init_client(self, params: Tensor) -> State:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter, largest
 from fedlight.perturbations.base import Perturbation, State, unit
 
 
@@ -20,9 +20,9 @@ class SAM(Perturbation):
         FederatedTrainer(algorithm=FedDyn(), perturbation=SAM(rho=0.05))
     """
 
-    def __init__(self, rho: float = 0.05) -> None:
+    def __init__(self, rho: Number = 0.05) -> None:
         self.rho = check_hyperparameter("perturbation.rho", rho)
-        self.needs_gradient = self.rho > 0
+        self.needs_gradient = largest(self.rho) > 0
 
     def epsilon(self, params: Tensor, gradient: Tensor | None, state: State) -> tuple[Tensor, State]:
         """ε, along the gradient."""

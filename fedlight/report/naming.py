@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedlight.penalties.numbers import KEYS
 from fedlight.run.names import CENTRAL, method_name
 
 SEEDS = ("seed_everything", "data.init_args.seed")
@@ -196,6 +197,9 @@ def _hashable(items: Mapping[str, Any]) -> Items:
 def _frozen(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_frozen(v) for v in value)
+    if isinstance(value, Mapping) and value.keys() >= KEYS:
+        after = f" after {value['after']}" if value.get("after") else ""
+        return f"{value['schedule']} {value['from']:g} to {value['to']:g} in {value['rounds']} rounds{after}"
     if isinstance(value, Mapping):
         return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
     return value

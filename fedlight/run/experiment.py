@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partitioned import Partition
-from fedlight.penalties.base import Penalty
+from fedlight.penalties.numbers import settings_of
 from fedlight.run.context import RunContext
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
@@ -50,7 +50,7 @@ def describe(run: RunContext) -> dict[str, Any]:
             "limit_train_batches": repr(run.settings["limit_train_batches"]),  # 1 is a batch, 1.0 all of them
             "sampler": plain(trainer.sampler),
             "clients_per_round": trainer.sampler.clients_per_round,
-            "callbacks": plain([c for c in trainer.callbacks if isinstance(c, Penalty) and getattr(c, "zeta", 1) != 0]),
+            "callbacks": plain(trainer.penalties),
             "views": list(run.federation.views),
             "buffers": run.federation.buffer_policy,
         },
@@ -72,6 +72,7 @@ def describe(run: RunContext) -> dict[str, Any]:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """A value as numbers, strings, lists and dictionaries; an object as its class and what it was made with."""
+    value = settings_of(value) or value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor | np.ndarray | np.generic):

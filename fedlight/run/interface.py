@@ -17,6 +17,7 @@ from fedlight.callbacks.partition import PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.module.hooks import in_federated_terms
 from fedlight.penalties.base import Penalty
+from fedlight.penalties.numbers import largest, scheduled
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
@@ -107,9 +108,20 @@ class TrainerInterface(LightningNames):
     def method_name(self) -> str:
         """What trains, as loggers and reports call it: ``FedDyn+SAM+MAN``."""
         added = None if self.algorithm.perturbation is not None or self.perturbation is None else self.perturbation
-        penalties = [type(c).__name__ for c in self.callbacks if isinstance(c, Penalty) and getattr(c, "zeta", 1) != 0]
+        penalties = [type(penalty).__name__ for penalty in self.penalties]
         names = type(self.algorithm).__name__, None if added is None else type(added).__name__
         return method_name(*names, penalties, self.settings["centralized"])
+
+    @property
+    def scheduled(self) -> list[Any]:
+        """The hyperparameters that follow a schedule: tensors, with its ``key`` and its ``schedule``."""
+        parts = self.algorithm, self.perturbation, *self.settings["transforms"], *self.penalties
+        return scheduled(*(vars(part) for part in parts if part is not None))
+
+    @property
+    def penalties(self) -> list[Penalty]:
+        """The penalties that act: all but those whose weight is 0."""
+        return [c for c in self.callbacks if isinstance(c, Penalty) and largest(getattr(c, "zeta", 1)) != 0]
 
     @property
     def current_round(self) -> int:

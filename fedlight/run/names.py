@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedlight.penalties.numbers import KEYS
+
 CENTRAL = "Central"
 """The name of training on pooled data, where no algorithm is at work."""
 
@@ -49,11 +51,11 @@ def smaller_is_better(metric: str) -> bool:
 def dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """A nested configuration by the keys of the command line: ``{"trainer": {"name": "a"}}`` by ``trainer.name``.
 
-    Lists stay as they are; an empty mapping is a value.
+    Lists stay as they are; an empty mapping is a value, and so is a schedule.
     """
     out: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and not value.keys() >= KEYS:
             out |= dotted(value, f"{above}{key}.")
         else:
             out[f"{above}{key}"] = value

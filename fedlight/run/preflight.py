@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
@@ -44,6 +44,10 @@ def preflight(
     trainer: Any = module.trainer
     check_schedules(module, federation.sizes.tolist(), trainer)
     _check_lr(federation, schedule)
+    for tensor in trainer.scheduled:
+        if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
+            most = f"trainer.max_rounds={trainer.max_rounds}"
+            rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, later than {most}.")
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
     _check_sizes(federation)

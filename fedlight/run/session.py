@@ -17,6 +17,7 @@ from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
+from fedlight.penalties.numbers import follow
 from fedlight.run import resume
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.clock import RoundClock, make_profiler, start_profiler
@@ -221,6 +222,7 @@ class Session(RunContext):
         trainer, settings, data = self.trainer, self.settings, self.datamodule
         if self._checkpoint is not None:
             resume.restore_schedule(self, self._checkpoint)
+        follow(trainer.scheduled, trainer.current_round, self.fabric.device)
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
         use_threads(choose_threads(self), self._cleanup)

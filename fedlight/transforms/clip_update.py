@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter
 from fedlight.perturbations.base import State
 from fedlight.transforms.base import Transform
 
@@ -20,7 +20,7 @@ class ClipUpdate(Transform):
     stage = 0
     update_only = True
 
-    def __init__(self, norm: float = 1.0) -> None:
+    def __init__(self, norm: Number = 1.0) -> None:
         self.norm = check_hyperparameter("trainer.transforms.norm", norm, positive=True)
 
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
