@@ -19,7 +19,7 @@ class LESAM(Perturbation):
 
     Source: Fan et al., "Locally Estimated Global Perturbations are Better than Local Perturbations for Federated
     Sharpness-aware Minimization", ICML 2024, equation 10. The authors' implementation takes the server's last step for
-    d, for every client, and sums the norms of the parameters; here d and the norm are the paper's.
+    d, for every client, and of that one entry for each parameter; here d and the norm are the paper's.
     """
 
     needs_gradient = False
