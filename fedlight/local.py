@@ -1,7 +1,8 @@
 """What a client does in a round: its objective, its gradient, its result. Written once, for every engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class LocalObjective:
         gradient_scale: factor of the loss gradient; may be a scalar tensor, too.
         optimizer: what the optimizer's state begins with instead of zeros, by the names that it has in torch
             (``exp_avg_sq``): ``[P]``, or a scalar for all parameters (``step``); see ``Algorithm.optimizer_state``.
+        references: other models that penalties compare the client's with, ``[P]`` each, besides ``start``.
     """
 
     start: Tensor
@@ -35,6 +37,14 @@ class LocalObjective:
     linear: Tensor | None = None
     gradient_scale: float | Tensor = 1.0
     optimizer: State = field(default_factory=dict)
+    references: State = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, start: Tensor, parts: Mapping[str, Any]) -> "LocalObjective":
+        """The objective of these :meth:`parts`; what else is there is left out."""
+        given = {name: parts[name] for name in ("anchor", "proximal", "linear", "gradient_scale") if name in parts}
+        models = {name.removeprefix(_MODEL): value for name, value in parts.items() if name.startswith(_MODEL)}
+        return cls(start, **given, references=models)
 
     def correct(self, gradient: Tensor, params: Tensor) -> Tensor:
         """The corrected gradient ``[P]`` (a new tensor, or ``gradient`` itself where nothing is to be corrected)."""
@@ -48,8 +58,8 @@ class LocalObjective:
         return out
 
     def parts(self) -> dict[str, Tensor | float]:
-        """What :meth:`correct` reads, by name; nothing where there is nothing to correct."""
-        parts: dict[str, Tensor | float] = {}
+        """What a local step reads, by name; nothing where there is nothing to correct or to compare with."""
+        parts: dict[str, Tensor | float] = {_MODEL + name: value for name, value in self.references.items()}
         if self.anchor is not None and not _is_constant(self.proximal, 0.0):
             parts |= {"anchor": self.anchor, "proximal": self._scalar(self.proximal)}
         if self.linear is not None:
@@ -60,6 +70,9 @@ class LocalObjective:
 
     def _scalar(self, value: float | Tensor) -> float | Tensor:
         return value.to(self.start) if isinstance(value, Tensor) else value  # of a schedule, in float64
+
+
+_MODEL = "references/"
 
 
 def _is_constant(value: float | Tensor, constant: float) -> bool:

@@ -108,8 +108,8 @@ def test_every_hyperparameter_can_follow_and_is_found(module, name):
     numbers = {p.name for p in inspect.signature(getattr(module, name)).parameters.values() if type(p.default) is float}
     assert numbers - defaults.keys() == {"FedWMSAM": {"alpha"}}.get(name, numbers & {"initial_accumulator"})
     made = getattr(module, name)(**{key: constant(value) for key, value in defaults.items()})
-    inner = getattr(made, "perturbation", None)
-    found = {tensor.key.rsplit(".", 1)[1] for tensor in scheduled(vars(made), {} if inner is None else vars(inner))}
+    inner = [vars(part) for key in ("perturbation", "penalty") if (part := getattr(made, key, None)) is not None]
+    found = {tensor.key.rsplit(".", 1)[1] for tensor in scheduled(vars(made), *inner)}
     assert found == defaults.keys()
 
 

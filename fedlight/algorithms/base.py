@@ -10,6 +10,7 @@ from fedlight.checks import Number as Number
 from fedlight.checks import check_hyperparameter as check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.parameters import ParameterLayout
+from fedlight.penalties.base import Penalty
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.base import State as State
 from fedlight.server.senders import Sender as Sender
@@ -34,6 +35,7 @@ class Algorithm(Remembers):
 
     Attributes:
         perturbation: the perturbation that belongs to the method (FedSAM's SAM), or None where the user may choose.
+        penalty: the penalty that belongs to the method, or None; others may come beside it.
         buffers: the buffer policy that the method requires, or None.
         needs_lr: whether the method divides by the local learning rate, so that an optimizer must have one.
         lr_factors: a method that gives, from the number S of a client's local steps, a factor of the learning rate for
@@ -53,6 +55,7 @@ class Algorithm(Remembers):
     """
 
     perturbation: Perturbation | None = None
+    penalty: Penalty | None = None
     buffers: Literal["average", "local", "reset"] | None = None
     needs_lr: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None

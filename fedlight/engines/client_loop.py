@@ -23,7 +23,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
-from fedlight.module.step import IndexedBatch, step_loss, transfer_function
+from fedlight.module.step import IndexedBatch, OtherModels, step_loss, transfer_function
 from fedlight.perturbations.base import State
 from fedlight.seeding import derive_seed, generator, seed_global_rng
 
@@ -55,6 +55,7 @@ class ClientLoop:
         self._transfer = transfer_function(module, self.device)
         self._scaler: torch.amp.GradScaler | None = None
         self._output: dict[str, Tensor] | None = None
+        self._show, self._models = OtherModels(module, self.flat.layout), State()
         self.schedule = LocalHyperparameters(module, training.lr_factors)
         self.fresh: Optimization
         self.plan: BatchOrder
@@ -177,7 +178,7 @@ class ClientLoop:
 
     def _set_gradient(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> State:
         """Let the parameters have the gradient of a step."""
-        call, optimizer = self.training.call, self.optimizer
+        call, optimizer, self._models = self.training.call, self.optimizer, objective.references
         call("on_before_zero_grad", optimizer)
         if self._compiled is not None and self._compiled.takes(batches):
             gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
@@ -238,6 +239,7 @@ class ClientLoop:
     def _backward(self, batch: Any, index: int, share: float, first: bool) -> None:
         call = self.training.call
         with self._precision.forward_context():
+            self._show(self._models, self.log, batch, index)
             loss = step_loss(self.module, self.log, batch, index, first)
         if loss is None:
             return

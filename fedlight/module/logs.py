@@ -126,7 +126,7 @@ class LogCollector:
         """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
         found = dict(self._sums)
         for name, metric in self._metrics.items():
-            with _attributes([metric] if self.alone else [], _ALONE):
+            with with_attributes([metric] if self.alone else [], _ALONE):
                 value = self._scalar(name, metric.compute())
             found[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
             self._reductions[name] = "mean"
@@ -158,12 +158,12 @@ def collecting_logs(module: LightningModule, collector: LogCollector) -> Iterato
     """Send ``module.log`` and ``module.log_dict``, and those of its child modules, to ``collector``."""
     loggers = [m for m in module.modules() if hasattr(m, "log_dict") and hasattr(m, "log")]
     metrics = [m for m in module.modules() if isinstance(m, Metric)] if collector.alone else []
-    with _attributes(loggers, {"log": collector.log}), _attributes(metrics, _ALONE):
+    with with_attributes(loggers, {"log": collector.log}), with_attributes(metrics, _ALONE):
         yield collector
 
 
 @contextmanager
-def _attributes(objects: Sequence[Any], values: dict[str, Any]) -> Iterator[None]:
+def with_attributes(objects: Sequence[Any], values: dict[str, Any]) -> Iterator[None]:
     """Set attributes of each object, and give the object its own back."""
     before = [{k: vars(o)[k] for k in values if k in vars(o)} for o in objects]
     for o in objects:

@@ -1,18 +1,24 @@
 """What a batch, a step function and a loss are: the part of the local step that touches the module."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedlight.module.hooks import overrides
-from fedlight.module.logs import LOSS, LogCollector
+from fedlight.module.logs import LOSS, LogCollector, with_attributes
+from fedlight.module.parameters import ParameterLayout
+from fedlight.module.state import ModuleState, attributes_of
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
+from fedlight.seeding import preserved_global_rng
 
 IndexedBatch = tuple[Any, int]
 """A batch on the device and its index in the epoch."""
@@ -52,6 +58,55 @@ def call_step(module: LightningModule, name: str, batch: Any, index: int) -> Any
 def _takes_index(function: Callable[..., Any]) -> bool:
     names = [p for p in inspect.signature(function).parameters if p != "self"]
     return len(names) > 1
+
+
+class Reach(nn.Module):
+    """Lets ``functional_call`` run any function of a module."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run it."""
+        return function(self.module, *args)
+
+
+class OtherModels:
+    """Runs a module's ``training_step`` as other models would, for penalties that compare; it leaves no trace.
+
+    A step that is ``recorded`` has no Python state, and draws its random numbers on the device: these are not put back.
+    """
+
+    def __init__(self, module: LightningModule, layout: ParameterLayout, recorded: bool = False) -> None:
+        self._module, self._reach, self._layout, self.recorded = module, Reach(module), layout, recorded
+        self._attributes: ModuleState | None = None
+
+    def __call__(self, models: Mapping[str, Tensor], log: LogCollector, batch: Any, index: int) -> None:
+        """Let penalties see what the models ``[P]`` put out on a batch."""
+        module, step = self._module, penalized_step(self._module)
+        if not models or step is None:
+            return
+        log.enabled = False
+        own = [*module.named_parameters(), *module.named_buffers()]
+        # BatchNorm takes the batch's statistics: those that it keeps are of the model that trains.
+        quiet = [m for m in module.modules() if not isinstance(m, _BatchNorm)]
+        undone = nullcontext() if self.recorded else self._undone()
+        with undone, torch.no_grad(), with_attributes(quiet, {"training": False}):
+            for name, params in models.items():
+                values = self._layout.views(params)
+                values |= {key: value.clone() for key, value in own if key not in values}
+                inner = {f"module.{key}": value for key, value in values.items()}
+                with with_attributes([step], {"model": name}):
+                    functional_call(self._reach, inner, (call_step, "training_step", batch, index))
+
+    @contextmanager
+    def _undone(self) -> Iterator[None]:
+        self._attributes = self._attributes or attributes_of(self._module)
+        self._attributes.refresh()
+        with preserved_global_rng():
+            yield
+        self._attributes.restore()
 
 
 def transfer_function(module: LightningModule, device: torch.device) -> Callable[[Any], Any]:

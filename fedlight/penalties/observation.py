@@ -73,8 +73,8 @@ class Observation(TorchFunctionMode):
         if not (self.choosing or self._settled or torch.compiler.is_compiling()):
             self._settle()
 
-    def stop(self) -> None:
-        """A step has ended, maybe with an exception."""
+    def stop(self, model: str | None) -> None:
+        """A step of the model that trains, or of another one, has ended, maybe with an exception."""
         self._recording = False
 
     def forget(self) -> None:

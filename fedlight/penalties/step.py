@@ -24,6 +24,7 @@ class PenalizedStep:
         module: the module.
         task_loss: the latest step's loss without penalties, detached; None before the first step.
         penalty: the latest step's sum of penalties, detached; None before the first step.
+        model: the model that runs where it is not the one that trains: penalties see it, and are not added.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,6 +32,7 @@ class PenalizedStep:
         self.task_loss: Tensor | None = None
         self.penalty: Tensor | None = None
         self._observations: list[Observation] = []
+        self.model: str | None = None
         # What to call and to give back: an attribute of the module (a compiled step, say), or None for the class's own.
         self._previous: Callable[..., Any] | None = vars(module).get("training_step")
         vars(module).update(training_step=self._bound(), _penalized_step=self)
@@ -53,7 +55,7 @@ class PenalizedStep:
 
     def add(self, penalty: Term, observed: dict[str, nn.Module]) -> None:
         """Attach a penalty that observes these submodules."""
-        self._observations.append(Observation(penalty, observed, self.module))
+        self._observations.append((penalty.watch or Observation)(penalty, observed, self.module))
 
     def remove(self, penalty: Term) -> None:
         """Detach a penalty; with the last one the module gets its own ``training_step`` back."""
@@ -89,19 +91,20 @@ class PenalizedStep:
         return self._run(dataloader_iter)
 
     def _run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._observations or _is_evaluating(self.module):
+        seeing = [o for o in self._observations if self.model in (None, *o.penalty.compares)]
+        if not seeing or (self.model is None and _is_evaluating(self.module)):
             return self._call(batch, *args, **kwargs)
-        for observation in self._observations:
+        for observation in seeing:
             observation.start()
         # The first step shows which functions there are: it runs as it is written, also where it is compiled.
-        first = not torch.compiler.is_compiling() and any(o.choosing for o in self._observations)
+        first = not torch.compiler.is_compiling() and any(o.choosing for o in seeing)
         try:
             with torch.compiler.set_stance("force_eager") if first else nullcontext():
-                output = self._observed(self._observations, batch, *args, **kwargs)
+                output = self._observed(seeing, batch, *args, **kwargs)
         finally:
-            for observation in self._observations:
-                observation.stop()
-        return self._penalize(output, batch)
+            for observation in seeing:
+                observation.stop(self.model)
+        return output if self.model else self._penalize(output, batch)
 
     def _observed(self, observations: list[Observation], *args: Any, **kwargs: Any) -> Any:
         if not observations:

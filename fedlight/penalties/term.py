@@ -11,9 +11,13 @@ class Term(ABC):
 
     Attributes:
         sees_functions: whether activation functions (``F.relu``) are looked for in the first step; see :meth:`takes`.
+        compares: other models that run on the same batch, by name.
+        watch: what observes a step, if it is not ``Observation``.
     """
 
     sees_functions = False
+    compares: tuple[str, ...] = ()
+    watch: Any = None
 
     def observe(self, module: nn.Module) -> dict[str, nn.Module]:
         """The submodules whose outputs are measured, by the name that their measurement gets. None by default."""

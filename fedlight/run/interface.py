@@ -115,7 +115,8 @@ class TrainerInterface(LightningNames):
     @property
     def scheduled(self) -> list[Any]:
         """The hyperparameters that follow a schedule: tensors, with its ``key`` and its ``schedule``."""
-        parts = self.algorithm, self.perturbation, *self.settings["transforms"], *self.penalties
+        own = self.algorithm, self.algorithm.penalty
+        parts = *own, self.perturbation, *self.settings["transforms"], *self.penalties
         return scheduled(*(vars(part) for part in parts if part is not None))
 
     @property

@@ -1,7 +1,7 @@
 """What surrounds the round loop: setting up and tearing down, evaluating, logging."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -82,8 +82,7 @@ class Session(RunContext):
         self.resumed, self.ckpt_path = ckpt_path is not None, ckpt_path
         self._checkpoint: dict[str, Any] | None = None
         self.first_round, self.experiment, self.changes = 0, {}, {}
-        self._started = time.perf_counter()
-        self._cleanup = ExitStack()
+        self._started, self._cleanup = time.perf_counter(), ExitStack()
         self.movers, self.writer = Movers(self), CheckpointWriter()
 
     def __enter__(self) -> "Session":
@@ -229,6 +228,7 @@ class Session(RunContext):
         if not self.module.training:  # parts that are in evaluation mode stay in it, as in Lightning
             self.module.train()
         self.first_round = trainer.current_round
+        self._cleanup.enter_context(own.attached(self.module) if (own := trainer.algorithm.penalty) else nullcontext())
         self.hooks("on_fit_start")
         self._follow_freezing(self._checkpoint)
         if self._checkpoint is not None and self.metrics_csv is not None:

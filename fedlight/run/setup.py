@@ -18,6 +18,7 @@ from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
 from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
+from fedlight.penalties.step import penalized_step
 from fedlight.run.context import RunContext
 from fedlight.run.movers import Movers
 from fedlight.server.sampling import expected_clients
@@ -66,6 +67,8 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     clip = settings["gradient_clip_val"]
     engine = settings["engine"]
     federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
+    step = penalized_step(run.module)
+    federation.clients.compared = [name for p in (step.penalties if step else ()) for name in p.compares]
     training = LocalTraining(
         module=run.module,
         fabric=run.fabric,

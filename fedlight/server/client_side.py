@@ -1,7 +1,7 @@
 """What happens at the clients, before and after their local training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -55,6 +55,7 @@ class ClientSide:
     Attributes:
         initial_buffers: the buffers before the first round.
         read: whether datasets are read into memory, for an engine that takes no others.
+        compared: names of the models that penalties compare the clients' with.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class ClientSide:
         self._mean_size = float(sizes.double().mean())
         self.initial_buffers: State = {}
         self.read = False
+        self.compared: Sequence[str] = ()
 
     def begin(self, server: ServerState, received: State) -> None:
         """Begin a round in which every client receives these tensors, and the server's buffers."""
@@ -88,6 +90,8 @@ class ClientSide:
         if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
             name = type(self._algorithm).__name__
             raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
+        models = {"start": objective.start, **objective.references}
+        objective = replace(objective, references={k: v for k, v in models.items() if k in self.compared})
         perturbation: State = {}
         if self._perturbation is not None:
             own = {**kept, **self._own_perturbation(client)}

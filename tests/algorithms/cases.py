@@ -11,9 +11,9 @@ import torch
 from fedlight import algorithms
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 
+from . import networks, twins
 from . import newer_twins as newer
-from . import twins
-from .fitted import fit, longer
+from .fitted import fit, fit_network, longer
 from .twins import Asam, Dual, Lesam, Plain, Sam
 
 CASES = {
@@ -69,6 +69,12 @@ CASES = {
         lambda p: newer.fedwmsam(p, 0.1, 0.3, 0.4, 0.7),
     ),
 }
+
+NETWORKS = {
+    "MOON": (lambda: algorithms.MOON(2.0, 0.3), None, lambda: networks.moon(2.0, 0.3)),
+    "FedNTD": (lambda: algorithms.FedNTD(2.0, 1.7), None, lambda: networks.fedntd(2.0, 1.7)),
+}
+"""Methods whose clients need a network: the algorithm, the optimizer, and the twin."""
 
 
 SETTINGS = {
@@ -188,23 +194,29 @@ SOURCES = {
     "FedMoSWA": "notes on the paper: alg. 2, option II",
     "FedTOGA": "code: public code of unknown authors",
     "FedWMSAM": "the authors' README; alpha, c: their code",
+    "MOON": "code: the authors'; a first training has no term",
+    "FedNTD": "code: the authors'",
     "SAM": "paper: Foret 2021, eq. 2",
     "ASAM": "paper: Kwon 2021, eq. 7",
     "LESAM": "paper: Fan 2024, eq. 10",
     "DualSAM": "paper: Sun 2023, alg. 1; what is sent: the authors' code",
 }
 """What each twin was written from; a setting that is not named is written from what its method is."""
-PROBLEM = "5 quadratics"
-"""What each comparison is made on; see `fitted.longer`."""
 
 
 def comparisons():
     """All comparisons by name: an algorithm and a perturbation to train with, and the twin."""
     plain = {name: (make(), None, twin) for name, (make, twin) in {**CASES, **SETTINGS}.items()}
-    return plain | {
+    plain |= {
         name: (None, make(), lambda p, oracle=oracle: twins.fedavg(p, oracle(p)))
         for name, (make, oracle) in PERTURBATIONS.items()
     }
+    return plain | {name: (make(), None, lambda p, twin=twin: twin()) for name, (make, _, twin) in NETWORKS.items()}
+
+
+def problem(name):
+    """What a comparison is made on, and its number of rounds; see `fitted.longer` and `networks`."""
+    return ("a network", len(networks.ROUNDS)) if name in NETWORKS else ("5 quadratics", len(longer().rounds))
 
 
 def source(name):
@@ -214,10 +226,13 @@ def source(name):
 
 def compare(name, tolerance, engine="eager"):
     """Train and play the twin: a row of the table."""
-    (algorithm, perturbation, twin), problem = comparisons()[name], longer()
-    accelerator = "gpu" if engine == "cuda_graph" else "cpu"
-    models = fit(problem, algorithm, perturbation, engine=engine, accelerator=accelerator)
-    expected = np.array(twin(problem))
+    (algorithm, perturbation, twin), (kind, rounds) = comparisons()[name], problem(name)
+    settings = {"engine": engine, "accelerator": "gpu" if engine == "cuda_graph" else "cpu"}
+    if name in NETWORKS:
+        models = fit_network(algorithm, NETWORKS[name][1], **settings)
+    else:
+        models = fit(longer(), algorithm, perturbation, **settings)
+    expected = np.array(twin(longer()))
     error = float(np.abs(np.array(models) - expected).max() / np.abs(expected).max())
-    return {"method": name, "twin": source(name), "problem": PROBLEM, "rounds": len(problem.rounds),
+    return {"method": name, "twin": source(name), "problem": kind, "rounds": rounds,
             "error": error, "ok": error <= tolerance}  # fmt: skip

@@ -12,6 +12,7 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.server.sampling import Sampler
 from fedlight.trainer import FederatedTrainer
 
+from . import networks
 from .twins import Problem
 
 BATCH = 10
@@ -84,13 +85,25 @@ class Models(Callback):
 
 def fit(problem, algorithm=None, perturbation=None, **settings):
     """The server's model after each round of a problem."""
-    models, batch_norm = Models(), getattr(algorithm, "personal", False)
+    module = Quadratic(problem, getattr(algorithm, "personal", False))
+    return train(module, Clients(problem), problem.rounds, algorithm, perturbation, **settings)
+
+
+def fit_network(algorithm, optimizer=None, perturbation=None, **settings):
+    """The same of the network, which this optimizer trains."""
+    settings["local_epochs"] = networks.STEPS
+    return train(networks.Network(optimizer), networks.Points(), networks.ROUNDS, algorithm, perturbation, **settings)
+
+
+def train(module, data, rounds, algorithm, perturbation, **settings):
+    """The server's model after each round."""
+    models = Models()
     with tempfile.TemporaryDirectory() as folder:
         defaults = {"accelerator": "cpu", "devices": 1, "precision": "64-true", "enable_checkpointing": False}
         quiet = {"logger": False, "enable_progress_bar": False, "enable_plots": False, "default_root_dir": folder}
         trainer = FederatedTrainer(
-            algorithm or FedAvg(), perturbation, len(problem.rounds), len(problem.rounds[0]), Listed(problem.rounds),
+            algorithm or FedAvg(), perturbation, len(rounds), len(rounds[0]), Listed(rounds),
             callbacks=[models], **{**defaults, **quiet, **settings},
         )  # fmt: skip
-        trainer.fit(Quadratic(problem, batch_norm), Clients(problem))
+        trainer.fit(module, data)
     return models.found

@@ -41,6 +41,8 @@ def test_negative_and_unreal_settings_are_refused_by_key(name, key, value):
         ("FedMoSWA", "gamma", 0, "above 0 and at most 1"),
         ("FedSWA", "rho", 1.1, "at least 0 and at most 1"),
         ("FedWMSAM", "alpha", 1, "above 0 and below 1"),
+        ("MOON", "temperature", 0, "above 0"),
+        ("FedNTD", "tau", 0, "above 0"),
     ],
 )
 def test_limits(name, key, value, message):

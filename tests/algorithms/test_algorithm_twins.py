@@ -12,7 +12,7 @@ from fedlight import algorithms
 from fedlight.module.parameters import ParameterLayout
 from tests.algorithms import newer_twins as newer
 from tests.algorithms import twins
-from tests.algorithms.cases import CASES, PERTURBATIONS, SETTINGS
+from tests.algorithms.cases import CASES, NETWORKS, PERTURBATIONS, SETTINGS
 from tests.algorithms.driver import Driver
 from tests.algorithms.twins import Problem
 
@@ -27,7 +27,7 @@ def layout_for(name):
 
 
 def test_every_algorithm_has_a_twin():
-    assert set(CASES) == set(algorithms.__all__) - {"Message"}
+    assert {*CASES, *NETWORKS} == set(algorithms.__all__) - {"Message"}
 
 
 def test_every_weighting_has_a_twin():

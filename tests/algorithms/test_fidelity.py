@@ -11,8 +11,7 @@ import yaml
 from fedlight.algorithms import FedAvg
 from fedlight.cli.command import main
 from fedlight.cli.fidelity import HEAD, TOLERANCE, table, twins
-from tests.algorithms.cases import PROBLEM, comparisons, source
-from tests.algorithms.fitted import longer
+from tests.algorithms.cases import comparisons, problem, source
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,8 +90,7 @@ def test_the_docs_have_the_table_of_the_command():
     page = (ROOT / "docs" / "fidelity.md").read_text().split("## ")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     assert rows[0] == list(HEAD)
-    rounds = str(len(longer().rounds))
-    assert [row[:4] for row in rows[2:]] == [[name, source(name), PROBLEM, rounds] for name in comparisons()]
+    assert [row[:4] for row in rows[2:]] == [[name, source(name), *map(str, problem(name))] for name in comparisons()]
     assert all(float(row[4]) < TOLERANCE and row[5] == "agrees" for row in rows[2:])
 
 

@@ -65,7 +65,7 @@ class RecordedLoop(ClientLoop):
         compiled: CompiledStep | None = None,
     ) -> None:
         super().__init__(training, module, compiled)
-        self.pool, self.recorder = pool, recorder
+        self.pool, self.recorder, self._show.recorded = pool, recorder, True
         self.optimizer = configure_optimizers(module).optimizer
         fuse(self.optimizer, self.device)
         for group in self.optimizer.param_groups:
@@ -129,8 +129,7 @@ class RecordedLoop(ClientLoop):
             if key not in held:
                 like = value if isinstance(value, Tensor) else self.flat.params.new_full((), value)
                 held[key] = like.to(self.device, copy=True)
-        inputs: dict[str, Any] = {name: self._objective[name] for name in parts}
-        return LocalObjective(start=self.flat.params, **inputs)
+        return LocalObjective.of(self.flat.params, {name: self._objective[name] for name in parts})
 
     def _work(self, task: ClientTask, piece: Segment) -> tuple[Callable[..., None], Tensor, dict[str, Tensor]]:
         """Some local steps as a function of what is in the slot's tensors, and the samples that they read.

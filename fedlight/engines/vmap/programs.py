@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.func import functional_call, grad, vmap
 from torch.fx import GraphModule, Node
@@ -19,7 +19,7 @@ from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.parameters import ParameterLayout
-from fedlight.module.step import step_loss
+from fedlight.module.step import OtherModels, Reach, step_loss
 from fedlight.penalties.step import penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import preserved_global_rng
@@ -37,25 +37,11 @@ BACKEND = "inductor"
 """What compiles traced programs."""
 
 
-class _Caller(nn.Module):
-    """Lets ``functional_call`` reach ``training_step``."""
-
-    def __init__(self, module: LightningModule) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, log: LogCollector, batch: Any, index: int, first: bool) -> Tensor:
-        loss = step_loss(self.module, log, batch, index, first)
-        if loss is None:
-            raise TypeError("training_step returned None; every step needs a loss")
-        return loss.reshape(())
-
-
 class ClientStep:
     """One client's local step as a pure function of named tensors.
 
     Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), what there is of ``anchor``, ``proximal``,
-    ``linear`` and ``gradient_scale`` of the objective, ``state/<name>`` of the perturbation and ``buffers/<name>``.
+    ``linear``, ``gradient_scale`` and ``references/<name>``, ``state/<name>`` of the perturbation, ``buffers/<name>``.
     Outputs: ``gradient`` ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``,
     ``weight/<name>`` of the logs.
 
@@ -72,7 +58,7 @@ class ClientStep:
     def __init__(self, training: LocalTraining, layout: ParameterLayout) -> None:
         self._training, self._layout = training, layout
         self._module = training.module
-        self._caller = _Caller(training.module)
+        self._reach, self._show = Reach(training.module), OtherModels(training.module, layout, recorded=True)
         self._precision = training.fabric.strategy.precision
         self.spec: TreeSpec  # set before the first call
         self.reductions: dict[str, str] = {}
@@ -91,7 +77,7 @@ class ClientStep:
             terms = []
             for batch in batches:
                 with self._precision.forward_context():
-                    term = functional_call(self._caller, inner, (log, batch, 0, first))
+                    term = functional_call(self._reach, inner, (self._loss, objective.references, log, batch, first))
                 terms.append(term if len(batches) == 1 else term * (1 / len(batches)))
             after = {name: inner[f"module.{name}"] for name in held}
             # What was logged belongs to this transform: it can leave it only as its result, and must not stay behind.
@@ -106,9 +92,7 @@ class ClientStep:
             return torch.cat([g.reshape(-1) for g in grads.values()])
 
         before = state = _part(named, "state/")
-        names = [name for name in ("anchor", "proximal", "linear", "gradient_scale") if name in named]
-        given: dict[str, Any] = {name: named[name] for name in names}
-        objective = LocalObjective(start=named["params"], **given)
+        objective = LocalObjective.of(named["params"], named)
         with collecting_logs(self._module, log):
             g, state = local_gradient(
                 named["params"], gradient, objective, self._training.perturbation, state, self._training.clip
@@ -121,6 +105,13 @@ class ClientStep:
         self.reductions = {name: log.reduction(name) for name in logs}
         out |= {f"value/{k}": value for k, (value, _) in logs.items()}
         return out | {f"weight/{k}": weight for k, (_, weight) in logs.items()}
+
+    def _loss(self, module: LightningModule, models: State, log: LogCollector, batch: Any, first: bool) -> Tensor:
+        self._show(models, log, batch, 0)
+        loss = step_loss(module, log, batch, 0, first)
+        if loss is None:
+            raise TypeError("training_step returned None; every step needs a loss")
+        return loss.reshape(())
 
 
 def numbered(leaves: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -80,8 +80,8 @@ class StackedClients:
         start, parts, named = objectives[0].start, [o.parts() for o in objectives], dict[str, list[Tensor]]()
         neutral: dict[str, Tensor | float] = {"anchor": start, "linear": torch.zeros_like(start)}
         neutral |= {"proximal": 0.0, "gradient_scale": 1.0}
-        for name in (name for name in neutral if any(name in part for part in parts)):
-            given = [part.get(name, neutral[name]) for part in parts]
+        for name in (name for name in {**neutral, **parts[0]} if any(name in part for part in parts)):
+            given = [part[name] if name in part else neutral[name] for part in parts]
             named[name] = [v if isinstance(v, Tensor) else start.new_tensor(v) for v in given]
         for part in ("state", "buffers"):
             states = [task.perturbation if part == "state" else task.buffers for task in self._tasks]
