@@ -31,7 +31,8 @@ def section(heading: str, level: str = "###") -> str:
     """What algorithms.md says under the heading that has this word."""
     text = (ROOT / "docs" / "algorithms.md").read_text()
     found = re.search(rf"^{level} [^\n]*\b{heading}\b[^\n]*\n(.*?)(?=^##|\Z)", text, re.M | re.S)
-    return re.sub(r"\]\(#", "](../algorithms.md#", found[1].strip()) if found else ""
+    text = re.sub(r"\]\((?=[\w-]+\.md)", "](../", found[1].strip()) if found else ""
+    return re.sub(r"\]\(#", "](../algorithms.md#", text)
 
 
 def row(name: str) -> str:

@@ -143,6 +143,8 @@ def quick(arguments: list[str]) -> list[str]:
     if arguments[:1] == ["study"]:
         few = [] if {"--only", "--dry-run"} & {*arguments} else ["--only", "seed_everything=0"]
         return [*arguments, *few]
+    if arguments[:1] == ["check-fidelity"]:
+        return [*arguments, "FedAvg"]
     if arguments[:1] not in (["fit"], ["test"], ["validate"]) or any(a.endswith("help") for a in arguments):
         return arguments
     short = {**QUICK, "max_rounds": 2 if "--ckpt_path" in arguments else 1}
