@@ -1,6 +1,6 @@
 """Datasets in memory that are read a batch at a time."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,8 @@ from fedlight.data.reading import Collate, read_batches
 
 _MOST_BYTES = 2**31
 """A dataset is read into memory as a whole if it needs less."""
+_GATHERED_BYTES = 2**20
+"""Of a client's batches, so much is gathered at once."""
 
 
 class _Storage:
@@ -165,6 +167,27 @@ class ArrayDataset(Dataset[Any]):
         if self.transform is not None:
             leaves[0] = self.transform(leaves[0], draws)
         return leaves
+
+    def batches(self, rows: Tensor, edges: Sequence[tuple[int, int]], draws: dict[str, Tensor]) -> Iterator[Any]:
+        """:meth:`batch` of pieces of ``rows``, one after the other; on a CPU several small ones are gathered at once.
+
+        Args:
+            rows: positions in this dataset ``[n]`` int64, on the device of the storage.
+            edges: where each batch begins and ends in ``rows``; it begins where the one before ends.
+            draws: what :meth:`draw` gave for all ``rows``, on the same device.
+        """
+        size = max(end - begin for begin, end in edges) * sum(leaf[:1].nbytes for leaf in self.storage.leaves)
+        together = max(1, _GATHERED_BYTES // max(1, size)) if self.device.type == "cpu" else 1
+        rows = self.positions(rows)
+        for first in range(0, len(edges), together):
+            part = edges[first : first + together]
+            sizes = [end - begin for begin, end in part]
+            gathered = [leaf[rows[part[0][0] : part[-1][1]]].split(sizes) for leaf in self.storage.leaves]  # type: ignore[no-untyped-call]
+            for (begin, end), leaves in zip(part, zip(*gathered, strict=True), strict=True):
+                own = [leaf.detach() for leaf in leaves]  # what is done to one batch is not done to the others
+                if self.transform is not None:
+                    own[0] = self.transform(own[0], {name: value[begin:end] for name, value in draws.items()})
+                yield self.storage.build(own)
 
     def positions(self, rows: Tensor) -> Tensor:
         """The rows of the storage at these positions: ``d.batch(r)`` is ``d.pooled().batch(d.positions(r))``."""

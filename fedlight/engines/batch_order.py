@@ -1,15 +1,19 @@
-"""In which order a client goes through its data: drawn ahead for a whole round, the same for every engine."""
+"""In which order a client goes through its data, drawn ahead for a whole round; and its batches in that order."""
 
 import math
+from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight.data.arrays import ArrayDataset
-from fedlight.engines.base import LocalTraining
-from fedlight.seeding import generator
+from fedlight.data.reading import read_batches
+from fedlight.engines.base import ClientTask, LocalTraining
+from fedlight.module.step import IndexedBatch
+from fedlight.seeding import derive_seed, generator
 
 
 def num_batches(num_samples: int, batch_size: int, limit: int | float | None) -> int:
@@ -74,6 +78,39 @@ def batch_order(round: int, client: int, dataset: Dataset[object], training: Loc
     """The plan of a client's round, from the generator of (seed, "order", round, client)."""
     size = len(dataset)  # type: ignore[arg-type]
     return BatchOrder(size, training, generator(training.seed, "order", round, client))
+
+
+def batch_reader(
+    round: int,
+    task: ClientTask,
+    plan: BatchOrder,
+    training: LocalTraining,
+    transfer: Callable[[Any], Any],
+    convert: Callable[[Any], Any],
+) -> Callable[[int], Iterator[IndexedBatch]]:
+    """A function that yields the batches of one local epoch, on the device."""
+    dataset: Dataset[Any] = task.dataset
+    if isinstance(dataset, ArrayDataset):
+        dataset = dataset.near(training.fabric.device)
+        order, draws = plan.order.to(training.fabric.device), dict[str, Tensor]()
+        if dataset.transform is not None:
+            drawn = dataset.draw(len(plan.order), generator(training.seed, "augment", round, task.client))
+            draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
+
+        def gathered(epoch: int) -> Iterator[IndexedBatch]:
+            for index, batch in enumerate(dataset.batches(order, plan.epochs[epoch], draws)):
+                yield convert(transfer(batch)), index
+
+        return gathered
+
+    def loaded(epoch: int) -> Iterator[IndexedBatch]:
+        batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
+        seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
+        read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
+        for index, batch in enumerate(read):
+            yield convert(transfer(batch)), index
+
+    return loaded
 
 
 def same_storage(one: ArrayDataset, other: ArrayDataset) -> bool:

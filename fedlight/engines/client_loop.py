@@ -1,18 +1,16 @@
 """One place to train clients in: a module with flat buffers, and the local loop around the local step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
-from fedlight.data.arrays import ArrayDataset
-from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.batch_order import BatchOrder, batch_order
+from fedlight.engines.batch_order import BatchOrder, batch_order, batch_reader
+from fedlight.engines.flat_step import FlatStep
 from fedlight.engines.fused_optimizers import begin_momentum, float32, fuse
 from fedlight.engines.hyperparameters import LocalHyperparameters, Values, lr_sum, set_values
 from fedlight.engines.moving import Moving
@@ -25,10 +23,13 @@ from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
 from fedlight.module.step import IndexedBatch, OtherModels, step_loss, transfer_function
 from fedlight.perturbations.base import State
-from fedlight.seeding import derive_seed, generator, seed_global_rng
+from fedlight.seeding import derive_seed, seed_global_rng
 
 if TYPE_CHECKING:
     from fedlight.engines.compiled import CompiledStep
+
+_SHOWN = ("on_before_zero_grad", "on_before_optimizer_step")
+"""Hooks that are shown the optimizer, and may look at its state."""
 
 
 class ClientLoop:
@@ -64,6 +65,9 @@ class ClientLoop:
         self.own: OwnStep
         self.optimizer: Optimizer
         self._fused = False
+        self._flat_step: FlatStep | None = None
+        watched = getattr(training.call, "overridden", lambda name: ())
+        self._seen = bool(self._own_step or training.optimizer_state or any(map(watched, _SHOWN)))
 
     def release(self) -> None:
         """Give the module's parameters storage of their own."""
@@ -121,9 +125,10 @@ class ClientLoop:
         self.fresh = configure_optimizers(self.module)
         self.optimizer = self.fresh.optimizer
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
-        self.own = OwnStep(self.module, self.optimizer, self._update)
         # What can be recorded in a CUDA graph is what is run without one, too: that gives the same bits.
         self._fused = self.device.type == "cuda" and fuse(self.optimizer, self.device)
+        self._flat_step = None if self._seen or self._fused else FlatStep(self.optimizer, self.flat)
+        self.own = OwnStep(self.module, self.optimizer, self._update, self._flat_step and self._flat_step.release)
         if getattr(self._precision, "scaler", None) is not None:
             self._scaler = torch.amp.GradScaler(self.device.type, init_scale=task.loss_scale)
             begin_momentum(self.optimizer)
@@ -198,13 +203,13 @@ class ClientLoop:
 
     def _update(self) -> None:
         if self._scaler is None:
-            self.optimizer.step()
+            (self._flat_step or self.optimizer.step)()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        self.flat.grad.zero_()  # gradients stay views of one vector
+        self.flat.zero_grad()
 
     def _gradient(self, batches: list[IndexedBatch], point: Tensor, first: bool) -> Tensor:
         """∇(loss + penalties) at a point ``[P]``, the mean over the step's batches."""
@@ -212,11 +217,12 @@ class ClientLoop:
         backup = None if point is here else here.clone()
         if backup is not None:
             here.copy_(point)
-        self.flat.grad.zero_()
+        self.flat.zero_grad()
         kept = None if first else {name: value.detach().clone() for name, value in self.held.read().items()}
         attributes = None if kept is None else self.held.attributes()
         for batch, index in batches:
             self._backward(batch, index, 1 / len(batches), first)
+        self.flat.gather_grad()
         if attributes is not None:
             attributes.restore()
         if kept is not None:  # running statistics move in the first pass only
@@ -252,39 +258,6 @@ class ClientLoop:
         call("on_before_backward", loss)
         loss.backward()  # type: ignore[no-untyped-call]
         call("on_after_backward")
-
-
-def batch_reader(
-    round: int,
-    task: ClientTask,
-    plan: BatchOrder,
-    training: LocalTraining,
-    transfer: Callable[[Any], Any],
-    convert: Callable[[Any], Any],
-) -> Callable[[int], Iterator[IndexedBatch]]:
-    """A function that yields the batches of one local epoch, on the device."""
-    dataset: Dataset[Any] = task.dataset
-    if isinstance(dataset, ArrayDataset):
-        dataset = dataset.near(training.fabric.device)
-        draws = dataset.draw(len(plan.order), generator(training.seed, "augment", round, task.client))
-        order = plan.order.to(training.fabric.device)
-        draws = {name: value.to(training.fabric.device) for name, value in draws.items()}
-
-        def gathered(epoch: int) -> Iterator[IndexedBatch]:
-            for index, (begin, end) in enumerate(plan.epochs[epoch]):
-                part = {name: value[begin:end] for name, value in draws.items()}
-                yield convert(transfer(dataset.batch(order[begin:end], part))), index
-
-        return gathered
-
-    def loaded(epoch: int) -> Iterator[IndexedBatch]:
-        batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
-        seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
-        read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
-        for index, batch in enumerate(read):
-            yield convert(transfer(batch)), index
-
-    return loaded
 
 
 def _groups(batches: Iterator[IndexedBatch], size: int) -> Iterator[list[IndexedBatch]]:

@@ -38,7 +38,7 @@ class LogCollector:
         self.batch_size = 1
         self.enabled = True
         self.prog_bar: set[str] = set()
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor | float]] = {}
         self._reductions: dict[str, str] = {}
         self._metrics: dict[str, Metric] = {}
         self._seen: dict[str, float] = {}
@@ -102,9 +102,9 @@ class LogCollector:
     def add(self, name: str, value: Tensor, weight: float, reduction: str = "mean") -> None:
         """Add a scalar tensor with a weight to a name."""
         value = value * weight if reduction == "mean" else value.clone()
-        self.merge(name, value, torch.full_like(value, float(weight)), reduction)
+        self.merge(name, value, float(weight), reduction)
 
-    def merge(self, name: str, value: Tensor, weight: Tensor, reduction: str = "mean") -> None:
+    def merge(self, name: str, value: Tensor, weight: Tensor | float, reduction: str = "mean") -> None:
         """Add what another collector's :meth:`sums` gave for a name."""
         self._reductions[name] = reduction
         old = self._sums.get(name)
@@ -124,7 +124,7 @@ class LogCollector:
 
     def sums(self, keep: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
-        found = dict(self._sums)
+        found = {name: (value, _like(value, weight)) for name, (value, weight) in self._sums.items()}
         for name, metric in self._metrics.items():
             with with_attributes([metric] if self.alone else [], _ALONE):
                 value = self._scalar(name, metric.compute())
@@ -137,7 +137,8 @@ class LogCollector:
 
     def take(self) -> dict[str, tuple[Tensor, Tensor, str]]:
         """Values that were logged since the last call, with their reductions; metrics stay for :meth:`sums`."""
-        taken = {name: (value, weight, self._reductions[name]) for name, (value, weight) in self._sums.items()}
+        sums = self._sums.items()
+        taken = {name: (value, _like(value, weight), self._reductions[name]) for name, (value, weight) in sums}
         self._sums.clear()
         return taken
 
@@ -151,6 +152,11 @@ class LogCollector:
         for name, (total, weight) in self.sums(keep).items():
             out[name] = total / weight if self.reduction(name) == "mean" else total
         return out
+
+
+def _like(value: Tensor, weight: Tensor | float) -> Tensor:
+    # A weight is a number for as long as may be: nobody waits for it, and a step has fewer tensors to make.
+    return weight if isinstance(weight, Tensor) else torch.full_like(value, weight)
 
 
 @contextmanager

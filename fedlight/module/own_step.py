@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -17,22 +17,32 @@ class OwnStep:
         module: the module.
         optimizer: its optimizer.
         update: lets the optimizer take a step.
+        shown: called before somebody gets to see the optimizer; None for nothing.
 
     Attributes:
         lrs: the learning rate of each step that was taken.
     """
 
-    def __init__(self, module: LightningModule, optimizer: Optimizer, update: Callable[[], None]) -> None:
-        self._module, self._optimizer, self._update = module, optimizer, update
+    def __init__(
+        self,
+        module: LightningModule,
+        optimizer: Optimizer,
+        update: Callable[[], None],
+        shown: Callable[[], None] | None = None,
+    ) -> None:
+        self._module, self._optimizer, self._update, self._shown = module, optimizer, update, shown
         self._closure: Callable[[], Any] | None = None
         self.lrs: list[float] = []
 
     @cached_property
     def optimizer(self) -> LightningOptimizer:
         """What ``self.optimizers()`` gives, and ``optimizer_step`` gets."""
-        wrapped = LightningOptimizer(self._optimizer)
-        wrapped._strategy = self  # type: ignore[assignment]
-        return wrapped
+        if self._shown is not None:
+            self._shown()
+        wrapped: Any = LightningOptimizer(self._optimizer)
+        wrapped.zero_grad = self._optimizer.zero_grad  # it has one of its own, by its class
+        wrapped._strategy = self
+        return cast(LightningOptimizer, wrapped)
 
     def __call__(self, batch_idx: int, gradient: Callable[[], Any]) -> None:
         """Let the module take a step; ``gradient`` gives the parameters their gradient.

@@ -1,6 +1,6 @@
 """Flat parameters: a module's trainable parameters and their gradients as views into one vector each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,6 +122,10 @@ class FlatParameters:
     A step of any torch optimizer on the module's parameters changes :attr:`params`, and a backward pass adds to
     :attr:`grad`, with no copy. Move the module to its device first. :meth:`release` gives the parameters storage of
     their own again.
+
+    Attributes:
+        layout: the order of the parameters.
+        spans: where each of them begins and ends in the vector, by its ``id``.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -133,6 +137,7 @@ class FlatParameters:
         with torch.no_grad():
             self.params = torch.cat([p.detach().reshape(-1) for p in self._parameters])
         self.grad = torch.zeros_like(self.params)
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         views = zip(
             self._parameters,
             self.layout.views(self.params).values(),
@@ -142,7 +147,26 @@ class FlatParameters:
         for parameter, value, gradient in views:
             parameter.data = value
             parameter.grad = gradient
+            self._gradients.append((parameter, gradient))
         self._addresses = [p.data_ptr() for p in self._parameters]
+        infos = zip(self._parameters, self.layout.parameters, strict=True)
+        self.spans = {id(p): (info.offset, info.offset + info.numel) for p, info in infos}
+        self._pieces: dict[tuple[int, ...], list[Tensor]] = {}
+
+    def pieces(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The vector's parts, with their gradients, that these parameters fill; those that are not trained fill none.
+
+        Parameters that are neighbours are one part. The same parameters give the same tensors.
+        """
+        key = tuple(map(id, parameters))
+        if key not in self._pieces:
+            joined: list[tuple[int, int]] = []
+            for begin, end in sorted(self.spans[i] for i in key if i in self.spans):
+                joined.append((joined.pop()[0] if joined and joined[-1][1] == begin else begin, end))
+            self._pieces[key] = pieces = [self.params[begin:end] for begin, end in joined]
+            for piece, (begin, end) in zip(pieces, joined, strict=True):
+                piece.grad = self.grad[begin:end]
+        return self._pieces[key]
 
     def check(self) -> None:
         """Refuse by name parameters that have been frozen, unfrozen or replaced: the vector would miss them.
@@ -159,6 +183,21 @@ class FlatParameters:
                 f"model: the data of parameter {names[0]!r} is replaced while a client trains (`parameter.data = ...`),"
                 " which the optimizer's step would not see. Write into it instead: `parameter.data.copy_(...)`."
             )
+
+    def zero_grad(self) -> None:
+        """The gradient is 0, and the parameters' gradients are its views, whatever has been put in their place."""
+        self.grad.zero_()
+        for parameter, view in self._gradients:
+            if parameter.grad is not view:
+                parameter.grad = view
+
+    def gather_grad(self) -> Tensor:
+        """:attr:`grad`, after a backward pass: modules may have put other gradients in place of its views."""
+        for parameter, view in self._gradients:
+            if (other := parameter.grad) is not view:
+                _ = view.zero_() if other is None else view.copy_(other)
+                parameter.grad = view
+        return self.grad
 
     def release(self) -> None:
         """Give every parameter its own storage and drop the gradients."""

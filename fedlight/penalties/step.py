@@ -151,7 +151,7 @@ class PenalizedStep:
 
 def penalized_step(module: nn.Module) -> PenalizedStep | None:
     """The wrapper around ``module.training_step`` while a penalty is attached, else None."""
-    step = vars(unwrapped(module)).get("_penalized_step")
+    step = vars(module).get("_penalized_step") or vars(unwrapped(module)).get("_penalized_step")
     return step if isinstance(step, PenalizedStep) else None
 
 

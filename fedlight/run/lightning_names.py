@@ -108,6 +108,7 @@ def _optimization(t: Any, s: Any) -> tuple[list[Any], list[Any]]:
         return ([s.schedule.optimizer], s.schedule.schedulers) if hasattr(s, "schedule") else ([], [])
     for scheduled in slot.fresh.schedulers:  # they stand still: what they do in the round is worked out ahead
         scheduled.scheduler._last_lr = [float(group["lr"]) for group in slot.optimizer.param_groups]
+    _ = getattr(slot, "own", slot).optimizer  # from now on its state is as in torch
     return [slot.optimizer], slot.fresh.schedulers
 
 

@@ -138,3 +138,18 @@ def test_parts_are_the_same_wherever_the_storage_is(dataset, monkeypatch):
     whole = dataset.pooled().near("cpu")
     whole.inputs.zero_()  # a copy
     assert dataset.inputs.any()
+
+
+@pytest.mark.parametrize("most", [1, 100, 2**20])
+def test_batches_that_are_gathered_together_are_the_same(dataset, monkeypatch, most):
+    monkeypatch.setattr("fedlight.data.arrays._GATHERED_BYTES", most)
+    rows, edges = torch.tensor([2, 0, 1, 0, 2]), [(1, 3), (3, 4), (4, 5)]
+    draws = dataset.draw(5, torch.Generator().manual_seed(0))
+    found = []
+    for inputs, targets in dataset.batches(rows, edges, draws):
+        found.append((inputs.clone(), targets.clone()))
+        inputs.fill_(-1)  # what a step does to its batch
+        targets.fill_(-1)
+    for (begin, end), batch in zip(edges, found, strict=True):
+        expected = dataset.batch(rows[begin:end], {name: value[begin:end] for name, value in draws.items()})
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
