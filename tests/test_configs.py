@@ -20,6 +20,8 @@ FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*
 
 # Shape and classes of the images that a config is for, by a word in its name; the digits for all others.
 IMAGES = {
+    "lite/cifar20": ((16, 16, 3), 20),
+    "lite/pacs": ((16, 16, 3), 7),
     "tinyimagenet": ((64, 64, 3), 200),
     "pacs": ((64, 64, 3), 7),
     "cifar100": ((32, 32, 3), 100),
@@ -71,7 +73,8 @@ def is_slow(name):
     """Whether others of its kind train as it does: contracts train with every algorithm and perturbation."""
     kept = ("algorithm/feddyn.yaml", "algorithm/fedlesam_d.yaml", "perturbation/sam.yaml")
     others = name.startswith(("algorithm/", "perturbation/")) and name not in kept
-    return others or "tinyimagenet" in name or name in ("model/resnet18gn.yaml", "data/cifar100_iid.yaml")
+    large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
+    return others or large or name in ("lite/pacs.yaml", "data/cifar100_iid.yaml")
 
 
 def test_every_config_is_read(tmp_path):

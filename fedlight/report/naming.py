@@ -20,7 +20,10 @@ _ASIDE = (
     "trainer.limit_val_batches", "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
     "data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.allow_changes", "trainer.profiler",
 )  # fmt: skip
-_DIVISION = ("data.init_args.partitioner", "data.init_args.num_clients", "trainer.sampler", "trainer.clients_per_round")
+_DIVISION = (
+    "data.init_args.partitioner", "data.init_args.num_clients", "trainer.sampler", "trainer.clients_per_round",
+    "trainer.limit_train_batches",
+)  # fmt: skip
 
 Items = tuple[tuple[str, Any], ...]
 """Keys and values that identify something, sorted and hashable."""
@@ -44,7 +47,8 @@ class Method:
         penalties = _penalties(_callbacks(config))
         names = [name for name, _ in penalties]
         self.name = method_name(algorithm, perturbation and _class(perturbation), names, self.centralized)
-        items = {} if self.centralized else _below(config, "algorithm.init_args.")
+        work = {"limit_train_batches": config.get("trainer.limit_train_batches")}  # made that of a federated round
+        items = work if self.centralized else _below(config, "algorithm.init_args.")
         if perturbation:
             items |= {f"{_class(perturbation)}.{k}": v for k, v in _below(config, "perturbation.init_args.").items()}
         self._without_penalties = (self.name.removesuffix("".join(f"+{n}" for n in names)), _hashable(items))

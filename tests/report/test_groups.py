@@ -172,3 +172,15 @@ def test_central_training_counts_whatever_the_partition(tmp_path):
         "alpha=0.3, local_epochs=7",
     ]
     assert len(study.used) == 4
+
+
+def test_central_training_of_less_work_stands_beside_the_methods():
+    """``limit_train_batches`` makes its work that of a federated round; it tells two central lines apart."""
+    less = run([0.8], centralized=True, limit_train_batches=0.1)
+    study = group_runs([run([0.1]), less])
+    assert [(g.label, g.setting_label) for g in study.groups] == [("FedAvg", "digits"), ("Central", "digits")]
+    study = group_runs([run([0.1]), less, run([0.9], centralized=True)])
+    assert study.settings == ["digits"]
+    assert not study.repeated
+    labels = {g.label: g.stat("val/accuracy").mean for g in study.groups if g.method.is_central}
+    assert labels == {"Central (limit_train_batches=0.1)": 0.8, "Central (limit_train_batches=null)": 0.9}

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight import algorithms as fedlight_algorithms
 from fedlight.cli.command import FederatedCLI
 from fedlight.cli.command import main as fedlight
 from fedlight.report.naming import Method
@@ -185,3 +186,35 @@ def test_bad_studies_end_with_2_and_a_message(tmp_path, capsys):
         fedlight(["study", str(path)])
     assert stop.value.code == 2
     assert "`methd` is not known; did you mean 'method'" in capsys.readouterr().err
+
+
+LITE = [path for path in LOCAL if path.stem.startswith("lite")]
+
+
+def algorithms_of(path: Path) -> dict[str, list[dict]]:
+    """Settings of each algorithm in a study, by its name."""
+    found: dict[str, list[dict]] = {}
+    for value in yaml.safe_load(path.read_text())["parameters"]["algorithm"]["values"]:
+        found.setdefault(value["class_path"], []).append(value["init_args"])
+    return found
+
+
+def test_every_method_of_the_lite_table_is_searched_for_with_the_same_budget():
+    searched = algorithms_of(REPOSITORY / "sweeps" / "lite_tuning.yaml")
+    table = algorithms_of(REPOSITORY / "sweeps" / "lite.yaml")
+    assert {name: len(settings) for name, settings in searched.items()} == dict.fromkeys(table.keys() - {"FedAvg"}, 6)
+    for name in ("lr", "zeta"):
+        assert len(plan(load_study(REPOSITORY / "sweeps" / f"lite_{name}.yaml"))) == 6
+    assert all(len(settings) == 1 for settings in table.values())
+    assert algorithms_of(REPOSITORY / "sweeps" / "lite_pacs.yaml").items() <= table.items()
+
+
+@pytest.mark.parametrize("path", LITE, ids=names)
+def test_the_lite_commands_are_understood(path, parser):
+    study = load_study(path)
+    runs = plan(study)
+    seeds = {run.parameters["seed_everything"] for run in runs}
+    assert seeds == ({0} if "val_fraction" in path.read_text() else {1, 2, 3}), "tuned on other seeds than reported"
+    for value in (run.parameters["algorithm"] for run in runs if "algorithm" in run.parameters):
+        getattr(fedlight_algorithms, value["class_path"])(**value["init_args"])
+    parser.parse_args(arguments(study, runs[-1]))
