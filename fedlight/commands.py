@@ -98,7 +98,7 @@ class Commands(TrainerInterface):
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             return_predictions: whether to return them.
-            view: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+            view: which weights: the ``server``'s, the ``selected`` clients' mean, that of ``all`` clients, or ``swa``.
             output: folder to write to; by default ``predictions/`` of the run.
 
         Returns:
@@ -126,7 +126,7 @@ class Commands(TrainerInterface):
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             to: ``.pt``: the module's ``state_dict``; ``.pt2``: its ``forward`` as ``torch.export`` has it; ``.onnx``.
-            view: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+            view: which weights: the ``server``'s, the ``selected`` clients' mean, that of ``all`` clients, or ``swa``.
         """
         with Session(self, model, datamodule, "predict", ckpt_path) as session:
             session.views.choose(view)

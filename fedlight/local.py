@@ -61,15 +61,13 @@ class LocalObjective:
         """What a local step reads, by name; nothing where there is nothing to correct or to compare with."""
         parts: dict[str, Tensor | float] = {_MODEL + name: value for name, value in self.references.items()}
         if self.anchor is not None and not _is_constant(self.proximal, 0.0):
-            parts |= {"anchor": self.anchor, "proximal": self._scalar(self.proximal)}
+            parts |= {"anchor": self.anchor, "proximal": self.proximal}
         if self.linear is not None:
             parts["linear"] = self.linear
         if not _is_constant(self.gradient_scale, 1.0):
-            parts["gradient_scale"] = self._scalar(self.gradient_scale)
-        return parts
-
-    def _scalar(self, value: float | Tensor) -> float | Tensor:
-        return value.to(self.start) if isinstance(value, Tensor) else value  # of a schedule, in float64
+            parts["gradient_scale"] = self.gradient_scale
+        # A schedule's number is of float64.
+        return {k: v.to(self.start) if isinstance(v, Tensor) else v for k, v in parts.items()}
 
 
 _MODEL = "references/"

@@ -59,7 +59,10 @@ class FederatedTrainer(Commands):
         client_val_every_n_rounds: how often the server's model is evaluated on every client's own data; by default
             with every validation, 0 for never.
         views: which weights are evaluated: the ``server``'s, the ``selected`` clients' mean, the mean of ``all``
-            clients' latest models (which needs a vector for each client that ever trained).
+            clients' latest models (which needs a vector for each client that ever trained), ``swa``, the mean of the
+            server's over the last rounds.
+        swa_start: the part of ``max_rounds`` after which view ``swa`` begins.
+        swa_every_n_rounds: how many rounds there are between the models that it averages, as in a cycle.
         limit_train_batches: batches of a local epoch: a number, or a fraction (float).
         limit_val_batches: batches of a validation: a number, or a fraction (float).
         limit_test_batches: batches of a test: a number, or a fraction (float).
@@ -113,6 +116,8 @@ class FederatedTrainer(Commands):
         check_val_every_n_rounds: int = 1,
         client_val_every_n_rounds: int | None = None,
         views: Sequence[View] = ("server", "selected", "all"),
+        swa_start: float = 0.75,
+        swa_every_n_rounds: int = 1,
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
@@ -180,7 +185,7 @@ class FederatedTrainer(Commands):
             session.movers.join(federation.late())
         with clock("aggregate"):
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
-            row |= {f"schedule/{key}": value for key, value in now.items()} | federation.aggregate()
+            row |= now | federation.aggregate()
         self.should_stop = self.should_stop or stop > 0
         self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
         session.hooks("on_round_trained")

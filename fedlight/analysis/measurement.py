@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from time import perf_counter
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +18,7 @@ from fedlight.analysis.stochastic import TraceEstimate
 from fedlight.analysis.subject import DataName, Subject
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
-ViewName = Literal["server", "selected", "all"]
+ViewName = Literal["server", "selected", "all", "swa"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Measurement:
                 raise ValueError(f"{self.who}: `{key}` must be positive, got {getattr(self, key)}.")
         if self.data not in ("train", "val", "clients"):
             raise ValueError(f"{self.who}: `data` must be train, val or clients, got {self.data!r}.")
-        if not self.views or not set(self.views) <= {"server", "selected", "all"}:
-            raise ValueError(f"{self.who}: `views` must be of server, selected and all, got {list(self.views)}.")
+        if not self.views or not set(self.views) <= set(get_args(ViewName)):
+            raise ValueError(f"{self.who}: `views` must be of {', '.join(get_args(ViewName))}, got {list(self.views)}.")
 
     def check(self, subject: Subject) -> None:
         """Refuse what could not be measured, before any time is spent on training.

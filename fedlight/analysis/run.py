@@ -60,7 +60,7 @@ def analyze(
         on: ``train``: the training data of all clients, without augmentation; ``val``: the validation data;
             ``clients``: as ``train``, and λ_max of each client's own loss besides.
         max_samples: samples to draw of the data, and of each client's; None for all.
-        views: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+        views: which weights: the ``server``'s, the ``selected`` clients' mean, that of ``all`` clients, or ``swa``.
         float64: compute in float64 instead of float32.
         sam_rho: ρ of the sharpness L(w + ρ ∇L/‖∇L‖) − L(w).
         tolerance: relative error of eigenvalues at which the iteration ends.

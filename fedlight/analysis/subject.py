@@ -106,6 +106,8 @@ def federated_subject(trainer: Any) -> Subject:
     data, federation = trainer.datamodule, trainer.federation
     state = federation.state
     views = {"server": federation.params} | state.views
+    if trainer.state.fn == "fit" and not trainer.views.is_last:  # swa may come yet
+        views = dict.fromkeys(federation.views, federation.params) | views
     return Subject(
         module=trainer.lightning_module,
         device=trainer.strategy.root_device,

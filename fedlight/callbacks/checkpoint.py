@@ -103,7 +103,8 @@ class Checkpoint(RoundCallback):
         views = trainer.views
         name = self.monitor or self._chosen or preferred_metric(views.logged)
         found = name is not None and name in trainer.callback_metrics
-        if not self._said and (found or views.due):
+        awaited = str(name).endswith("_swa") and "swa" in trainer.federation.views and not views.is_last
+        if not self._said and (found or (views.due and not awaited)):
             self._said, logged = True, ", ".join(views.logged) or "nothing"
             rank_zero_info(
                 f"best.ckpt: the round with the {'largest' if self._larger(str(name)) else 'smallest'} {name}."

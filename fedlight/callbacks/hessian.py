@@ -42,7 +42,7 @@ class HessianSpectrum(Remembers, Callback):
         data: ``train``: the training data of all clients, without augmentation; ``val``: the validation data;
             ``clients``: as ``train``, and λ_max of each client's own loss besides.
         max_samples: samples to draw of the data, and of each client's; None for all. They are the same in every round.
-        views: which weights: the ``server``'s, the ``selected`` clients' mean, the mean of ``all`` clients' latest.
+        views: which weights: the ``server``'s, the ``selected`` clients' mean, that of ``all`` clients, or ``swa``.
         float64: compute in float64 instead of float32.
         sam_rho: ρ of the sharpness L(w + ρ ∇L/‖∇L‖) − L(w).
         tolerance: relative error of eigenvalues at which the iteration ends.
@@ -103,7 +103,7 @@ class HessianSpectrum(Remembers, Callback):
             return {}
         measured: dict[int, HessianResult] = {}
         self.results = {}
-        for view in self.measurement.views:
+        for view in (v for v in self.measurement.views if v == "server" or v in trainer.federation.state.views):
             key = id(subject.weights[view][0])  # views may be the same vector
             if key not in measured:
                 measured[key] = self.measurement.run(subject, view)

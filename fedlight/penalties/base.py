@@ -65,11 +65,9 @@ class Penalty(_CallbackBase, Term):
         if step is not None and self in step.penalties:
             return step
         self._check(module)
-        for waiting in [tensor for tensor in scheduled(vars(self)) if tensor.round is None]:
-            raise MisconfigurationException(
-                f"{waiting.key} follows a schedule, and no one has said of which round or epoch. In a loop of your own,"
-                f" call {type(self).__name__}.follow(epoch) before attach, and whenever an epoch begins."
-            )
+        if any(tensor.round is None for tensor in scheduled(vars(self))):
+            call = f"{type(self).__name__}.follow(epoch)"
+            raise MisconfigurationException(f"A schedule is to be followed: {call} before attach, and in every epoch.")
         observed = self.observe(module)
         if step is None:
             step = PenalizedStep(module)
@@ -92,12 +90,7 @@ class Penalty(_CallbackBase, Term):
             self.detach(module)
 
     def follow(self, round: int, device: torch.device | None = None) -> None:
-        """Set what follows a schedule to its value in a round: for a loop of your own; trainers call it.
-
-        Args:
-            round: counted from 0; an epoch, in Lightning's ``Trainer``.
-            device: where the penalty is worked out.
-        """
+        """Set what follows a schedule to its value in a round or epoch, from 0, in a loop of your own."""
         follow(scheduled(vars(self)), round, device)
 
     # Layers may come into being in configure_model, and DDP redirects to whatever `training_step` the module has when

@@ -1,7 +1,7 @@
 """Hyperparameters: numbers that are checked, and that may follow the round."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 Number = float | dict[str, Any]
 """A hyperparameter as it is given: a number, or ``{schedule: linear, from: 0, to: 0.05, rounds: 50}``."""
 KEYS = {"schedule", "from", "to", "rounds"}
-"""What every schedule says; ``after`` may be added."""
 _KINDS: dict[str, Callable[[float, float, float], float]] = {
     "linear": lambda a, b, part: a + (b - a) * part,
     "cosine": lambda a, b, part: a + (b - a) * (1 - math.cos(math.pi * part)) / 2,
@@ -39,11 +38,8 @@ def check_number(
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or number < 0 or (positive and number == 0) or number >= below or number > at_most:
-        bound = f"{'above' if positive else 'at least'} 0"
-        if below < math.inf:
-            bound += f" and below {below:g}"
-        if at_most < math.inf:
-            bound += f" and at most {at_most:g}"
+        bound = f"{'above' if positive else 'at least'} 0" + f" and below {below:g}" * (below < math.inf)
+        bound += f" and at most {at_most:g}" * (at_most < math.inf)
         raise ValueError(f"{key} must be a finite number {bound}, found {value!r}.")
     return number
 
@@ -69,11 +65,9 @@ def check_hyperparameter(key: str, value: Any, **limits: Any) -> float:
             f"{key}: the schedule {'lacks' if KEYS - given.keys() else 'has an unknown key'} {', '.join(wrong)}. Write"
             " {schedule: linear, from: 0, to: 0.05, rounds: 50}; `after: 10` lets 10 rounds pass before it moves."
         )
-    kind, ends = given["schedule"], {end: check_number(f"{key}.{end}", given[end], **limits) for end in ("from", "to")}
-    if kind not in _KINDS:
-        raise ValueError(f"{key}.schedule must be one of {', '.join(_KINDS)}, found {kind!r}.")
-    if kind == "exponential" and not all(ends.values()):
-        raise ValueError(f"{key}: an exponential schedule needs `from` and `to` above 0, found {ends}.")
+    ends = {end: check_number(f"{key}.{end}", given[end], **limits) for end in ("from", "to")}
+    if (kind := given["schedule"]) not in _KINDS or (kind == "exponential" and not all(ends.values())):
+        raise ValueError(f"{key}.schedule must be one of {', '.join(_KINDS)} (between numbers > 0), found {kind!r}.")
     for name, least in (("rounds", 1), ("after", 0)):
         if type(count := given.get(name, 0)) is not int or count < least:
             raise ValueError(f"{key}.{name} must be a whole number of at least {least}, found {count!r}.")
@@ -91,8 +85,7 @@ def settings_of(value: Any) -> dict[str, Any] | None:
 
 def largest(value: float) -> float:
     """A number, or the largest one of a schedule."""
-    schedule = settings_of(value)
-    return value if schedule is None else max(schedule["from"], schedule["to"])
+    return value if (schedule := settings_of(value)) is None else max(schedule["from"], schedule["to"])
 
 
 def at(schedule: Mapping[str, Any], round: int) -> float:
@@ -108,14 +101,14 @@ def scheduled(*attributes: dict[str, Any]) -> list[Any]:
     return list({id(v): v for v in tree_leaves(attributes) if settings_of(v) is not None}.values())
 
 
-def follow(tensors: Iterable[Any], round: int, device: torch.device | None = None) -> dict[str, float]:
-    """Set what follows a schedule to its value in a round, in place, on a device; the values by their keys."""
+def follow(tensors: list[Any], round: int, device: torch.device | None = None) -> dict[str, float]:
+    """Set what follows a schedule to its value in a round, in place, on a device; the values as metrics."""
     values: dict[str, float] = {}
-    for tensor in tensors:
+    keys = [f"schedule/{tensor.key}" for tensor in tensors]
+    for i, tensor in enumerate(tensors):
         if device is not None and device.type != "mps":  # which has no float64, and takes scalars from the CPU
             tensor.data = tensor.data.to(device)
         tensor.round, now = round, at(tensor.schedule, round)
         tensor.fill_(now)
-        same = sum(key.startswith(tensor.key) for key in values)  # a second penalty of its class
-        values[f"{tensor.key}_{same + 1}" if same else tensor.key] = now
+        values[keys[i] + f"_{keys[: i + 1].count(keys[i])}" * (keys[i] in keys[:i])] = now
     return values

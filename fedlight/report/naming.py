@@ -16,7 +16,7 @@ _ASIDE = (
     "ckpt_path", "trainer.default_root_dir", "trainer.name", "trainer.logger", "trainer.enable_progress_bar",
     "trainer.enable_checkpointing", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.engine", "trainer.client_state", "trainer.compile", "trainer.deterministic", "trainer.views",
-    "trainer.check_val_every_n_rounds", "trainer.client_val_every_n_rounds", "trainer.fast_dev_run",
+    "trainer.check_val_every_n_rounds", "trainer.client_val_every_n_rounds", "trainer.fast_dev_run", "trainer.swa_",
     "trainer.limit_val_batches", "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
     "data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.allow_changes", "trainer.profiler",
 )  # fmt: skip

@@ -15,6 +15,7 @@ _COLUMNS = {
     "val/accuracy": "server",
     "val/accuracy_selected": "selected",
     "val/accuracy_all": "all",
+    "val/accuracy_swa": "swa",
     "val/loss": "loss",
 }
 _FOLDERS = ("trainer.default_root_dir", "trainer.name", "ckpt_path", "seed_everything")
@@ -169,6 +170,7 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
         ("server", lambda g: show_stat(g.stat("val/accuracy"), "accuracy")),
         ("selected", lambda g: show_stat(g.stat("val/accuracy_selected"), "accuracy")),
         ("all", lambda g: show_stat(g.stat("val/accuracy_all"), "accuracy")),
+        ("swa", lambda g: show_stat(g.stat("val/accuracy_swa"), "accuracy")),
         ("loss", lambda g: show_stat(g.stat("val/loss"), digits=3)),
         ("gain of MAN", lambda g: _gain(study, g, metric)),
     ]
@@ -181,7 +183,7 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
     columns.append(("seeds", lambda g: str(len(g.runs))))
     note = (
         "server, selected, all: accuracy in percent of the server's model, of the mean of the selected clients and of"
-        " the mean of all clients' latest models, after the last round."
+        " the mean of all clients' latest models, after the last round; swa: of the mean of the server's last models."
     )
     return _of_setting(study, setting, metric, columns, note)
 

@@ -23,6 +23,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.module.state import untouched
 from fedlight.module.step import call_step
+from fedlight.penalties.numbers import follow
 from fedlight.run.evaluation import evaluating
 from fedlight.server.federation import Federation, too_few
 
@@ -44,10 +45,10 @@ def preflight(
     trainer: Any = module.trainer
     check_schedules(module, federation.sizes.tolist(), trainer)
     _check_lr(federation, schedule)
+    follow(trainer.scheduled, trainer.current_round, fabric.device)
     for tensor in trainer.scheduled:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
-            most = f"trainer.max_rounds={trainer.max_rounds}"
-            rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, later than {most}.")
+            rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
     _check_sizes(federation)

@@ -17,7 +17,6 @@ from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
-from fedlight.penalties.numbers import follow
 from fedlight.run import resume
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.clock import RoundClock, make_profiler, start_profiler
@@ -176,7 +175,8 @@ class Session(RunContext):
         self._cleanup.callback(self.writer.close)  # before the connections that it may be using
         policy = trainer.algorithm.buffers or settings["buffers"]
         parts = trainer.algorithm, trainer.perturbation, self.datamodule, rows, policy, settings["views"], self.layout
-        self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved)
+        swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]
+        self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved, swa)
         self.views = Views(self)
         least = min(max(2, trainer.algorithm.min_clients), self.federation.num_clients)
         per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
@@ -221,7 +221,6 @@ class Session(RunContext):
         trainer, settings, data = self.trainer, self.settings, self.datamodule
         if self._checkpoint is not None:
             resume.restore_schedule(self, self._checkpoint)
-        follow(trainer.scheduled, trainer.current_round, self.fabric.device)
         whole_epochs = settings["limit_train_batches"] is None
         preflight(self.module, self.fabric, data, self.federation, self.schedule, self.evaluator.transfer, whole_epochs)
         use_threads(choose_threads(self), self._cleanup)

@@ -16,7 +16,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
     **{"max_rounds": 0, "local_epochs": 1, "local_steps": 1, "accumulate_grad_batches": 1, "num_nodes": 1},
-    **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0},
+    **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0, "swa_every_n_rounds": 1},
 }
 
 
@@ -63,6 +63,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     views, known = list(settings["views"]), get_args(View)
     if "server" not in views or any(v not in known for v in views):
         raise MisconfigurationException(f"trainer.views={views} must hold 'server' and may hold {list(known[1:])}.")
+    if not 0 <= settings["swa_start"] < 1:
+        raise MisconfigurationException(f"trainer.swa_start={settings['swa_start']!r} must be at least 0 and below 1.")
     for key in ("name", "default_root_dir"):
         text = str(settings[key])
         single = key != "name" or (settings[key] and "/" not in text and not text.startswith("."))

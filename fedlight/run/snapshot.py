@@ -165,15 +165,13 @@ def write_summary(run: RunContext, seconds: float, logged: list[str], engine: st
     trainer, final = run.trainer, {}
     for row in rows:
         final.update(row)
-    judged = logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all"))]
+    judged = logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all", "_swa"))]
     best = {
         name: {"value": row[name], "round": int(row["round"])}
-        for name in (of for name in judged for of in (name, f"{name}_all"))
+        for name in (of for name in judged for of in (name, f"{name}_all", f"{name}_swa"))
         if (having := [r for r in rows if r.get(name) == r.get(name, float("nan"))])
         for row in [(min if smaller_is_better(name) else max)(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
     }
-    federation = run.federation
-    perturbation = trainer.perturbation
     run.folder.write_json(
         "summary.json",
         {
@@ -183,9 +181,9 @@ def write_summary(run: RunContext, seconds: float, logged: list[str], engine: st
             "seconds": round(seconds, 3),
             "seed": trainer.seed,
             "algorithm": type(trainer.algorithm).__name__,
-            "perturbation": None if perturbation is None else type(perturbation).__name__,
-            "num_clients": federation.num_clients,
-            "buffers": federation.buffer_policy,
+            "perturbation": None if trainer.perturbation is None else type(trainer.perturbation).__name__,
+            "num_clients": run.federation.num_clients,
+            "buffers": run.federation.buffer_policy,
             "parameters": run.layout.numel,
             "device": str(run.fabric.device),
             "precision": trainer.settings["precision"],

@@ -81,7 +81,7 @@ def results(folder: Path) -> dict[str, str]:
     """What came of a run that left ``summary.json`` in its folder: metrics at the end and at best, rounds."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     final, best = summary["final"], summary["best"]
-    shown = [name for name in best if name in final and not name.endswith("_all")][:3]
+    shown = [name for name in best if name in final and not name.endswith(("_all", "_swa"))][:3]
     found = {
         name: f"{final[name]:.4f}, best {best[name]['value']:.4f} after round {best[name]['round'] + 1}"
         for name in shown

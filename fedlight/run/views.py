@@ -55,10 +55,11 @@ class Views:
     @property
     def due(self) -> bool:
         """Whether there is an evaluation after the round that was just aggregated."""
-        return self._is_last or self._run.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
+        return self.is_last or self._run.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
 
     @property
-    def _is_last(self) -> bool:
+    def is_last(self) -> bool:
+        """Whether the round that was just aggregated is the last one."""
         trainer = self._run.trainer
         return trainer.current_round >= trainer.max_rounds or trainer.should_stop
 
@@ -132,7 +133,7 @@ class Views:
             return {}
         if every is None:
             every = 1 if count <= 200 else rounds + 1
-        if rounds % every and not self._is_last:
+        if rounds % every and not self.is_last:
             return {}
         self.load("server")
         self.clients = run.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])

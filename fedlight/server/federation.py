@@ -22,10 +22,10 @@ from fedlight.server.clients import reweighed
 from fedlight.server.incoming import Entry, Incoming, Report, round_metrics
 from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
-from fedlight.server.state import like, moved, num_bytes
+from fedlight.server.state import is_averaged, like, like_real, moved, num_bytes, real, summed_rounds
 from fedlight.transforms.base import Transform
 
-View = Literal["server", "selected", "all"]
+View = Literal["server", "selected", "all", "swa"]
 _PERTURBATION, _BUFFERS = "perturbation/", "buffers/"
 
 
@@ -45,6 +45,7 @@ class Federation:
         transforms: what stands between a client's message and the server.
         seed: of the transforms' random draws.
         unmoved: gives a parameter without a gradient as it was when the round began.
+        swa: ``begin`` and ``every`` of view ``swa``.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Federation:
         transforms: Sequence[Transform] = (),
         seed: int = 0,
         unmoved: Callable[[str], Tensor] | None = None,
+        swa: tuple[int, int] = (0, 1),
     ) -> None:
-        self._unmoved = unmoved
+        self._unmoved, self._swa = unmoved, swa
         self.algorithm, self.perturbation = algorithm, perturbation
         self.rows, self.store, self.buffer_policy, self.views = rows, rows.store, buffer_policy, views
         self.num_clients = datamodule.num_clients
@@ -84,7 +86,7 @@ class Federation:
             algorithm=self.algorithm.init_server(params),
             perturbation={} if self.perturbation is None else self.perturbation.init_server(params),
             buffers=buffers,
-            views=dict.fromkeys(self.views, params),
+            views={view: params for view in self.views if view != "swa"},
             latest_mean=latest if "all" in self.views else {},
         )
         self.begin()
@@ -138,10 +140,8 @@ class Federation:
         if "all" in self.views:
             before = self._kept(sender.client, "latest", self.state.latest_mean["initial"])
             terms["latest"], rows["latest"] = weight * (latest.double() - before), {"params": latest}
-        counters = {k: v for k, v in result.buffers.items() if not _averaged(v)}
-        moved_by = {
-            k: _real(v).double() - _real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters
-        }
+        counters = {k: v for k, v in result.buffers.items() if not is_averaged(v)}
+        moved_by = {k: real(v).double() - real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters}
         terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
         report = Report.of(result, weight, square, reply.num_bytes + self._buffer_bytes)
         model = reply.message["params"] if algorithm.collects else None
@@ -206,8 +206,10 @@ class Federation:
         if "all" in self.views:
             latest = {**old.latest_mean, "params": old.latest_mean["params"] + total["latest"] / self._total_weight}
             views["all"] = latest["params"].to(dtype)
+        swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
+        views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
         steps = {k: total[_BUFFERS + k] / total["weight"] for k in old.buffers if _BUFFERS + k in total}
-        averaged = {k: _like_real(_real(old.buffers[k]) + v, old.buffers[k]) for k, v in steps.items()}
+        averaged = {k: like_real(real(old.buffers[k]) + v, old.buffers[k]) for k, v in steps.items()}
         scales = [report.loss_scale for report in used if report.loss_scale is not None]
         self.state = ServerState(
             round=old.round + 1,
@@ -215,8 +217,9 @@ class Federation:
             algorithm=algorithm,
             perturbation=perturbation,
             buffers=like({**old.buffers, **averaged, **incoming.maxima}, old.buffers),
-            views={view: views[view] for view in self.views},
+            views={view: views[view] for view in self.views if view in views},
             latest_mean=latest,
+            swa=swa,
             loss_scale=min(scales, default=old.loss_scale),
         )
         return metrics
@@ -285,16 +288,3 @@ def too_few(algorithm: Algorithm, found: str) -> MisconfigurationException:
         f"algorithm: {type(algorithm).__name__} needs {algorithm.min_clients} clients in a round, and {found}. Raise"
         " trainer.clients_per_round, or use another algorithm."
     )
-
-
-def _averaged(buffer: Tensor) -> bool:
-    """Whether a buffer is averaged over clients; of the others (counters of batches) the largest is kept."""
-    return buffer.is_floating_point() or buffer.is_complex()
-
-
-def _real(buffer: Tensor) -> Tensor:
-    return torch.view_as_real(buffer) if buffer.is_complex() else buffer
-
-
-def _like_real(value: Tensor, buffer: Tensor) -> Tensor:
-    return torch.view_as_complex(value) if buffer.is_complex() else value

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.perturbations.base import State
@@ -23,6 +24,7 @@ class ServerState:
         views: the weights that are evaluated, by name, ``[P]`` each.
         latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, and ``initial``, the model
             before the first round, ``[P]``; empty unless view ``all`` is kept.
+        swa: what :func:`summed_rounds` keeps for view ``swa``; empty before its first round.
         loss_scale: where 16-bit mixed precision starts in the next round.
     """
 
@@ -33,7 +35,44 @@ class ServerState:
     buffers: State = field(default_factory=dict)
     views: State = field(default_factory=dict)
     latest_mean: State = field(default_factory=dict)
+    swa: State = field(default_factory=dict)
     loss_scale: float = 65536.0
+
+
+def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int) -> State:
+    """The sum of the server's models after the last rounds: ``sum`` ``[P]`` float64, their ``count``, the ``first``.
+
+    Args:
+        old: the same before this round; void if it holds models of before ``begin``, as ``max_rounds`` was another.
+        params: the server's model after the round, ``[P]``.
+        round: rounds that are complete.
+        begin: after so many rounds no model counts yet.
+        every: after so many more one does, and so on.
+
+    Source: Caldarola et al., "Improving Generalization in Federated Learning by Seeking Flat Minima", ECCV 2022.
+    """
+    old = old if old and int(old["first"]) > begin else {}
+    if round <= begin or (round - begin) % every:
+        return old
+    if not old and round > begin + every:
+        rank_zero_info(f"trainer.views: swa begins late, with round {round} instead of {begin + every}.")
+    total, count = (old["sum"], old["count"]) if old else (0.0, torch.tensor(0))
+    return {"first": torch.tensor(round), **old, "sum": total + params.double(), "count": count + 1}
+
+
+def is_averaged(buffer: Tensor) -> bool:
+    """Whether a buffer is averaged over clients; of the others (counters of batches) the largest is kept."""
+    return buffer.is_floating_point() or buffer.is_complex()
+
+
+def real(buffer: Tensor) -> Tensor:
+    """A buffer in real numbers."""
+    return torch.view_as_real(buffer) if buffer.is_complex() else buffer
+
+
+def like_real(value: Tensor, buffer: Tensor) -> Tensor:
+    """The inverse."""
+    return torch.view_as_complex(value) if buffer.is_complex() else value
 
 
 def like(state: State, old: State) -> State:

@@ -26,5 +26,5 @@ class ClipUpdate(Transform):
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """The clipped update."""
         length = torch.linalg.vector_norm(vector, dtype=torch.float64)
-        factor = torch.clamp(self.norm / length, max=1.0)  # infinite where the update is 0, and so 1
+        factor = torch.clamp(float(self.norm) / length, max=1.0)  # infinite where the update is 0, and so 1
         return vector * factor.to(vector.dtype), {}, own

@@ -242,7 +242,7 @@ def test_two_of_them_are_refused(tmp_path):
         ({"sam_rho": 0.0}, "`sam_rho` must be positive"),
         ({"tolerance": -1.0}, "`tolerance` must be positive"),
         ({"data": "test"}, "`data` must be train, val or clients"),
-        ({"views": ["best"]}, "`views` must be of server, selected and all"),
+        ({"views": ["best"]}, "`views` must be of server, selected, all, swa, got"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
