@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MinMetric
 
+from fedlight.engines import moving
 from fedlight.module.state import ModuleState, untouched
 from fedlight.perturbations import SAM
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
@@ -315,3 +316,29 @@ def test_a_late_teacher_without_a_copy_ends_the_run_by_name(tmp_path, monkeypatc
     monkeypatch.setattr("fedlight.module.state._COPIED", 0)
     with pytest.raises(MisconfigurationException, match=r"model: self.teacher.weight changes while a client trains"):
         quiet_trainer(tmp_path).fit(Late(), Clients())
+
+
+class Logs(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/own", loss)
+        return loss
+
+
+class Counts(Logs):
+    steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("model", "captures"), [(Logs, 0), (Counts, 8)])
+def test_a_second_pass_captures_the_attributes_only_of_a_module_that_changes_some(
+    tmp_path, monkeypatch, model, captures
+):
+    calls = []
+    take = moving.attributes_of
+    monkeypatch.setattr(moving, "attributes_of", lambda module: calls.append(1) or take(module))
+    quiet_trainer(tmp_path, max_rounds=1, clients_per_round=4, perturbation=SAM(0.1)).fit(model(), Clients())
+    assert len(calls) == captures

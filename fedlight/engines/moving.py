@@ -81,7 +81,8 @@ class Moving:
     def attributes(self) -> ModuleState | None:
         """The module's attributes, if clients change any: the first step of each client tells."""
         if self._changes is None:
-            self._changes = self._state is not None and not self._state.unchanged()
+            # Not by the quick look: while logs are collected, it sees that the module has another `log`.
+            self._changes = self._state is not None and bool(self._state.changes())
         return attributes_of(self._module) if self._changes else None
 
 
