@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from fedlight import MAN, Classifier, FederatedTrainer, ImageData, algorithms
+from fedlight.algorithms.fedmuon import Muon
 from fedlight.data import DirichletClients
 from fedlight.models import MLP
 from fedlight.run.loggers import read_metrics
@@ -42,6 +44,7 @@ SETTINGS = {
     "FedAdagrad": {"server_lr": 0.05},
     "FedASAM": {"rho": 0.2},
 }
+OPTIMIZERS = {"FedAdamW": partial(torch.optim.AdamW, lr=0.01), "FedMuon": partial(Muon, lr=0.05, adamw_lr=0.01)}
 NAMES = [name for name in algorithms.__all__ if name not in ("Algorithm", "Message")]
 
 
@@ -56,7 +59,8 @@ def network(name: str) -> nn.Module:
 def run(name: str, man: bool, seed: int, root: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train once; returns the figures of the table."""
     torch.manual_seed(seed)
-    model = Classifier(network(name), num_classes=10, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    optimizer = OPTIMIZERS.get(name, partial(torch.optim.SGD, lr=0.1))
+    model = Classifier(network(name), num_classes=10, optimizer=optimizer)
     data = ImageData("digits", num_clients=20, partitioner=DirichletClients(0.3), batch_size=16, seed=seed)
     trainer = FederatedTrainer(
         algorithm=getattr(algorithms, name)(**SETTINGS.get(name, {})),

@@ -28,6 +28,7 @@ class LocalObjective:
         gradient_scale: factor of the loss gradient; may be a scalar tensor, too.
         optimizer: what the optimizer's state begins with instead of zeros, by the names that it has in torch
             (``exp_avg_sq``): ``[P]``, or a scalar for all parameters (``step``); see ``Algorithm.optimizer_state``.
+        drift: what each step of the optimizer is followed by: w ← w − lr·drift, ``[P]``, with the first group's rate.
         references: other models that penalties compare the client's with, ``[P]`` each, besides ``start``.
     """
 
@@ -37,6 +38,7 @@ class LocalObjective:
     linear: Tensor | None = None
     gradient_scale: float | Tensor = 1.0
     optimizer: State = field(default_factory=dict)
+    drift: Tensor | None = None
     references: State = field(default_factory=dict)
 
     @classmethod

@@ -170,6 +170,7 @@ def test_a_name_that_no_config_has_gets_the_nearest(name, near, tmp_path, monkey
 
 def test_the_wheel_holds_what_is_found_beside_the_package_here():
     wheel = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    twins = {f"tests/algorithms/{n}.py": f"fedlight/twins/{n}.py" for n in ("cases", "fitted", "newer_twins", "twins")}
+    names = "cases", "fitted", "networks", "newer_twins", "twins"
+    twins = {f"tests/algorithms/{n}.py": f"fedlight/twins/{n}.py" for n in names}
     assert wheel["force-include"] == {kind: f"fedlight/{kind}" for kind in ("configs", "templates")} | twins
     assert shipped("configs") == CONFIGS

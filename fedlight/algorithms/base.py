@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fedlight.checks import Number as Number
 from fedlight.checks import check_hyperparameter as check_hyperparameter
@@ -43,6 +44,7 @@ class Algorithm(Remembers):
         optimizer_state: names of what a client sends, or keeps, of its optimizer's state, as they are in torch
             (``exp_avg_sq``, ``momentum_buffer``): ``result.optimizer`` then has them, and ``LocalObjective.optimizer``
             says what they begin with. Only the eager engine can do this, and optimizers whose state begins with zeros.
+        optimizers: classes of which the clients' optimizer must be one; empty for any.
         collects: whether :meth:`aggregate` needs all models at once (median, Krum): ``total`` then holds ``models``,
             ``[K, P]`` in the order of the clients. They are K·P numbers in every process.
         keeps_updates: whether the server keeps each client's last update: ``last_update`` in a :meth:`contribution`.
@@ -60,6 +62,7 @@ class Algorithm(Remembers):
     needs_lr: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
     optimizer_state: tuple[str, ...] = ()
+    optimizers: tuple[type[Optimizer], ...] = ()
     collects: bool = False
     keeps_updates: bool = False
     min_clients: int = 1

@@ -132,7 +132,7 @@ class ClientLoop:
         if getattr(self._precision, "scaler", None) is not None:
             self._scaler = torch.amp.GradScaler(self.device.type, init_scale=task.loss_scale)
             begin_momentum(self.optimizer)
-        self.optimizer_state.begin(self.optimizer, task.objective.optimizer)
+        self.optimizer_state.begin(self.optimizer, task.objective)
 
     def _result(self, task: ClientTask, state: State, num_steps: int, lr_sum: float) -> ClientResult:
         return ClientResult(

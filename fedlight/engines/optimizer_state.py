@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fedlight.local import LocalObjective
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.module.parameters import FlatParameters
 from fedlight.perturbations.base import State
@@ -30,21 +31,26 @@ class OptimizerState:
         self._flat, self._names = flat, names
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         if names:
-            self.begin(configure_optimizers(module).optimizer, {})
+            self._make_state(configure_optimizers(module).optimizer)
 
     @torch.no_grad()
-    def begin(self, optimizer: Optimizer, given: State) -> None:
-        """Let a new optimizer begin with what is given, and with zeros where nothing is."""
-        if not self._names:
-            return
-        self._make_state(optimizer)
-        for name, value in given.items():
+    def begin(self, optimizer: Optimizer, objective: LocalObjective) -> None:
+        """Let a new optimizer begin with what is given, and with zeros where nothing is; it may drift from its way."""
+        if self._names:
+            self._make_state(optimizer)
+        if (drift := objective.drift) is not None:
+            optimizer.register_step_post_hook(lambda stepped, *_: self._move(stepped, drift))
+        for name, value in objective.optimizer.items():
             parts = [value] * len(self._parameters)
             if value.ndim > 0:
                 parts = list(self._flat.layout.views(value).values())
             for parameter, part in zip(self._parameters, parts, strict=True):
                 if name in (state := optimizer.state.get(parameter, {})):
                     state[name] = state[name].copy_(part) if isinstance(state[name], Tensor) else part.item()
+
+    def _move(self, optimizer: Any, drift: Tensor) -> None:
+        taken = 1 - getattr(optimizer, "found_inf", 0)  # a fused optimizer leaves out a step that overflows by itself
+        self._flat.params.sub_(drift * (optimizer.param_groups[0]["lr"] * taken))
 
     def read(self, optimizer: Optimizer) -> State:
         """What is asked for, ``[P]`` each, or a scalar that all parameters share; 0 for parameters without state."""

@@ -26,6 +26,8 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
     """
     if training.optimizer_state:
         raise cannot(engine, f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent")
+    if training.example is not None and training.example.objective.drift is not None:
+        raise cannot(engine, "the algorithm has clients drift beside their optimizer's steps")
     for reason in _reasons(training, engine):
         raise cannot(engine, reason)
 

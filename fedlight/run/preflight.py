@@ -44,6 +44,7 @@ def preflight(
     """
     trainer: Any = module.trainer
     check_schedules(module, federation.sizes.tolist(), trainer)
+    _check_optimizer(federation, schedule)
     _check_lr(federation, schedule)
     follow(trainer.scheduled, trainer.current_round, fabric.device)
     for tensor in trainer.scheduled:
@@ -69,6 +70,15 @@ def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
         raise MisconfigurationException(
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
+        )
+
+
+def _check_optimizer(federation: Federation, schedule: RoundSchedule) -> None:
+    name, classes, found = type(federation.algorithm).__name__, federation.algorithm.optimizers, schedule.optimizer
+    if classes and not isinstance(found, classes):
+        raise MisconfigurationException(
+            f"algorithm: {name} has clients step with {classes[0].__name__}, and model.configure_optimizers gives"
+            f" {type(found).__name__}. Set model.optimizer to {classes[0].__module__}.{classes[0].__qualname__}."
         )
 
 

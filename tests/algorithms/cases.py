@@ -73,6 +73,16 @@ CASES = {
 NETWORKS = {
     "MOON": (lambda: algorithms.MOON(2.0, 0.3), None, lambda: networks.moon(2.0, 0.3)),
     "FedNTD": (lambda: algorithms.FedNTD(2.0, 1.7), None, lambda: networks.fedntd(2.0, 1.7)),
+    "FedAdamW": (
+        lambda: algorithms.FedAdamW(0.3),
+        partial(torch.optim.AdamW, lr=0.05, weight_decay=0.1),
+        lambda: networks.fedadamw(0.3, 0.05, 0.1),
+    ),
+    "FedMuon": (
+        lambda: algorithms.FedMuon(0.3),
+        partial(algorithms.fedmuon.Muon, lr=0.1, momentum=0.8, weight_decay=0.1, adamw_lr=0.05),
+        lambda: networks.fedmuon(0.3, 0.1, 0.05, 0.8, 0.1),
+    ),
 }
 """Methods whose clients need a network: the algorithm, the optimizer, and the twin."""
 
@@ -196,6 +206,8 @@ SOURCES = {
     "FedWMSAM": "the authors' README; alpha, c: their code",
     "MOON": "code: the authors'; a first training has no term",
     "FedNTD": "code: the authors'",
+    "FedAdamW": "notes on the paper; one count of steps: the authors' code",
+    "FedMuon": "notes on the paper; vectors by AdamW: the authors' code",
     "SAM": "paper: Foret 2021, eq. 2",
     "ASAM": "paper: Kwon 2021, eq. 7",
     "LESAM": "paper: Fan 2024, eq. 10",
@@ -227,6 +239,8 @@ def source(name):
 def compare(name, tolerance, engine="eager"):
     """Train and play the twin: a row of the table."""
     (algorithm, perturbation, twin), (kind, rounds) = comparisons()[name], problem(name)
+    if algorithm is not None and algorithm.optimizer_state:
+        engine = "eager"  # no other has an optimizer's state sent
     settings = {"engine": engine, "accelerator": "gpu" if engine == "cuda_graph" else "cpu"}
     if name in NETWORKS:
         models = fit_network(algorithm, NETWORKS[name][1], **settings)

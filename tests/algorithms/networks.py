@@ -117,6 +117,76 @@ def moon(mu, tau, rho=0.0):
     return compared(term, rho)
 
 
+def adamw(lr=0.05, decay=0.1, beta1=0.9, beta2=0.999, eps=1e-8):
+    """A step of AdamW by Kingma and Ba, and Loshchilov and Hutter, for a slice of w."""
+
+    def step(w, g, m, v, t):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        update = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        return w - lr * update - lr * decay * w, m, v
+
+    return step
+
+
+BLOCKS = (20, 5, 15, 3)
+
+
+def fedadamw(alpha, lr, decay):
+    """Notes on the paper's algorithm, with one count of steps for both moments."""
+    step, t, second, toward = adamw(lr=lr, decay=decay), 0, torch.zeros(4, dtype=torch.float64), 0.0
+    w, found = begin(), []
+    for clients in ROUNDS:
+        moves, seconds = [], []
+        for i in clients:
+            (x, y), u, m = Points().points[i], w, torch.zeros(43, dtype=torch.float64)
+            v = torch.cat([s.repeat(n) for s, n in zip(second, BLOCKS, strict=True)])
+            for k in range(STEPS):
+                g = slope(lambda p, x=x, y=y: F.cross_entropy(outputs(p, x)[1], y), u)
+                new, m, v = step(u, g, m, v, t + k + 1)
+                u = new - lr * alpha * toward
+            moves.append(u - w)
+            seconds.append(torch.stack([part.mean() for part in v.split(BLOCKS)]))
+        toward = -sum(moves) / (len(clients) * STEPS * lr)
+        w, second, t = w + sum(moves) / len(clients), sum(seconds) / len(clients), t + STEPS
+        found.append(w.numpy())
+    return found
+
+
+def polar(m):
+    """About U Vᵀ: the quintic polynomial of Jordan et al. 2024 on the singular values."""
+    u, s, vt = torch.linalg.svd(m, full_matrices=False)
+    s = s / m.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    return u @ torch.diag(s) @ vt
+
+
+def fedmuon(alpha, lr, adamw_lr, beta, decay):
+    """Notes on the paper's algorithm; vectors by AdamW, whose moments begin anew."""
+    step, w, found = adamw(lr=adamw_lr * (1 - alpha), decay=decay), begin(), []
+    momentum, toward = torch.zeros(43, dtype=torch.float64), 0.0
+    matrices = (slice(0, 20), 5, 4), (slice(25, 40), 3, 5)
+    for clients in ROUNDS:
+        moves, momenta = [], []
+        for i in clients:
+            (x, y), u, big = Points().points[i], w, momentum.clone()
+            m, v = torch.zeros(2, 43, dtype=torch.float64)
+            for k in range(STEPS):
+                g = slope(lambda p, x=x, y=y: F.cross_entropy(outputs(p, x)[1], y), u)
+                new, m, v = step(u, g, m, v, k + 1)
+                for part, rows, columns in matrices:
+                    big[part] = beta * big[part] + g[part]
+                    o = polar(big[part].view(rows, columns)).reshape(-1) * max(1, rows / columns) ** 0.5
+                    new[part] = u[part] - (1 - alpha) * lr * (o + decay * u[part])
+                u = new - lr * alpha * toward
+            moves.append(u - w)
+            momenta.append(big)
+        toward = -sum(moves) / (len(clients) * STEPS * lr)
+        w, momentum = w + sum(moves) / len(clients), sum(momenta) / len(clients)
+        found.append(w.numpy())
+    return found
+
+
 def fedntd(beta, tau, rho=0.0):
     """The authors' code: the entries of the true class are taken out."""
 

@@ -41,6 +41,7 @@ def test_negative_and_unreal_settings_are_refused_by_key(name, key, value):
         ("FedMoSWA", "gamma", 0, "above 0 and at most 1"),
         ("FedSWA", "rho", 1.1, "at least 0 and at most 1"),
         ("FedWMSAM", "alpha", 1, "above 0 and below 1"),
+        ("FedMuon", "alpha", 1, "at least 0 and below 1"),
         ("MOON", "temperature", 0, "above 0"),
         ("FedNTD", "tau", 0, "above 0"),
     ],
@@ -96,4 +97,5 @@ def test_vectors_on_the_wire(name, down, up):
 @pytest.mark.parametrize("name", NAMES)
 def test_algorithms_that_divide_by_the_learning_rate_say_so(name):
     family = ("SCAFFOLD", "FedDC", "FedCM", "FedGAMMA", "MoFedSAM", "FedLESAM_S", "FedMoSWA", "FedWMSAM")
+    family += "FedAdamW", "FedMuon"
     assert getattr(algorithms, name).needs_lr == (name in family)

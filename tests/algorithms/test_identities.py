@@ -125,7 +125,8 @@ def test_fedadam_with_bias_correction_is_adam_of_torch():
         FedAdam(bias_correction=True, initial_accumulator=0.1)
 
 
-WEIGHTED = {name: "samples" for name in algorithms.__all__ if name != "Message"}
+# The twins of FedAdamW and FedMuon, whose steps are an optimizer's, have plain means.
+WEIGHTED = {name: "samples" for name in algorithms.__all__ if name not in ("Message", "FedAdamW", "FedMuon")}
 WEIGHTED |= dict.fromkeys(("SCAFFOLD", "FedGAMMA", "FedLESAM_S", "FedCM", "MoFedSAM"), "equal")
 WEIGHTED |= dict.fromkeys(("FedDyn", "FedDC", "FedSpeed", "FedSMOO", "FedLESAM_D"), "equal")
 WEIGHTED |= dict.fromkeys(("FedACG", "FedExP", "FedVARP", "FedInit", "FedNSAM"), "equal")

@@ -59,10 +59,12 @@ class Logistic(LightningModule):
 
     Args:
         normalise: put a BatchNorm layer before it, for algorithms that treat such layers.
+        optimizer: what it is trained with.
     """
 
-    def __init__(self, normalise: bool = False) -> None:
+    def __init__(self, normalise: bool = False, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
         super().__init__()
+        self.optimizer = optimizer
         rng = torch.Generator().manual_seed(3)
         self.normalise = nn.BatchNorm1d(4) if normalise else nn.Identity()
         self.logits = nn.Linear(4, 3)
@@ -75,7 +77,7 @@ class Logistic(LightningModule):
         return F.cross_entropy(self.logits(self.normalise(x)), y)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return self.optimizer(self.parameters(), lr=0.1)  # type: ignore[call-arg]
 
 
 class Clients(FederatedDataModule):
@@ -124,8 +126,9 @@ ROUNDS = ((0, 2, 3), (1, 3))
 
 
 def model_for(combination: Combination) -> LightningModule:
-    """The convex model; with BatchNorm for algorithms that keep buffers at the clients, whom it is for."""
-    return Logistic(normalise=ALGORITHMS[combination.algorithm].buffers == "local")
+    """The convex model; with BatchNorm, or another optimizer, for algorithms that ask for it."""
+    algorithm = ALGORITHMS[combination.algorithm]
+    return Logistic(algorithm.buffers == "local", (*algorithm.optimizers, torch.optim.SGD)[0])
 
 
 def trainer_for(combination: Combination, root: Path, rounds=ROUNDS, **settings) -> FederatedTrainer:

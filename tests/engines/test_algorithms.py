@@ -5,11 +5,12 @@ import torch
 
 from fedlight.engines.cuda_graph.engine import CudaGraph
 from fedlight.engines.vmap.engine import Vmap
-from tests.contracts.combinations import combinations, outcome, run
+from tests.contracts.combinations import ALGORITHMS, combinations, outcome, run
 from tests.engines.tape import Tape
 
 ENGINES = {"vmap": Vmap, "cuda_graph": lambda: CudaGraph(slots=2, recorder=Tape)}
 COMBINATIONS = [c for c in combinations() if c.perturbation == "none" and c.penalty == "MAN"]
+COMBINATIONS = [c for c in COMBINATIONS if not ALGORITHMS[c.algorithm].optimizer_state]  # which are eager's alone
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)

@@ -1,0 +1,105 @@
+"""FedMuon, and the optimizer that it needs."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
+
+from fedlight.algorithms.base import Message, Number, State
+from fedlight.algorithms.fedadamw import _LeaningClients
+from fedlight.local import ClientResult, LocalObjective
+
+
+class Muon(Optimizer):
+    """Muon for matrices and kernels, with −lr·√max(1, rows/columns)·(U Vᵀ of the momentum); AdamW for all else.
+
+    Torch's own takes matrices only, and a module has one optimizer. Both decay weights by lr·weight_decay.
+
+    Args:
+        params: the parameters.
+        lr: Muon's learning rate.
+        momentum: β in M ← β·M + g.
+        weight_decay: of both.
+        adamw_lr: AdamW's learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        adamw_lr: float = 3e-4,
+    ) -> None:
+        params = list(params)
+        matrices, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "lr": adamw_lr}]
+        self._adamw = AdamW([Parameter(torch.empty(0))], weight_decay=weight_decay)  # its parameters are set in step
+        super().__init__(groups, {**self._adamw.defaults, "lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        (group, *self._adamw.param_groups), self._adamw.state = self.param_groups, self.state
+        for p in (p for p in group["params"] if p.grad is not None):
+            m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            m.mul_(group["momentum"]).add_(p.grad)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(orthogonal(m.flatten(1)).view_as(p), alpha=group["lr"])
+        self._adamw.step()
+        return loss
+
+
+def orthogonal(m: Tensor) -> Tensor:
+    """√max(1, rows/columns)·U Vᵀ of a matrix U Σ Vᵀ, about: five steps of Newton and Schulz, as Jordan et al. 2024."""
+    rows, columns = m.shape
+    x: Tensor = (m if rows <= columns else m.T) / m.norm().clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return x if rows <= columns else x.T * (rows / columns) ** 0.5
+
+
+class FedMuon(_LeaningClients):
+    """Clients run Muon, begin with the mean momentum, and lean towards the last step of all.
+
+    Local steps are −η·((1 − alpha)·O + alpha·G): O is the step of ``model.optimizer``, which is
+    ``fedlight.algorithms.fedmuon.Muon`` (or torch's, where all parameters are matrices), with its weight decay, and
+    G = −mean_sel(Δ_i/(S·η)) of the round before. Then w ← w + mean_sel(Δ_i), and M, which clients begin with, is the
+    mean of their momenta. Other moments begin with 0.
+
+    Args:
+        alpha: how far steps lean towards G, in [0, 1).
+        server_lr: length of the server's step.
+
+    Source: Liu et al., "FedMuon: Accelerating Federated Learning with Matrix Orthogonalization", arXiv:2510.27403,
+    from public notes on its algorithm, which has no Nesterov momentum and takes U Vᵀ without a factor. The authors'
+    code has both.
+    """
+
+    optimizers = (Muon, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
+    optimizer_state = ("momentum_buffer",)
+
+    def __init__(self, alpha: Number = 0.5, server_lr: Number = 1.0) -> None:
+        super().__init__(alpha, server_lr, below=1)
+
+    def lr_factors(self, steps: int) -> list[float]:
+        """1 − alpha, of which the step along G is a multiple, too."""
+        return [1 - float(self.alpha)] * steps
+
+    def init_server(self, params: Tensor) -> State:
+        """The model, G and M."""
+        return {**super().init_server(params), "momentum_buffer": torch.zeros_like(params)}
+
+    def objective(self, received: State, client: State, weight: float) -> LocalObjective:
+        """Begin with M, and lean towards G, which was divided by the reduced rate."""
+        state = {"momentum_buffer": received["momentum_buffer"]}
+        return LocalObjective(received["params"], optimizer=state, drift=self.alpha * received["direction"])
+
+    def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:
+        """The model and the momentum."""
+        return client, {"params": result.params, **result.optimizer}
