@@ -77,7 +77,8 @@ def is_slow(name):
     kept = ("algorithm/feddyn.yaml", "algorithm/fedlesam_d.yaml", "perturbation/sam.yaml")
     others = name.startswith(("algorithm/", "perturbation/")) and name not in kept
     large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
-    return others or large or name in ("lite/pacs.yaml", "data/cifar100_iid.yaml")
+    alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
+    return others or large or name in (*alike, "analysis/landscape.yaml")
 
 
 @pytest.mark.parametrize(("part", "base"), [("algorithm", Algorithm), ("perturbation", Perturbation)])
@@ -89,6 +90,13 @@ def test_every_algorithm_and_perturbation_is_read(part, base):
         made = instantiate(parser.parse_args([f"--{part}={path}"]))[part]
         assert isinstance(made, base)
         assert type(made).__name__.lower().replace("_", "") == path.stem.replace("_", "")
+
+
+def test_what_is_trained_with_elsewhere_is_read(tmp_path):
+    parser = parser_of_fit()
+    for name in FILES:
+        if is_slow(name) and not name.startswith(("algorithm/", "perturbation/")):
+            assert parser.parse_args(arguments(name, tmp_path)).trainer.max_rounds == 1, name
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * is_slow(n)) for n in FILES])

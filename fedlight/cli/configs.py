@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def shipped(kind: str) -> Path:
     return next(folder for folder in (package / kind, package.parent / kind) if folder.is_dir())
 
 
+@cache
 def configs() -> dict[str, Path]:
     """The files by name: ``quickstart``, ``paper/cifar100``, ``algorithm/feddyn``."""
     root = shipped("configs")
@@ -27,6 +29,7 @@ def configs() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in files}
 
 
+@cache
 def part_names() -> dict[str, str]:
     """The short names of parts, and the key that each belongs under."""
     both = ((key, folder) for key, folders in FOLDERS.items() for folder in folders)
