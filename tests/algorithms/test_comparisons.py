@@ -14,6 +14,7 @@ from fedlight.algorithms import MOON, FedAvg, FedNTD
 from fedlight.algorithms.fedntd import NotTrueDistillation
 from fedlight.algorithms.moon import ModelContrast
 from fedlight.engines.cuda_graph.engine import CudaGraph
+from fedlight.engines.vmap import programs
 from fedlight.penalties.comparison import Comparison
 from fedlight.perturbations import SAM
 from tests.algorithms import networks
@@ -38,6 +39,13 @@ def test_rounds_equal_those_of_the_twin_with_sam(name, engine):
     algorithm, expected = TWINS[name]
     found = fit_network(algorithm, perturbation=SAM(0.1), engine=ENGINES[engine]())
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_a_compiled_step_tells_the_models_apart(monkeypatch):
+    """In a client's first round they are one tensor."""
+    monkeypatch.setattr(programs, "BACKEND", "aot_eager")
+    found = fit_network(MOON(2.0, 0.3), engine="eager", compile=True)
+    np.testing.assert_allclose(found, networks.moon(2.0, 0.3), rtol=0, atol=1e-10)
 
 
 def test_terms_by_hand():

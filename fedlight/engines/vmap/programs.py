@@ -173,7 +173,8 @@ class Program:
 
     def _traced(self, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         with preserved_global_rng():
-            traced = simplified(make_fx(self._function)(*tensors))
+            # Inputs that are one tensor now may be two later: tracing would take them for one.
+            traced = simplified(make_fx(self._function)(*(tensor.detach() for tensor in tensors)))
             if not self._compile:
                 return traced.forward
             compiled = torch.compile(traced, dynamic=False, backend=BACKEND)
