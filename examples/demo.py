@@ -10,11 +10,13 @@ methods: docs/demo.md.
 import logging
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
@@ -30,8 +32,6 @@ METHODS = {
 }
 SEEDS = (3, 4, 5)  # the search had 0, 1 and 2
 ROUNDS = 40
-
-
 CLIENTS, PER_ROUND, EPOCHS, BATCH, GAMMA, CLIP = 20, 10, 10, 32, 0.94, 10.0
 
 
@@ -57,23 +57,22 @@ def make_net(seed: int) -> MLP:
     return MLP(in_features=64, hidden=[128, 64], num_classes=10)
 
 
-def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData]:
+def train(
+    method: dict[str, float], seed: int, root: Path, name: str, callbacks: Sequence[Callback] = (), **settings: bool
+) -> tuple[FederatedTrainer, ImageData]:
     """Train one method; the seed draws weights, clients and batches, the same for both methods."""
-    method = METHODS[name]
     model = Classifier(
         make_net(seed),
         num_classes=10,
         optimizer=lambda params: torch.optim.SGD(params, lr=method["lr"], weight_decay=method["weight_decay"]),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, GAMMA),
     )
-    first = seed == SEEDS[0]  # of this one there are pictures
-    spectrum = HessianSpectrum(every_n_rounds=ROUNDS, top_k=3, density=first, layerwise=first, max_samples=None)
     trainer = FederatedTrainer(
         max_rounds=ROUNDS,
         clients_per_round=PER_ROUND,
         local_epochs=EPOCHS,
         gradient_clip_val=CLIP,
-        callbacks=[MAN(zeta=method["zeta"]), spectrum],  # with zeta=0 MAN measures the norms and changes nothing
+        callbacks=[MAN(zeta=method["zeta"]), *callbacks],  # with zeta=0 MAN measures the norms and changes nothing
         accelerator="cpu",
         devices=1,
         engine="vmap",  # the clients of a round as one batched program
@@ -84,8 +83,8 @@ def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData
         client_val_every_n_rounds=0,
         views=("server",),
         enable_checkpointing=False,
-        enable_plots=first,
         enable_progress_bar=False,
+        **settings,
     )
     data = NoisyDigits()
     trainer.fit(model, data)
@@ -95,16 +94,22 @@ def train(name: str, seed: int, root: Path) -> tuple[FederatedTrainer, ImageData
 def one(job: tuple[str, int, Path]) -> tuple[list[dict[str, float]], object, Path]:
     """One run in a process of its own: its rows, the last with the test set's accuracy, its spectrum and its folder."""
     name, seed, root = job
-    torch.set_num_threads(1)  # a network this small runs no faster on a second thread
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("fedlight").setLevel(logging.WARNING)
-    trainer, data = train(name, seed, root)
+    be_quiet()
+    first = seed == SEEDS[0]  # of this one there are pictures
+    spectrum = HessianSpectrum(every_n_rounds=ROUNDS, top_k=3, density=first, layerwise=first, max_samples=None)
+    trainer, data = train(METHODS[name], seed, root, name, [spectrum], enable_plots=first)
     folder = Path(str(trainer.log_dir))
     rows = read_metrics(folder / "metrics.csv")
     (tested,) = trainer.test(trainer.lightning_module, data, verbose=False)
     rows[-1] |= tested
-    spectra = next(c.results for c in trainer.callbacks if isinstance(c, HessianSpectrum))
-    return rows, spectra["server"], folder
+    return rows, spectrum.results["server"], folder
+
+
+def be_quiet() -> None:
+    """What several processes at a time do: one thread each, and no report of every run."""
+    torch.set_num_threads(1)  # a network this small runs no faster on a second thread
+    for name in ("lightning.pytorch", "fedlight"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def picture(runs: dict[str, list[list[dict[str, float]]]], layers: list[str], path: Path) -> None:
