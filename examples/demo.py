@@ -27,8 +27,8 @@ from fedlight.models import MLP
 from fedlight.run.loggers import read_metrics
 
 METHODS = {
-    "FedAvg": {"lr": 0.1, "weight_decay": 1e-2, "zeta": 0.0},
-    "FedAvg+MAN": {"lr": 0.1, "weight_decay": 1e-3, "zeta": 0.5},
+    "FedAvg": {"lr": 0.1, "weight_decay": 1e-3, "zeta": 0.0},
+    "FedAvg+MAN": {"lr": 0.1, "weight_decay": 0.0, "zeta": 0.5},
 }
 SEEDS = (3, 4, 5)  # the search had 0, 1 and 2
 ROUNDS = 40
