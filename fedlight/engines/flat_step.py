@@ -39,6 +39,8 @@ class FlatStep:
 
     def __call__(self) -> None:
         """Take a step."""
+        if _has_hooks(self._optimizer):
+            self.release()
         if self._pieces is None:
             self._optimizer.step()
             return
@@ -71,18 +73,16 @@ class FlatStep:
         self._pieces = None
 
 
+def _has_hooks(optimizer: Optimizer) -> bool:
+    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(own or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
+
+
 def _can_be_flat(optimizer: Optimizer, params: Tensor) -> bool:
-    hooks = (
-        optimizer._optimizer_step_pre_hooks,
-        optimizer._optimizer_step_post_hooks,
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
     step = vars(optimizer).get("step")  # a scheduler puts its own in its place, to see whether it was called
     return (
         type(optimizer) in _ENTRYWISE
         and (params.device.type == "cpu" and params.dtype.itemsize >= 4)
-        and not any(hooks)
         and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
         and not optimizer.state
         and not any(group.get("fused") or group["differentiable"] for group in optimizer.param_groups)

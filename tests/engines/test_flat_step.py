@@ -5,8 +5,10 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn, optim
 
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.engines.flat_step import FlatStep
+from fedlight.local import LocalObjective
 from fedlight.module.parameters import FlatParameters
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
@@ -78,12 +80,31 @@ def test_other_optimizers_are_stepped_as_they_are(make):
     assert {id(p) for p in optimizer.state} >= {id(p) for p in net.parameters() if p.requires_grad}
 
 
-def test_hooks_on_a_step_are_called():
+def test_hooks_on_a_step_are_called_whenever_they_come():
     net, calls = make_net(), []
-    optimizer = optim.SGD(net.parameters(), lr=0.1)
-    optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    FlatStep(optimizer, FlatParameters(net))()
-    assert calls == [1]
+    optimizer = optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    step = FlatStep(optimizer, FlatParameters(net))
+    step()
+    optimizer.register_step_post_hook(lambda stepped, *_: calls.append(len(stepped.state)))
+    step()
+    assert calls == [6]  # one for each parameter that is trained
+
+
+class Drifts(FedAvg):
+    """w ← w − lr·1 after each step."""
+
+    def objective(self, received, client, weight):
+        return LocalObjective(received["params"], drift=torch.ones_like(received["params"]))
+
+
+def test_clients_drift_beside_an_optimizer_without_state(tmp_path):
+    model = Regression(lr=0.0)
+    quiet_trainer(tmp_path, algorithm=Drifts(), max_rounds=1, local_steps=2).fit(model, Clients())
+    assert torch.equal(weights(model), weights(Regression()))
+    found, plain = Regression(lr=0.125), Regression(lr=0.125)
+    quiet_trainer(tmp_path, algorithm=Drifts(), max_rounds=1, local_steps=1).fit(found, Clients())
+    quiet_trainer(tmp_path, max_rounds=1, local_steps=1).fit(plain, Clients())
+    torch.testing.assert_close(weights(found), weights(plain) - 0.125)
 
 
 SEEN = []
