@@ -31,7 +31,7 @@ def show_stat(stat: Stat | None, metric: str = "", digits: int = 2) -> str:
     if stat is None:
         return _DASH
     scale = 100 if is_share(metric) else 1
-    mean = f"{stat.mean * scale:.{digits}f}"
+    mean = f"{stat.mean * scale:z.{digits}f}"
     return mean if stat.std is None else f"{mean} ± {stat.std * scale:.{digits}f}"
 
 

@@ -178,6 +178,7 @@ def test_numbers_as_they_are_shown():
     assert tables.show_number(None) == "–"
     assert tables.show_number(12345.6) == "12346"
     assert tables.show_number(0.00012345) == "0.0001234"
+    assert tables.show_gain(Stat.of([-1e-6, -3e-6]), "accuracy").text == "0.00 ± 0.00"
     assert tables.show_gain(None, "x") == Cell("–")
     assert tables.show_gain(Stat.of([0.10, 0.12, 0.14]), "accuracy") == Cell("+12.00 ± 4.97", bold=True)
     assert tables.show_gain(Stat.of([-0.1, 0.2]), "loss") == Cell("+0.05 ± 1.91"), "the interval holds 0"
