@@ -19,7 +19,7 @@ class Muon(Optimizer):
     Torch's own takes matrices only, and a module has one optimizer. Both decay weights by lr·weight_decay.
 
     Args:
-        params: the parameters.
+        params: the parameters, or groups of them; a group may have an ``lr``, ``weight_decay`` and ``adamw_lr``.
         lr: Muon's learning rate.
         momentum: β in M ← β·M + g.
         weight_decay: of both.
@@ -28,28 +28,33 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Parameter],
+        params: Iterable[Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
         adamw_lr: float = 3e-4,
     ) -> None:
-        params = list(params)
-        matrices, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": rest, "lr": adamw_lr}]
+        given, matrices, rest = list[Any](params), list[dict[str, Any]](), list[dict[str, Any]]()
+        for group in given if given and isinstance(given[0], dict) else [{"params": given}]:
+            parts = [group["params"]] if isinstance(group["params"], torch.Tensor) else list(group["params"])
+            matrices.append({**group, "muon": True, "params": [p for p in parts if p.ndim > 1]})
+            lr_rest = group.get("adamw_lr", adamw_lr)
+            rest.append({**group, "lr": lr_rest, "params": [p for p in parts if p.ndim < 2]})
         self._adamw = AdamW([Parameter(torch.empty(0))], weight_decay=weight_decay)  # its parameters are set in step
-        super().__init__(groups, {**self._adamw.defaults, "lr": lr, "momentum": momentum})
+        super().__init__(matrices + rest, {**self._adamw.defaults, "lr": lr, "momentum": momentum, "muon": False})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take a step."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        (group, *self._adamw.param_groups), self._adamw.state = self.param_groups, self.state
-        for p in (p for p in group["params"] if p.grad is not None):
-            m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            m.mul_(group["momentum"]).add_(p.grad)
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(orthogonal(m.flatten(1)).view_as(p), alpha=group["lr"])
+        groups, self._adamw.state = self.param_groups, self.state
+        self._adamw.param_groups = [group for group in groups if not group["muon"]]
+        for group, p in ((g, p) for g in groups if g["muon"] for p in g["params"]):
+            if p.grad is not None:
+                m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(p.grad)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonal(m.flatten(1)).view_as(p), alpha=group["lr"])
         self._adamw.step()
         return loss
 

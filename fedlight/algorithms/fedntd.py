@@ -20,7 +20,9 @@ class NotTrueDistillation(Comparison):
     def penalty(self, module: nn.Module, measured: dict[str, Tensor]) -> Tensor:
         """The term of the step."""
         own, start = (self._not_true(measured[key], measured["targets"]) for key in ("logits", "start/logits"))
-        return self.beta * F.kl_div(own, start, reduction="none", log_target=True).sum(1).mean()
+        counts = measured["targets"] >= 0  # the others are ignored
+        terms = F.kl_div(own, start, reduction="none", log_target=True).sum(1) * counts
+        return self.beta * terms.sum() / counts.sum().clamp(min=1)
 
     def _not_true(self, logits: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():

@@ -64,6 +64,10 @@ class LocalTraining:
     state: ModuleState | None = None
     findings: "Findings" = field(default_factory=lambda: Findings())
 
+    def is_last(self, first: bool) -> bool:
+        """Whether the first pass of a step, or a later one, is its last."""
+        return not (first and self.perturbation is not None and self.perturbation.needs_gradient)
+
 
 @dataclass(frozen=True)
 class Findings:

@@ -229,9 +229,7 @@ class ClientLoop:
             self.held.write(kept)
         if backup is not None:
             here.copy_(backup)
-        perturbation = self.training.perturbation
-        alone = perturbation is None or not perturbation.needs_gradient
-        self._unscale(last=backup is not None or alone)
+        self._unscale(last=self.training.is_last(first))
         return self.flat.grad
 
     def _unscale(self, last: bool) -> None:
@@ -246,7 +244,7 @@ class ClientLoop:
         call = self.training.call
         with self._precision.forward_context():
             self._show(self._models, self.log, batch, index)
-            loss = step_loss(self.module, self.log, batch, index, first)
+            loss = step_loss(self.module, self.log, batch, index, first, self.training.is_last(first))
         if loss is None:
             return
         if first:

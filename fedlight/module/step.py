@@ -16,7 +16,7 @@ from fedlight.module.hooks import overrides
 from fedlight.module.logs import LOSS, LogCollector, with_attributes
 from fedlight.module.parameters import ParameterLayout
 from fedlight.module.state import ModuleState, attributes_of
-from fedlight.penalties.batches import batch_size
+from fedlight.penalties.batches import batch_size, cloned
 from fedlight.penalties.step import penalized_step
 from fedlight.seeding import preserved_global_rng
 
@@ -26,7 +26,9 @@ IndexedBatch = tuple[Any, int]
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-def step_loss(module: LightningModule, log: LogCollector, batch: Any, index: int, first: bool) -> Tensor | None:
+def step_loss(
+    module: LightningModule, log: LogCollector, batch: Any, index: int, first: bool, last: bool
+) -> Tensor | None:
     """The loss (penalties included) of one batch; None where ``training_step`` skips it.
 
     Args:
@@ -35,11 +37,12 @@ def step_loss(module: LightningModule, log: LogCollector, batch: Any, index: int
         batch: the batch, on the device.
         index: its index in the epoch.
         first: whether this is the first pass of a step; only that one is logged.
+        last: whether it is the last one, which gets the batch itself.
     """
     log.enabled = first
     if first:
         log.batch_size = batch_size(batch)
-    output = call_step(module, "training_step", batch, index)
+    output = call_step(module, "training_step", batch if last else cloned(batch), index)
     loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
     if first and loss is not None:
         wrapper = penalized_step(module)
@@ -98,7 +101,7 @@ class OtherModels:
                 values |= {key: value.clone() for key, value in own if key not in values}
                 inner = {f"module.{key}": value for key, value in values.items()}
                 with with_attributes([step], {"model": name}):
-                    functional_call(self._reach, inner, (call_step, "training_step", batch, index))
+                    functional_call(self._reach, inner, (call_step, "training_step", cloned(batch), index))
 
     @contextmanager
     def _undone(self) -> Iterator[None]:

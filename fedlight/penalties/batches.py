@@ -1,9 +1,10 @@
-"""How many samples a batch has."""
+"""How many samples a batch has, and copies of it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
@@ -25,6 +26,16 @@ def batch_size(batch: Any) -> int:
 
 
 _told = WarningCache()
+
+
+@runtime_checkable
+class _Clonable(Protocol):
+    def clone(self) -> Any: ...
+
+
+def cloned(batch: Any) -> Any:
+    """A batch for a pass that is not a step's last: ``training_step`` may pop from it, or write into it."""
+    return apply_to_collection(batch, _Clonable, lambda part: part.clone())
 
 
 def _sizes(batch: Any) -> Iterator[int]:

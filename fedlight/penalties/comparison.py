@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -22,10 +23,18 @@ class Outputs(Observation):
         """Run the function, and keep what it takes."""
         name, given = getattr(func, "__name__", ""), (*args, *(kwargs or {}).values())
         if name == "linear" and not self.names:
-            self.measured["features"] = given[0]
+            self._keep(features=given[0])
         elif name in ("cross_entropy", "nll_loss"):
-            self.measured |= {"logits": given[0], "targets": given[1]}
+            targets, ignored = given[1], (kwargs or {}).get("ignore_index", -100)
+            if ignored != -100 and not targets.is_floating_point():
+                targets = targets.masked_fill(targets == ignored, -100)
+            self._keep(given[0].requires_grad, logits=given[0], targets=targets)
         return func(*args, **(kwargs or {}))
+
+    def _keep(self, learns: bool = True, **values: Tensor) -> None:
+        """Keep what the last call takes, or nothing where that has no gradient: it is a teacher's, or for the log."""
+        hidden = self._with_grad and not (learns and torch.is_grad_enabled())
+        self.measured = {k: v for k, v in self.measured.items() if k not in values} | ({} if hidden else values)
 
     def take(self, name: str, output: Any, source: Source) -> None:
         """Keep what the named layer has put out."""
@@ -47,9 +56,9 @@ class Outputs(Observation):
             raise MisconfigurationException(
                 f"{type(self.penalty).__name__} found no {error} in {type(module).__name__}: 'features' are what the"
                 " last linear layer takes, or what the submodule puts out that `layer` names, one of"
-                f" {[name for name, _ in named_submodules(module)][:30]}; 'logits' and 'targets' are what cross_entropy"
-                " takes. Other models are there in FederatedTrainer only: 'start', and those that an algorithm has in"
-                " LocalObjective.references."
+                f" {[name for name, _ in named_submodules(module)][:30]}; 'logits' and 'targets' are what the last"
+                " cross_entropy takes. These calls must have a gradient. Other models are there in FederatedTrainer"
+                " only: 'start', and those that an algorithm has in LocalObjective.references."
             ) from error
 
 
@@ -64,7 +73,8 @@ class Comparison(Penalty):
             def penalty(self, module, measured):
                 return (measured["logits"] - measured["start/logits"]).square().mean()
 
-    Features are what the last linear layer takes; logits and targets what ``cross_entropy`` or ``nll_loss`` took last.
+    Features are what the last linear layer takes; logits and targets what ``cross_entropy`` or ``nll_loss`` took last,
+    with -100 for a target that is ignored.
 
     Args:
         layer: the submodule whose output the features are instead, as an entry of MAN's ``layers``.

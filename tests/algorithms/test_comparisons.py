@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fedlight import MAN
@@ -15,6 +16,7 @@ from fedlight.algorithms.fedntd import NotTrueDistillation
 from fedlight.algorithms.moon import ModelContrast
 from fedlight.engines.cuda_graph.engine import CudaGraph
 from fedlight.engines.vmap import programs
+from fedlight.penalties.batches import cloned
 from fedlight.penalties.comparison import Comparison
 from fedlight.perturbations import SAM
 from tests.algorithms import networks
@@ -133,6 +135,74 @@ def test_the_weight_of_a_methods_own_penalty_may_follow_the_round(tmp_path):
     trainer.fit(networks.Network(), networks.Points())
     assert trainer.callback_metrics["schedule/algorithm.beta"] == 0.5
     assert trainer.callback_metrics["train/penalty"] > 0
+
+
+class Ignoring(networks.Network):
+    """Leaves out a class, and writes into its batch."""
+
+    def __init__(self, ignored, in_place=True, label=None):
+        super().__init__()
+        self.label, self.in_place, self.ignored = label, in_place, ignored
+
+    def training_step(self, batch):
+        x, y = batch
+        y = y if self.label is None else y.masked_fill(y == self.label, self.ignored)
+        x = x.mul_(0.5) if self.in_place else x * 0.5
+        return F.cross_entropy(self.head(self.act(self.first(x))), y, ignore_index=self.ignored)
+
+
+def trained(tmp_path, model, algorithm, **settings):
+    quiet_trainer(tmp_path, algorithm=algorithm, logger=False, max_rounds=2, local_epochs=2, **settings).fit(
+        model, networks.Points()
+    )
+    return weights(model)
+
+
+def test_ignored_targets_and_batches_that_a_step_writes_into(tmp_path):
+    """Also in the second pass of SAM, and of the models that are compared with."""
+    for algorithm in (FedNTD(3.0), MOON(3.0)):
+        models = Ignoring(2), Ignoring(2, in_place=False), Ignoring(-100, in_place=False, label=2)
+        one, other, third = (
+            trained(tmp_path, model, algorithm, perturbation=SAM(0.1), engine="eager") for model in models
+        )
+        assert torch.equal(one, other)
+        assert torch.equal(one, third)
+    logits = torch.tensor([[9.0, 0.0, log(9)], [0.0, -5.0, log(9)]])
+    measured = {"start/logits": torch.zeros(2, 3), "logits": logits, "targets": torch.tensor([-100, 1])}
+    term = NotTrueDistillation(2.0, 2.0).penalty(None, measured)
+    assert float(term) == pytest.approx(2 * (0.5 * log(0.5 / 0.25) + 0.5 * log(0.5 / 0.75)), rel=1e-5)
+    assert NotTrueDistillation().penalty(None, measured | {"targets": torch.tensor([-100, -100])}) == 0
+
+
+def test_a_batch_is_copied_with_all_its_containers():
+    x = torch.ones(2)
+    batch = {"x": x, "parts": [x, {"y": x}], "text": "a"}
+    other = cloned(batch)
+    other["parts"][1].pop("y").zero_()
+    other["x"].zero_()
+    assert batch["parts"][1]["y"].tolist() == [1, 1]
+    assert other["text"] == "a"
+
+
+class Looking(networks.Network):
+    """A teacher, and figures for the log, come last."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        with torch.set_grad_enabled(not self.teacher):
+            logits = self.head(self.act(self.first(batch[0] + 1)))
+        return loss if self.teacher else loss + 0 * F.cross_entropy(logits.detach(), batch[1])
+
+
+@pytest.mark.parametrize("engine", ["eager", "vmap"])
+def test_what_the_last_calls_took_without_a_gradient_is_not_compared(tmp_path, engine):
+    for algorithm, model, missing in ((MOON(), Looking(True), "features"), (FedNTD(), Looking(False), "logits")):
+        with pytest.raises(MisconfigurationException, match=f"found no '{missing}' .* calls must have a gradient"):
+            trained(tmp_path, model, algorithm, engine=engine)
 
 
 class NoHead(Net):

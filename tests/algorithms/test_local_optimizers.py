@@ -123,3 +123,21 @@ def test_muon_steps_with_a_closure_and_kernels():
     torch.testing.assert_close(moved, orthogonal(conv.weight.grad.flatten(1)), rtol=1e-4, atol=1e-5)
     assert set(optimizer.state[conv.bias]) == {"step", "exp_avg", "exp_avg_sq"}
     assert not orthogonal(torch.zeros(2, 3)).any()
+
+
+def test_muon_takes_groups_of_parameters():
+    """Each group steps as an optimizer of its own would."""
+    nets = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    (a, b), (c, d) = nets
+    groups = [{"params": a.parameters(), "adamw_lr": 0.2}, {"params": b.parameters(), "lr": 0.3, "weight_decay": 0.5}]
+    one = Muon(groups, lr=0.1, adamw_lr=0.02)
+    others = Muon(c.parameters(), lr=0.1, adamw_lr=0.2), Muon(d.parameters(), lr=0.3, weight_decay=0.5, adamw_lr=0.02)
+    for _ in range(2):
+        for net, optimizers in zip(nets, ([one], others), strict=True):
+            net.zero_grad()
+            net(torch.ones(5, 3)).square().sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    assert [group["lr"] for group in one.param_groups] == [0.1, 0.3, 0.2, 0.02]

@@ -20,6 +20,7 @@ from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 CASES = {
     "plain": {},
@@ -242,3 +243,22 @@ def test_an_exception_names_round_and_clients(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError, match="mine") as caught:
         cases.train(tmp_path, "vmap", max_rounds=2, clients_per_round=2)
     assert re.fullmatch(r"This happened in round 2, client \d, \d.", caught.value.__notes__[0])
+
+
+class Recurrent(Regression):
+    """Reads its inputs one after the other."""
+
+    def __init__(self):
+        super().__init__(net=nn.GRU(1, 2, batch_first=True))
+
+    def forward(self, x):
+        return self.net(x.unsqueeze(2))[0][:, -1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_recurrent_layer_is_left_as_it_was(tmp_path):
+    """It keeps a list of its parameters, which torch.func does not put back."""
+    models = {engine: Recurrent() for engine in ("eager", "vmap")}
+    for engine, model in models.items():
+        quiet_trainer(tmp_path, engine=engine, logger=False, max_rounds=2).fit(model, Clients())
+    torch.testing.assert_close(weights(models["vmap"]), weights(models["eager"]), rtol=0, atol=1e-6)

@@ -46,6 +46,7 @@ class Vmap(Engine):
                 seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
                 with named(round, *(task.client for task in together)):
                     results = StackedClients(round, together, self._parts).run()
+                self._put_back()
                 yield from results
 
     def _try_out(self, example: ClientTask) -> None:
@@ -59,3 +60,9 @@ class Vmap(Engine):
             raise cannot("vmap", explain(error, module, "cannot be batched over clients")) from error
         finally:
             self._parts.programs.clear()
+            self._put_back()
+
+    def _put_back(self) -> None:
+        """What ``functional_call`` has left in the module: recurrent layers keep a list of their parameters."""
+        if self._training.state is not None:
+            self._training.state.restore()

@@ -108,7 +108,7 @@ class ClientStep:
 
     def _loss(self, module: LightningModule, models: State, log: LogCollector, batch: Any, first: bool) -> Tensor:
         self._show(models, log, batch, 0)
-        loss = step_loss(module, log, batch, 0, first)
+        loss = step_loss(module, log, batch, 0, first, self._training.is_last(first))
         if loss is None:
             raise TypeError("training_step returned None; every step needs a loss")
         return loss.reshape(())
