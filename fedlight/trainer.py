@@ -161,6 +161,7 @@ class FederatedTrainer(Commands):
         self.config = config_yaml(self, model, datamodule)
         with Session(self, model, datamodule, "fit", ckpt_path) as self._session:
             self._session.start_fit()
+            self.should_stop = self.should_stop or self._session.federation.spent
             while self.current_round < self.max_rounds and not self.should_stop:
                 self._run_round()
             self._session.end_fit()
@@ -173,7 +174,7 @@ class FederatedTrainer(Commands):
         now = follow(self.scheduled, round, session.fabric.device)
         session.hooks("on_round_start")
         session.layout.check(session.module)
-        clients = self.sampler.sample(round, generator(self.seed, "sampling", round))
+        clients = self.sampler.sample(round, generator(federation.draws(session.fabric, self.seed), "sampling", round))
         shares = balance(clients, federation.sizes, federation.rows.owners, self.world_size)
         with clock("train"):
             mine = federation.rows.bring(shares)
@@ -186,7 +187,7 @@ class FederatedTrainer(Commands):
         with clock("aggregate"):
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
             row |= now | federation.aggregate()
-        self.should_stop = self.should_stop or stop > 0
+        self.should_stop = self.should_stop or stop > 0 or federation.spent
         self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
         session.hooks("on_round_trained")
         with clock("evaluate"):

@@ -25,7 +25,8 @@ from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
 from fedlight.run.evaluation import evaluating
-from fedlight.server.federation import Federation, too_few
+from fedlight.server.federation import Federation
+from fedlight.server.incoming import too_few
 
 
 def preflight(

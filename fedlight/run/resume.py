@@ -18,6 +18,7 @@ from fedlight.run.experiment import describe, differences, plain
 from fedlight.run.folder import HISTORY, RunFolder, atomic_write, versions, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.wandb import PREFIX, download
+from fedlight.server.privacy import begin_privacy
 
 T = TypeVar("T")
 _OF_STATE = (
@@ -113,6 +114,9 @@ def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool
     """
     run.schedule = RoundSchedule(run.module)
     run.experiment = describe(run)
+    trainer, saved = run.trainer, checkpoint and checkpoint["fedlight"]
+    parts = run.settings["transforms"], run.module, trainer.algorithm, saved
+    run.federation.privacy = begin_privacy(*parts, trainer.sampler, trainer.max_rounds, trainer.seed)
     if checkpoint is None:
         return False
     changes = differences(checkpoint["fedlight"].get("experiment") or _held(checkpoint), run.experiment)

@@ -43,6 +43,8 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         "device": f"{name}, {shares}, {trainer.settings['precision']}",
         "engine": f"{type(engine).__name__}: {engine.reason}",
     }
+    if private := run.federation.privacy:
+        found["privacy"] = private.phrase(trainer.max_rounds, run.federation.views)
     if run.folder is not None:
         found["folder"] = str(run.folder.path)
     if run.resumed:

@@ -1,13 +1,14 @@
 """The server between two rounds: its state, its clients' state, and what a round does to them."""
 
 import math
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm, mean_update
@@ -19,7 +20,8 @@ from fedlight.perturbations.base import Perturbation, State
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
 from fedlight.server.client_side import ClientSide
 from fedlight.server.clients import reweighed
-from fedlight.server.incoming import Entry, Incoming, Report, round_metrics
+from fedlight.server.incoming import Entry, Incoming, Report, round_metrics, too_few
+from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
 from fedlight.server.state import is_averaged, like, like_real, moved, num_bytes, real, summed_rounds
@@ -47,6 +49,8 @@ class Federation:
         unmoved: gives a parameter without a gradient as it was when the round began.
         swa: ``begin`` and ``every`` of view ``swa``.
     """
+
+    privacy: Privacy | None = None  # bounds what is summed, and adds noise to it
 
     def __init__(
         self,
@@ -123,9 +127,12 @@ class Federation:
     def receive(self, result: ClientResult) -> None:
         """Let a client make its message of what it trained, and add that up."""
         reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
-        sender, rows, weight = result.sender, reply.rows, algorithm.mean_weight(result.num_samples)
+        sender, rows, private = result.sender, reply.rows, self.privacy
+        weight = 1.0 if private else algorithm.mean_weight(result.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
         message, square = {**reply.message, "update": update}, torch.dot(update, update)
+        if private:
+            private.bound(update, [k for k, v in result.buffers.items() if not torch.equal(v, self._buffer(k))])
         if algorithm.keeps_updates:
             message["last_update"] = self._kept(sender.client, "last_update", torch.zeros_like(update)).double()
             rows["last_update"] = {"params": update.to(self.params.dtype)}
@@ -165,6 +172,9 @@ class Federation:
 
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
         """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
+        if self.privacy and fabric.global_rank == 0:  # once, and exact as all terms are
+            self._incoming.flush()
+            self._incoming.sums.add({"update": self.privacy.draw(self.state.round, self.params)[None]})
         return self._incoming.finish(fabric, stop)
 
     def aggregate(self) -> dict[str, Tensor | float]:
@@ -179,12 +189,13 @@ class Federation:
         """
         incoming, old = self._incoming, self.state
         used = [report for report in incoming.reports if report.used]
-        self._name_left_out([report.client for report in incoming.reports if not report.used], len(used))
-        if len(used) < self.algorithm.min_clients:
+        incoming.name_left_out(old.round + 1)
+        if len(used) < self.algorithm.min_clients and not self.privacy:
             raise too_few(self.algorithm, f"round {old.round + 1} has {len(used)} whose message can be used")
         total = incoming.sums.totals()
-        total["weight"] = total["update"].new_tensor(math.fsum(report.weight for report in used))
-        total["clients"] = total["update"].new_tensor(float(len(used)))
+        sizes = (math.fsum(report.weight for report in used), len(used))
+        sizes = 2 * (self.privacy.clients,) if self.privacy else sizes  # which does not depend on who was there
+        total["weight"], total["clients"] = total["update"].new_tensor(sizes).unbind()
         if self.algorithm.collects:
             total["models"] = torch.stack([model for _, model in sorted(incoming.models.items())])
         algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
@@ -193,7 +204,9 @@ class Federation:
             sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}
             sums["clients"] = total["clients"]
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
-        metrics = round_metrics(incoming.reports, mean_update(total))
+        metrics = round_metrics(incoming.reports, None if self.privacy else mean_update(total))
+        if self.privacy:
+            metrics["privacy/epsilon"] = self.privacy.epsilon(old.round + 1)
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
         passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
@@ -204,7 +217,8 @@ class Federation:
         if torch.equal(views["server"], views["selected"]):
             views["selected"] = views["server"]  # one vector, one evaluation
         if "all" in self.views:
-            latest = {**old.latest_mean, "params": old.latest_mean["params"] + total["latest"] / self._total_weight}
+            latest = dict(old.latest_mean)
+            latest["params"] = latest["params"] + total.get("latest", 0.0) / self._total_weight
             views["all"] = latest["params"].to(dtype)
         swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
         views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
@@ -224,14 +238,15 @@ class Federation:
         )
         return metrics
 
-    def _name_left_out(self, bad: list[int], used: int) -> None:
-        if not used:
-            raise FloatingPointError(
-                f"round {self.state.round + 1}: the update of every client ({bad}) is NaN or infinite."
-                " Lower the learning rate, or set trainer.gradient_clip_val."
-            )
-        if bad:
-            rank_zero_warn(f"round {self.state.round + 1}: left out clients {bad}, whose update is NaN or infinite.")
+    def draws(self, fabric: Fabric, seed: int) -> int:
+        """The seed by which clients are drawn, the same in every process: one that nobody knows where it must be so."""
+        secret = self.privacy is not None and self.privacy.settings.secure
+        return int(fabric.broadcast(secrets.randbits(63))) if secret else seed
+
+    @property
+    def spent(self) -> bool:
+        """Whether another round would exceed the privacy budget."""
+        return bool(self.privacy and self.privacy.spent(self.state.round))
 
     @property
     def _buffer_bytes(self) -> int:
@@ -249,6 +264,7 @@ class Federation:
             "server": {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self.state).items()},
             "initial_buffers": dict(self.clients.initial_buffers),
             "clients": self.rows.state_dict(),
+            **({"privacy": self.privacy.state_dict(self.state.round)} if self.privacy else {}),
         }
 
     def load_state_dict(self, saved: dict[str, Any], clients: bool = True, anew: bool = False) -> None:
@@ -280,11 +296,3 @@ class Federation:
                 rank_zero_info("ckpt_path: its view `all` weighs clients otherwise than here, and is summed up anew.")
                 self.state.latest_mean = mean = reweighed(mean, self._shares, self.store)
                 self.state.views["all"] = mean["params"].to(self.params.dtype)
-
-
-def too_few(algorithm: Algorithm, found: str) -> MisconfigurationException:
-    """The error for rounds with fewer clients than an algorithm needs."""
-    return MisconfigurationException(
-        f"algorithm: {type(algorithm).__name__} needs {algorithm.min_clients} clients in a round, and {found}. Raise"
-        " trainer.clients_per_round, or use another algorithm."
-    )

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from fedlight.algorithms.base import Algorithm
 from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.sums import ExactSums, in_range, stack_terms
@@ -126,6 +129,17 @@ class Incoming:
             if entry.model is not None:
                 self.models[entry.report.client] = entry.model
 
+    def name_left_out(self, round: int) -> None:
+        """Warn of clients whose message cannot be used; a FloatingPointError if there is no other."""
+        bad = [report.client for report in self.reports if not report.used]
+        if bad and len(bad) == len(self.reports):
+            raise FloatingPointError(
+                f"round {round}: the update of every client ({bad}) is NaN or infinite."
+                " Lower the learning rate, or set trainer.gradient_clip_val."
+            )
+        if bad:
+            rank_zero_warn(f"round {round}: left out clients {bad}, whose update is NaN or infinite.")
+
     def finish(self, fabric: Fabric, stop: int = 0) -> int:
         """Complete the sums over all processes, in one reduction; the largest ``stop``.
 
@@ -172,7 +186,7 @@ def _as_numbers(reports: Sequence[Report]) -> list[Report]:
     ]
 
 
-def round_metrics(reports: Sequence[Report], mean_update: Tensor) -> dict[str, Tensor | float]:
+def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict[str, Tensor | float]:
     """What the clients logged, reduced over them by samples seen, how many trained, and their drift.
 
     ``clients/drift`` is how far the clients' models lie from their mean, as a root mean square over the clients:
@@ -180,17 +194,23 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor) -> dict[str, T
 
     Args:
         reports: of every client of the round.
-        mean_update: the mean of Δ_i, ``[P]`` float64.
+        mean_update: the mean of Δ_i, ``[P]`` float64; None where it is not known, and so no drift.
     """
     used = [report for report in reports if report.used]
-    total = math.fsum(report.weight for report in used)
-    square = math.fsum(report.weight * report.square for report in used) / total
-    figures: dict[str, Tensor | float] = {
-        "clients/trained": len(used),
-        "clients/left_out": len(reports) - len(used),
-        "clients/drift": math.sqrt(max(0.0, square - float(mean_update.square().sum()))),
-    }
+    figures = {"clients/trained": float(len(used)), "clients/left_out": float(len(reports) - len(used))}
+    if mean_update is not None:
+        total = math.fsum(report.weight for report in used)
+        square = math.fsum(report.weight * report.square for report in used) / total
+        figures["clients/drift"] = math.sqrt(max(0.0, square - float(mean_update.square().sum())))
     return {**_reduced(used), **figures}
+
+
+def too_few(algorithm: Algorithm, found: str) -> MisconfigurationException:
+    """The error for rounds with fewer clients than an algorithm needs."""
+    return MisconfigurationException(
+        f"algorithm: {type(algorithm).__name__} needs {algorithm.min_clients} clients in a round, and {found}. Raise"
+        " trainer.clients_per_round, or use another algorithm."
+    )
 
 
 def _reduced(reports: Sequence[Report]) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Sampler:
         self.clients_per_round = min(wanted, len(self.candidates))
 
     def sample(self, round: int, rng: torch.Generator) -> list[int]:
-        """The clients of a round, in increasing order, at least one."""
+        """The clients of a round, in increasing order, at least one (none for ``Bernoulli(redraw=False)``)."""
         raise NotImplementedError(f"{type(self).__name__} must define sample")
 
 
@@ -70,14 +70,21 @@ class Uniform(Sampler):
 
 
 class Bernoulli(Sampler):
-    """Each client is active with probability K/N, independently; redrawn if none is (the MAN paper's setting)."""
+    """Each client is active with probability K/N, independently.
+
+    Args:
+        redraw: whether a round without any is drawn again (the MAN paper's setting); DifferentialPrivacy needs false.
+    """
+
+    def __init__(self, redraw: bool = True) -> None:
+        self.redraw = redraw
 
     def sample(self, round: int, rng: torch.Generator) -> list[int]:
         """The active clients; their number varies from round to round."""
-        probability = self.clients_per_round / len(self.candidates)
         count = torch.tensor(len(self.candidates), dtype=torch.float64)
         # How many are active is binomial, and of so many every subset is equally likely.
-        while not (active := int(torch.binomial(count, torch.tensor(probability, dtype=torch.float64), rng))):
+        p = self.clients_per_round / count
+        while not (active := int(torch.binomial(count, p, rng))) and self.redraw:
             pass
         return sorted(self.candidates[draw_subset(len(self.candidates), active, rng)].tolist())
 
@@ -109,7 +116,7 @@ def draw_subset(n: int, k: int, rng: torch.Generator) -> Tensor:
     chosen: set[int] = set()
     for last, candidate in zip(range(n - k, n), candidates.tolist(), strict=True):
         chosen.add(last if candidate in chosen else candidate)
-    return torch.tensor(sorted(chosen))
+    return torch.tensor(sorted(chosen), dtype=torch.int64)
 
 
 def balance(clients: list[int], sizes: Tensor, owners: Sequence[int], ranks: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.perturbations.base import State
+from fedlight.server.state import num_bytes
 
 
 class Transform:
@@ -21,7 +22,8 @@ class Transform:
     A transform holds its settings and nothing else: its methods are handed what a client keeps for it, and return it.
 
     Attributes:
-        stage: where in a chain it may stand, smaller numbers first: 0 bounds, 1 leaves out, 2 rounds.
+        stage: where in a chain it may stand, smaller numbers first: 0 bounds, 1 leaves out, 2 rounds, 3 bounds
+            and noises the sum at the server.
         update_only: whether it makes no sense for anything but a model's update.
     """
 
@@ -63,8 +65,8 @@ def check_chain(transforms: Sequence[Transform]) -> None:
         right = sorted(transforms, key=lambda t: t.stage)
         found, names = ([type(t).__name__ for t in chain] for chain in (transforms, right))
         raise MisconfigurationException(
-            f"trainer.transforms={found}: what bounds an update comes before what leaves out entries, and what rounds"
-            f" comes last. Write {names}."
+            f"trainer.transforms={found}: what bounds an update comes before what leaves out entries, then what rounds,"
+            f" and last what noises the sum. Write {names}."
         )
 
 
@@ -147,13 +149,9 @@ def _through(
         length = sent.numel()
         sent, beside, state = transform.encode(sent, state or transform.init_client(sent), rng)
         kept |= {prefix + k: v for k, v in state.items()}
-        crossed += _size(beside.values())
+        crossed += num_bytes(beside)
         steps.append((transform, beside, length))
-    crossed += _size([sent])
+    crossed += num_bytes({"": sent})
     for transform, beside, length in reversed(steps):
         sent = transform.decode(sent, beside, length)
     return sent, crossed, kept
-
-
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,57 @@
+"""DifferentialPrivacy."""
+
+from typing import Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedlight.checks import Number, check_hyperparameter, check_number
+from fedlight.transforms.base import Transform
+
+
+class DifferentialPrivacy(Transform):
+    """Hide whether a client took part: bound each update, and add Gaussian noise to the sum of the round.
+
+    The server, which is trusted, takes Σ_i Δ_i·min(1, clip/‖Δ_i‖₂) + N(0, (noise_multiplier·clip)²·I) and divides it by
+    the K clients that are expected, all of one weight. Updates are bounded in float64, after all other transforms.
+    ``privacy/epsilon`` is what dp-accounting (extra ``privacy``) says of the rounds so far: with ``Bernoulli`` sampling
+    for adding or removing a client, with ``Uniform`` for replacing one, which changes the sum by up to 2·clip.
+
+    Args:
+        clip: the bound of an update's norm.
+        noise_multiplier: standard deviation of the noise in multiples of ``clip``; 0 only bounds, and ε is infinite.
+        epsilon: instead: the noise with which ``trainer.max_rounds`` rounds spend this; a run stops before it has
+            spent more.
+        delta: δ, below 1/N; by default N^-1.1.
+        accountant: ``rdp`` for Rényi accounting, or ``pld``, which is tighter and takes ``Bernoulli`` only.
+        secure: draw noise and clients from the operating system's generator; such a run cannot be repeated.
+
+    Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018, algorithm 1 with its
+    first estimator; for rounds of fixed size Wang et al., "Subsampled Rényi Differential Privacy and Analytical Moments
+    Accountant", AISTATS 2019.
+    """
+
+    stage = 3
+    update_only = True
+
+    def __init__(
+        self,
+        clip: Number = 1.0,
+        noise_multiplier: float | None = None,
+        epsilon: float | None = None,
+        delta: float | None = None,
+        accountant: Literal["rdp", "pld"] = "rdp",
+        secure: bool = False,
+    ) -> None:
+        key = "trainer.transforms"
+        if not clip:
+            raise MisconfigurationException(f"{key}.clip={clip!r}: noise hides nothing unless updates are bounded.")
+        if noise_multiplier is not None and epsilon is not None:
+            raise MisconfigurationException(f"{key}.noise_multiplier and {key}.epsilon exclude each other; set one.")
+        if accountant not in ("rdp", "pld"):
+            raise MisconfigurationException(f"{key}.accountant={accountant!r} must be 'rdp' or 'pld'.")
+        self.clip = check_hyperparameter(f"{key}.clip", clip, positive=True, at_most=1e5)
+        check_number(f"{key}.noise_multiplier", noise_multiplier or 0, at_most=1e4)
+        check_number(f"{key}.epsilon", 1.0 if epsilon is None else epsilon, positive=True)
+        check_number(f"{key}.delta", 0.5 if delta is None else delta, positive=True, below=1)
+        self.noise_multiplier, self.epsilon, self.delta = noise_multiplier, epsilon, delta
+        self.accountant, self.secure = accountant, secure
