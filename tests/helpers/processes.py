@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
+from fedlight.server.sampling import Bernoulli
+from fedlight.transforms import DifferentialPrivacy
 from tests.helpers.tiny import Clients, Drawing, Regression, quiet_trainer, weights
 
 SIZES = (6, 12, 8, 3, 7)
@@ -102,6 +105,11 @@ CASES: dict[str, dict[str, Any]] = {
     "resumed": {"resume": 2, "max_rounds": 4},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
 }
+
+if find_spec("dp_accounting"):  # of five rounds one is empty, and of two processes one has no client in most
+    chain = [DifferentialPrivacy(0.2, noise_multiplier=1.0)]
+    few = {"sampler": Bernoulli(redraw=False), "clients_per_round": 1, "max_rounds": 5}
+    CASES["private"] = {"transforms": chain, "model": Regression, **few}
 
 MANY = ["all kinds of metrics", "local statistics and state on disk", "a client diverges", "all models at once"]
 """Cases for more processes than two; in some rounds there are fewer clients."""

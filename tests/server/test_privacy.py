@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from scipy.stats import beta
 from torch import nn
 
 from fedlight.algorithms import SCAFFOLD, FedAvg, FedBN, FedExP, FedVARP
@@ -267,6 +268,51 @@ def test_what_would_not_be_private_is_refused(tmp_path, settings, net, message):
 def test_what_has_no_accounting_is_refused(transforms, sampler, algorithm, net, message):
     with pytest.raises(MisconfigurationException, match=message):
         begin_privacy(transforms, Regression(net=net), algorithm, None, set_up(sampler), 3, 0)
+
+
+class Drift(Regression):
+    """Each client pulls the weights its own way, wherever they are."""
+
+    def training_step(self, batch, batch_idx):
+        x, _ = batch
+        return -(self.net.weight * x.mean(0)).sum() - 0 * self.net.bias.sum()
+
+
+def pulls(root, canary, clients_per_round, rounds=600):
+    """What the noised sums have of the direction in which only the first of four clients pulls, if it does."""
+    data, algorithm = Clients((1, 1, 1, 1)), Received()
+    inputs = torch.tensor([[canary, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    data.datasets = [data.dataset(x[None], torch.zeros(1)) for x in inputs]
+    few = {"check_val_every_n_rounds": rounds, "enable_checkpointing": False, "enable_plots": False}
+    chain = [DifferentialPrivacy(1.0, noise_multiplier=1.0, delta=0.01)]
+    given = {"algorithm": algorithm, "transforms": chain, "sampler": poisson(), "seed": int(canary), **few}
+    trainer = quiet_trainer(root, max_rounds=rounds, clients_per_round=clients_per_round, **given)
+    trainer.fit(Drift(lr=1.0), data)
+    return torch.stack([total["update"][0] for total in algorithm.totals]), trainer._session.federation.privacy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clients_per_round", [4, 2])
+def test_an_attack_finds_no_more_than_epsilon_allows(tmp_path, clients_per_round):
+    """Each round is a game: was there a client whose update is 100 long? Half of them choose the threshold.
+
+    (TPR − δ)/FPR is at most e^ε; with the ends of 97.5 % intervals (Clopper and Pearson) for the two rates.
+    """
+    (with_canary, privacy), (without, _) = (pulls(tmp_path, canary, clients_per_round) for canary in (100.0, 0.0))
+
+    def lower_bound(threshold, present, absent):
+        hits, false = int((present > threshold).sum()), int((absent > threshold).sum())
+        most = beta.ppf(0.975, false + 1, len(absent) - false)
+        least = beta.ppf(0.025, hits, len(present) - hits + 1) if hits else 0.0
+        return math.log(max(least - 0.01, 1e-9) / most)
+
+    halves = [values.chunk(2) for values in (with_canary, without)]
+    threshold = max(torch.linspace(-1, 4, 51).tolist(), key=lambda t: lower_bound(t, halves[0][0], halves[1][0]))
+    found = lower_bound(threshold, halves[0][1], halves[1][1])
+    claimed = privacy.epsilon(1)
+    less = Privacy(None, DifferentialPrivacy(1.0, 8.0, delta=0.01), set_up(poisson(), clients_per_round, 4), 1, 0)
+    assert found <= claimed
+    assert found > less.epsilon(1)  # had the noise been claimed to be eight times as large, this would tell
 
 
 def test_without_the_extra(tmp_path, monkeypatch):
