@@ -99,7 +99,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
 def _settings(value: Any) -> dict[str, Any]:
     """Attributes that are called as the arguments of its constructors; if some are not, all simple ones as well."""
-    held = vars(value)
+    held = {**getattr(vars(value).get("penalty"), "__dict__", {}), **vars(value)}  # with what an algorithm's own has
     if isinstance(value, LRScheduler):
         return {k: v for k, v in held.items() if k not in ("optimizer", "base_lrs", "_last_lr")}
     inits = [init for cls in type(value).__mro__ if isinstance(init := vars(cls).get("__init__"), types.FunctionType)]
