@@ -78,7 +78,7 @@ def is_slow(name):
     others = name.startswith(("algorithm/", "perturbation/")) and name not in kept
     large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
-    return others or large or name in (*alike, "analysis/landscape.yaml")
+    return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 
 @pytest.mark.parametrize(("part", "base"), [("algorithm", Algorithm), ("perturbation", Perturbation)])

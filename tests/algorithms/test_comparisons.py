@@ -43,6 +43,7 @@ def test_rounds_equal_those_of_the_twin_with_sam(name, engine):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_tells_the_models_apart(monkeypatch):
     """In a client's first round they are one tensor."""
     monkeypatch.setattr(programs, "BACKEND", "aot_eager")

@@ -416,7 +416,7 @@ def batched_step(module):
     return vmap(grad_and_value(client, has_aux=True))
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_clients_can_be_batched(backend):
     clients = 3
     modules, data = [Lit(seed=i) for i in range(clients)], batches(clients)

@@ -37,6 +37,11 @@ class Combination:
         return f"{self.algorithm}-{self.perturbation}-{self.penalty}"
 
     @property
+    def alone(self) -> bool:
+        """Whether there is no perturbation beside the algorithm."""
+        return self.perturbation == "none"
+
+    @property
     def quick(self) -> bool:
         """Whether every run of the tests has it: each algorithm with SAM and MAN, and some with less.
 
@@ -44,7 +49,7 @@ class Combination:
         """
         own = ALGORITHMS[self.algorithm]().perturbation is not None
         all_of_it = self.penalty == "MAN" and (own or self.perturbation == "SAM")
-        alone = self.perturbation == "none" and self.algorithm in ("SCAFFOLD", "FedDyn", "FedOpt", "FedVARP", "MOON")
+        alone = self.alone and self.algorithm in ("SCAFFOLD", "FedDyn", "FedOpt", "FedVARP", "MOON")
         return all_of_it or alone or self.algorithm == "FedAvg"
 
 

@@ -21,6 +21,11 @@ every_combination = pytest.mark.parametrize(
     [pytest.param(c, marks=() if c.quick else pytest.mark.slow, id=str(c)) for c in COMBINATIONS],
 )
 
+with_some = pytest.mark.parametrize(
+    "combination",
+    [pytest.param(c, marks=() if c.quick and c.alone else pytest.mark.slow, id=str(c)) for c in COMBINATIONS],
+)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
@@ -115,7 +120,7 @@ def test_double_precision_differs_by_rounding(combination, uninterrupted, tmp_pa
         torch.testing.assert_close(found[name].to(value.dtype), value, rtol=1e-3, atol=1e-5)
 
 
-@every_combination
+@with_some
 def test_all_clients_and_then_one(combination, tmp_path):
     """K = N in the first round, one client in the second; the clients have unequal sizes throughout."""
     trainer, _, _ = run(combination, tmp_path, rounds=(tuple(range(len(SIZES))), (2,)))
@@ -124,7 +129,7 @@ def test_all_clients_and_then_one(combination, tmp_path):
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-@every_combination
+@with_some
 def test_a_thousand_clients_cost_what_the_sampled_ones_cost(combination, tmp_path):
     data = Clients((2,) * 1000)
     trainer, _, _ = run(combination, tmp_path, data, rounds=((3, 997), (3, 500)), local_steps=1)

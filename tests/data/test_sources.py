@@ -527,6 +527,7 @@ def test_channel_statistics():
 # ---- the real thing, where it is at hand
 
 
+@pytest.mark.slow
 def test_real_cifar100(shared_data):
     got = load_source(str(shared_data("cifar100")))
     assert got.x_train.shape == (50_000, 3, 32, 32)

@@ -105,7 +105,8 @@ def ours(tmp_path):
     return runs
 
 
-@pytest.mark.parametrize("method", [pytest.param("random", marks=pytest.mark.slow), "grid"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["random", "grid"])
 def test_the_verdict_is_that_of_wandb(method, ours):
     assert len(FORMS) > 300
     found = {repr(form): (bool(ours({"a": form}, method)), theirs({"a": form}, method)) for form in FORMS}
