@@ -35,6 +35,8 @@ class _Clonable(Protocol):
 
 def cloned(batch: Any) -> Any:
     """A batch for a pass that is not a step's last: ``training_step`` may pop from it, or write into it."""
+    if type(batch) in (list, tuple) and all(type(part) is Tensor for part in batch):  # the common case, at once
+        return type(batch)([part.clone() for part in batch])
     return apply_to_collection(batch, _Clonable, lambda part: part.clone())
 
 
