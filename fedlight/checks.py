@@ -3,6 +3,7 @@
 from fedlight.penalties.numbers import Number as Number
 from fedlight.penalties.numbers import check_hyperparameter as check_hyperparameter
 from fedlight.penalties.numbers import check_number as check_number
+from fedlight.penalties.numbers import current as current
 from fedlight.penalties.numbers import largest as largest
 
 

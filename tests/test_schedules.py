@@ -17,7 +17,7 @@ from fedlight.cli.command import main
 from fedlight.data import DirichletClients
 from fedlight.penalties.base import Penalty
 from fedlight.penalties.man import MAN
-from fedlight.penalties.numbers import at, check_hyperparameter, follow, scheduled
+from fedlight.penalties.numbers import at, check_hyperparameter, current, follow, scheduled
 from fedlight.perturbations import SAM
 from fedlight.report.naming import Method, method_labels
 from fedlight.run.loggers import read_metrics
@@ -269,3 +269,11 @@ def test_a_penalty_of_ones_own_keeps_the_loss_in_its_type():
     assert loss.dtype == torch.float32
     square = sum(float(p.detach().double().square().sum()) for p in module.parameters())
     assert float(step.penalty) == pytest.approx(0.2 * square, rel=1e-6)
+
+
+def test_what_python_needs_of_a_schedule_is_known_without_its_tensor():
+    rho = check_hyperparameter("x", {"schedule": "linear", "from": 0, "to": 4, "rounds": 4})
+    assert [current(0.5), current(rho)] == [0.5, 0.0]
+    follow([rho], 3)
+    rho.fill_(7.0)  # on a device, to look at it would be to wait
+    assert current(rho) == 3.0

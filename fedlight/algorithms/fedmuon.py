@@ -10,6 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from fedlight.algorithms.base import Message, Number, State
 from fedlight.algorithms.fedadamw import _LeaningClients
+from fedlight.checks import current
 from fedlight.local import ClientResult, LocalObjective
 
 
@@ -94,7 +95,7 @@ class FedMuon(_LeaningClients):
 
     def lr_factors(self, steps: int) -> list[float]:
         """1 − alpha, of which the step along G is a multiple, too."""
-        return [1 - float(self.alpha)] * steps
+        return [1 - current(self.alpha)] * steps
 
     def init_server(self, params: Tensor) -> State:
         """The model, G and M."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedlight.algorithms.base import Algorithm, Message, Number, State, check_hyperparameter
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
+from fedlight.checks import current
 from fedlight.local import ClientResult
 
 
@@ -15,7 +16,7 @@ class _FallingRates(Algorithm):
 
     def lr_factors(self, steps: int) -> Sequence[float]:
         """η_k/η."""
-        return [1 - (1 - float(self.rho)) * k / steps for k in range(steps)]
+        return [1 - (1 - current(self.rho)) * k / steps for k in range(steps)]
 
 
 class FedSWA(_FallingRates, FedAvg):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,6 +86,11 @@ def settings_of(value: Any) -> dict[str, Any] | None:
 def largest(value: float) -> float:
     """A number, or the largest one of a schedule."""
     return value if (schedule := settings_of(value)) is None else max(schedule["from"], schedule["to"])
+
+
+def current(value: float) -> float:
+    """A number, or what a schedule has come to, without waiting for the device that has it."""
+    return value if (schedule := settings_of(value)) is None else at(schedule, cast(Any, value).round or 0)
 
 
 def at(schedule: Mapping[str, Any], round: int) -> float:

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
+from fedlight.checks import current
 from fedlight.seeding import generator
 from fedlight.server.sampling import Bernoulli, Sampler, Uniform
 from fedlight.transforms.base import Transform
@@ -58,14 +60,13 @@ class Privacy:
         parts = self.clients, n, poisson, delta, settings.accountant
         if self.noise is None:
             self.noise = _least_noise(settings.epsilon or 0, rounds, *parts)
-        self.epsilon = _accounted(self.noise, *parts)
+        self.epsilon = cache(_accounted(self.noise, *parts))  # a round asks twice for the next one's
 
     def bound(self, update: Tensor, moved: Sequence[str]) -> None:
         """Shorten an update ``[P]`` float64, in place; refuse buffers that moved with it."""
         _refuse(moved and _MOVES.format(", ".join(moved[:3])))
-        update.mul_(
-            torch.clamp(float(self.settings.clip) / torch.linalg.vector_norm(update), max=1.0)
-        )  # ∞ where it is 0
+        shrink = current(self.settings.clip) / torch.linalg.vector_norm(update)  # infinite where the update is 0
+        update.mul_(shrink.clamp(max=1.0))
 
     def draw(self, round: int, params: Tensor) -> Tensor:
         """The noise of a round, ``[P]`` float64."""
@@ -74,7 +75,7 @@ class Privacy:
             normal: Tensor = torch.special.ndtri((bits.double() + 0.5) * 2.0**-53)
         else:
             normal = torch.randn(len(params), generator=generator(self._seed, "privacy", round), dtype=torch.float64)
-        return normal.mul_(self.noise * float(self.settings.clip)).to(params.device)
+        return normal.mul_(self.noise * current(self.settings.clip)).to(params.device)
 
     def spent(self, rounds: int) -> bool:
         """Whether one round more than these would exceed the target."""
@@ -90,7 +91,7 @@ class Privacy:
         whom = "adding or removing" if self._held["sampler"] == "Bernoulli" else "replacing"
         return (
             f"ε = {self.epsilon(max(1, rounds)):.4g}, δ = {self._held['delta']:.3g} for {whom} a client, after {rounds}"
-            f" rounds; noise {self.noise:.4g} x clip {float(settings.clip):.4g}{secret}."
+            f" rounds; noise {self.noise:.4g} x clip {current(settings.clip):.4g}{secret}."
             f" Not private: train/*, clients/*, {'view all, ' * ('all' in views)}clients.csv, pictures of partition and"
             " clients, what checkpoints keep of clients"
         )

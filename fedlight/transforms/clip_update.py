@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import Number, check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter, current
 from fedlight.perturbations.base import State
 from fedlight.transforms.base import Transform
 
@@ -26,5 +26,5 @@ class ClipUpdate(Transform):
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """The clipped update."""
         length = torch.linalg.vector_norm(vector, dtype=torch.float64)
-        factor = torch.clamp(float(self.norm) / length, max=1.0)  # infinite where the update is 0, and so 1
+        factor = torch.clamp(current(self.norm) / length, max=1.0)  # infinite where the update is 0, and so 1
         return vector * factor.to(vector.dtype), {}, own

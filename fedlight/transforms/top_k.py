@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fedlight.checks import Number, check_hyperparameter
+from fedlight.checks import Number, check_hyperparameter, current
 from fedlight.perturbations.base import State
 from fedlight.transforms.base import Transform
 
@@ -34,7 +34,7 @@ class TopK(Transform):
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """The values that are sent, beside them their places as int32, and what is left out."""
         wanted = vector + own["error"]
-        places = wanted.abs().topk(max(1, math.ceil(float(self.fraction) * wanted.numel())), sorted=False).indices
+        places = wanted.abs().topk(max(1, math.ceil(current(self.fraction) * wanted.numel())), sorted=False).indices
         return wanted[places], {"places": places.to(torch.int32)}, {"error": wanted.index_fill(0, places, 0.0)}
 
     def decode(self, vector: Tensor, beside: State, length: int) -> Tensor:
