@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import struct
 import threading
 import time
 import zipfile
@@ -349,7 +350,10 @@ def test_every_flipped_bit_of_a_tensor_is_found(run):
         contents = [parts.read(info) for info in tensors]
     for info, content in zip(tensors, contents, strict=True):
         damaged = bytearray(whole)
-        damaged[whole.index(content, info.header_offset) + len(content) // 2] ^= 4
+        name, extra = struct.unpack_from("<HH", whole, info.header_offset + 26)  # of the part's own header
+        start = info.header_offset + 30 + name + extra
+        assert whole[start : start + len(content)] == content
+        damaged[start + len(content) // 2] ^= 4
         run[1].write_bytes(damaged)
         refused(run, r"last.ckpt' cannot be read \(ValueError\): it is torn, damaged or no checkpoint")
 
