@@ -1,6 +1,7 @@
 """The interface between data and training: every client's dataset, and those for validation and test."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,12 +31,17 @@ class FederatedDataModule(Remembers, LightningDataModule):
         num_workers: worker processes of the loaders of datasets that are read sample by sample.
         collate_fn: makes a batch of a list of samples, for datasets that are read sample by sample.
         seed: seed of the order (and augmentation) of the pooled training data in a plain ``Trainer``.
+        held_out_clients: clients that never train, a number or a fraction of all: the model is evaluated on their data
+            as new ones, after ``trainer.personal``'s fine-tuning where there is one.
 
     Attributes:
         num_clients: N; valid after :meth:`setup`.
+        new_clients: in a fit the clients that never train, by their number in the data; there they follow the N others.
     """
 
     num_clients: int
+    held_out_clients: int | float = 0
+    new_clients: Sequence[int] = ()
 
     def __init__(
         self,
@@ -44,12 +50,18 @@ class FederatedDataModule(Remembers, LightningDataModule):
         num_workers: int = 0,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
+        held_out_clients: int | float = 0,
     ) -> None:
         super().__init__()
         self.batch_size = self.eval_batch_size = check_at_least_one("`data.batch_size`", batch_size)
         if eval_batch_size is not None:
             self.eval_batch_size = check_at_least_one("`data.eval_batch_size`", eval_batch_size)
         self.num_workers, self.collate_fn, self.eval_collate_fn, self.seed = num_workers, collate_fn, collate_fn, seed
+        self.held_out_clients = held_out_clients
+        if isinstance(held_out_clients, bool) or not 0 <= held_out_clients < (1 if held_out_clients % 1 else math.inf):
+            raise ValueError(
+                f"`data.held_out_clients`={held_out_clients} must be a number of clients, or a fraction below 1 of all."
+            )
 
     def eval_batch_size_on(self, device: torch.device) -> int:
         """Samples of a batch in evaluation on a device: ``eval_batch_size``, unless a subclass knows better.

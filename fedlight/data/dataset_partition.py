@@ -46,6 +46,7 @@ class DatasetPartition(PartitionedDataModule):
         num_workers: worker processes of the loaders; by default the training loader's, or none.
         collate_fn: makes a batch of a list of samples; by default the loader's, or PyG's for its data, or torch's.
         seed: seed of the partition.
+        held_out_clients: clients that never train, a number or a fraction of all, and are evaluated as new ones.
 
     Attributes:
         classes: names of the classes, where they are strings.
@@ -65,9 +66,12 @@ class DatasetPartition(PartitionedDataModule):
         num_workers: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
+        held_out_clients: int | float = 0,
     ) -> None:
         size = 32 if batch_size is None else batch_size
-        super().__init__(num_clients, partitioner or IID(), size, eval_batch_size, seed=seed)
+        super().__init__(
+            num_clients, partitioner or IID(), size, eval_batch_size, seed=seed, held_out_clients=held_out_clients
+        )
         self._by_hand = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups
         self.classes: list[str] = []

@@ -34,6 +34,7 @@ class Federated(DatasetPartition):
         targets: column or attribute of its training set that holds classes; by default as in ``DatasetPartition``.
         groups: column or attribute that holds natural groups, for ``NaturalGroups``.
         seed: seed of the partition, and of what ``setup`` draws.
+        held_out_clients: clients that never train, a number or a fraction of all, and are evaluated as new ones.
     """
 
     def __init__(
@@ -44,8 +45,11 @@ class Federated(DatasetPartition):
         targets: str | None = None,
         groups: str | None = None,
         seed: int = 0,
+        held_out_clients: int | float = 0,
     ) -> None:
-        super().__init__([], None, None, num_clients, partitioner, targets, groups, seed=seed)
+        super().__init__(
+            [], None, None, num_clients, partitioner, targets, groups, seed=seed, held_out_clients=held_out_clients
+        )
         name = type(datamodule).__name__
         if isinstance(datamodule, FederatedDataModule):
             raise TypeError(f"`data.datamodule` is a {name}, which is federated already: use it as it is.")

@@ -52,6 +52,7 @@ class ImageData(PartitionedDataModule):
         test_domains: domains of a folder that are held out for the test.
         test_fraction: share of each class (and domain) that is held out of a folder or file without a test set.
         crop_padding: zeros around an image that is cropped at random, in pixels.
+        held_out_clients: clients that never train, a number or a fraction of all, and are evaluated as new ones.
 
     Attributes:
         classes: names of the classes, where the source has them.
@@ -77,9 +78,17 @@ class ImageData(PartitionedDataModule):
         test_domains: list[str] | None = None,
         test_fraction: float = 0.2,
         crop_padding: int = 4,
+        held_out_clients: int | float = 0,
     ) -> None:
         size = _EVAL_IMAGES if eval_batch_size is None else eval_batch_size
-        super().__init__(num_clients, partitioner or DirichletClients(), batch_size, size, seed=seed)
+        super().__init__(
+            num_clients,
+            partitioner or DirichletClients(),
+            batch_size,
+            size,
+            seed=seed,
+            held_out_clients=held_out_clients,
+        )
         self._eval_batch_size_is_given = eval_batch_size is not None
         if not 0 <= val_fraction < 1:
             raise ValueError(f"`data.val_fraction` must be at least 0 and below 1, got {val_fraction}.")

@@ -8,20 +8,16 @@ from torch.utils.data import Dataset
 from fedlight.data.datamodule import FederatedDataModule
 
 
-class PooledData(FederatedDataModule):
-    """One client that has the training data of all clients of another datamodule.
-
-    This is what ``trainer.centralized`` trains on.
+class Wrapping(FederatedDataModule):
+    """Base of datamodules that give the data of another one to other clients.
 
     Args:
-        data: the datamodule whose clients are pooled; its own :meth:`setup` still divides the data.
+        data: the datamodule; its own :meth:`setup` still divides the data.
     """
 
     def __init__(self, data: FederatedDataModule) -> None:
         super().__init__(data.batch_size, data.eval_batch_size, data.num_workers, data.collate_fn, data.seed)
         self.data = data
-        self.num_clients = 1
-        self._pooled: Dataset[Any] | None = None
         for name in (
             "prepare_data",
             "teardown",
@@ -37,6 +33,19 @@ class PooledData(FederatedDataModule):
         self.data.setup(stage)
         for name in ("batch_size", "eval_batch_size", "num_workers", "collate_fn", "eval_collate_fn"):
             setattr(self, name, getattr(self.data, name))
+
+
+class PooledData(Wrapping):
+    """One client that has the training data of all clients of another datamodule.
+
+    This is what ``trainer.centralized`` trains on.
+
+    Args:
+        data: the datamodule whose clients are pooled.
+    """
+
+    num_clients = 1
+    _pooled: Dataset[Any] | None = None
 
     def client_dataset(self, client: int) -> Dataset[Any]:
         """The training data of all clients; there is client 0 only."""

@@ -24,6 +24,7 @@ from fedlight.run.rows import as_floats
 from fedlight.seeding import derive_seed
 
 Stage = Literal["validation", "test"]
+Models = Callable[[Sequence[int]], Iterable[int]]
 _Logged = dict[str, tuple[Tensor, Tensor, str]]
 
 
@@ -118,8 +119,13 @@ class Evaluator:
                 pairs += [pair for pair in zip(batch[1].tolist(), found.tolist(), strict=True) if pair[0] >= 0]
         return pairs
 
-    def client_metrics(self, clients: Sequence[int], limit: int | float | None = None) -> dict[int, dict[str, float]]:
+    def client_metrics(
+        self, clients: Sequence[int], limit: int | float | None = None, models: Models | None = None
+    ) -> dict[int, dict[str, float]]:
         """What the module logs on each client's own validation data, in the order of the clients.
+
+        ``models`` gives those of the clients that this process evaluates, each when the module holds its model; by
+        default the module stays as it is.
 
         Empty where the datamodule has no such data. Where the module logs nothing on that of the first client, one
         line says so, and no client is evaluated any more.
@@ -132,13 +138,13 @@ class Evaluator:
         if not self._clients_log:
             return {}
         world = self._fabric.world_size
-        mine = {client: self._on_client(client, limit) or {} for client in clients[self._fabric.global_rank :: world]}
+        own = clients[self._fabric.global_rank :: world] if models is None else models(clients)
+        mine = {client: self._on_client(client, limit) or {} for client in own}
         values = as_floats({f"{c} {name}": v for c, metrics in mine.items() for name, v in metrics.items()})
-        own = {c: {name: values[f"{c} {name}"] for name in metrics} for c, metrics in mine.items()}
-        everyone: list[Any] = [own]
+        everyone: list[Any] = [{c: {n: values[f"{c} {n}"] for n in metrics} for c, metrics in mine.items()}]
         if world > 1:
-            everyone = [None] * world
-            torch.distributed.all_gather_object(everyone, own)
+            everyone *= world
+            torch.distributed.all_gather_object(everyone, everyone[0])
         found = {client: metrics for part in everyone for client, metrics in part.items() if metrics}
         return dict(sorted(found.items()))
 
@@ -192,14 +198,14 @@ class Evaluator:
 def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """Mean, standard deviation, minimum and 10th percentile over the clients of each metric that they have."""
     out: dict[str, float] = {}
-    for name, short in _client_names(dict.fromkeys(name for metrics in found.values() for name in metrics)).items():
+    for name, short in client_names(dict.fromkeys(name for metrics in found.values() for name in metrics)).items():
         each = torch.tensor([metrics[name] for metrics in found.values() if name in metrics], dtype=torch.float64)
         figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "p10": each.quantile(0.1)}
         out |= {f"clients/{short}_{figure}": float(value) for figure, value in figures.items()}
     return out
 
 
-def _client_names(logged: Iterable[str]) -> dict[str, str]:
+def client_names(logged: Iterable[str]) -> dict[str, str]:
     """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
     names: dict[str, str] = {}
     for name in sorted(logged, key=lambda name: not name.startswith("val/")):

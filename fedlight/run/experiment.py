@@ -132,6 +132,7 @@ def _data(data: FederatedDataModule) -> dict[str, Any]:
         "class_path": type(data).__name__,
         **{key: plain(getattr(data, key, None)) for key in _DATA},
         "transform": plain(getattr(first, "transform", None)),
+        "held_out_clients": list(data.new_clients),
         "partition": indices.hexdigest(),
         "samples": samples,
     }

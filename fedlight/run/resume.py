@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from fedlight.data.pooled import PooledData
+from fedlight.data.held_out import given_data
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext
@@ -23,7 +23,7 @@ from fedlight.server.privacy import begin_privacy
 T = TypeVar("T")
 _OF_STATE = (
     *("algorithm", "perturbation", "trainer.views", "trainer.buffers", "trainer.precision"),
-    *("data.num_clients", "data.partition", "model.trained"),
+    *("data.num_clients", "data.held_out_clients", "data.partition", "model.trained"),
 )
 
 
@@ -98,8 +98,7 @@ def of_last_call(
         raise MisconfigurationException("model: give a module, or fit one before.")
     if ckpt_path is None and trainer.run_dir is not None:
         ckpt_path = usual_checkpoint([trainer.run_dir / "config.yaml"], trainer.default_root_dir, trainer.name)
-    data = before.datamodule
-    return before.module, datamodule or (data.data if isinstance(data, PooledData) else data), ckpt_path
+    return before.module, datamodule or given_data(before.datamodule), ckpt_path
 
 
 def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.federated import not_federated
-from fedlight.data.pooled import PooledData
+from fedlight.data.held_out import training_data
 from fedlight.data.sharing import share_among_processes
 from fedlight.engines import start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
@@ -72,7 +72,7 @@ class Session(RunContext):
         if not isinstance(datamodule, FederatedDataModule):
             raise MisconfigurationException(not_federated(datamodule))
         datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
-        self.datamodule = PooledData(datamodule) if self.settings["centralized"] else datamodule
+        self.datamodule = training_data(datamodule, self.settings["centralized"])
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
         self.profiler = make_profiler(self.settings["profiler"])
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)

@@ -43,6 +43,8 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         "device": f"{name}, {shares}, {trainer.settings['precision']}",
         "engine": f"{type(engine).__name__}: {engine.reason}",
     }
+    if new := list(data.new_clients):
+        found["new clients"] = f"{len(new)} never train: {', '.join(map(str, new[:20]))}{', ...' * (len(new) > 20)}"
     if private := run.federation.privacy:
         found["privacy"] = private.phrase(trainer.max_rounds, run.federation.views)
     if run.folder is not None:
@@ -55,6 +57,9 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
 def say_start(run: RunContext, engine: Engine) -> None:
     """Say what is being trained, and let the trainer know it."""
     run.trainer.facts = facts(run, engine)
+    if run.folder is not None and run.is_zero and run.datamodule.new_clients:
+        with writing(run.folder.path):
+            run.folder.write_json("held_out_clients.json", list(run.datamodule.new_clients))
     rank_zero_info(_lines(run.trainer.facts))
 
 

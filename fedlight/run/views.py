@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
+from fedlight.run.client_evaluation import evaluate_clients
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import Stage, over_clients
 from fedlight.run.loggers import tell_wandb
@@ -136,5 +137,6 @@ class Views:
         if rounds % every and not self.is_last:
             return {}
         self.load("server")
-        self.clients = run.evaluator.client_metrics(range(count), self._settings["limit_val_batches"])
+        self.clients = evaluate_clients(run)
+        self.load("server")
         return {**over_clients(self.clients)}

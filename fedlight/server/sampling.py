@@ -23,8 +23,8 @@ def resolve_clients_per_round(clients_per_round: int | float, num_clients: int) 
         return max(1, round(clients_per_round * num_clients))
     if not 0 < clients_per_round <= num_clients:
         raise MisconfigurationException(
-            f"trainer.clients_per_round={clients_per_round} must lie between 1 and data.num_clients={num_clients}."
-            " Lower it, or give a fraction such as 0.1."
+            f"trainer.clients_per_round={clients_per_round} must lie between 1 and data.num_clients={num_clients}"
+            " (without data.held_out_clients). Lower it, or give a fraction such as 0.1."
         )
     return clients_per_round
 

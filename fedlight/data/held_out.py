@@ -1,0 +1,76 @@
+"""Clients that never train: what a model is worth to those who come later."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fedlight.data.arrays import ArrayDataset, in_memory
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.pooled import PooledData, Wrapping
+from fedlight.seeding import generator
+
+
+class HeldOut(Wrapping):
+    """The clients of another datamodule without those that its ``held_out_clients`` keeps out of training.
+
+    Those that train are clients ``0 .. num_clients - 1``, in the order that they have in the data, and the new ones
+    follow. Which they are is drawn from (``data.seed``, "held_out_clients").
+    """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the data, and draw who is held out.
+
+        Raises:
+            ValueError: if nobody were left.
+        """
+        super().setup(stage)
+        total, wanted = self.data.num_clients, self.data.held_out_clients
+        count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
+        if count >= total:
+            raise ValueError(f"`data.held_out_clients`={wanted} leaves none of {total} clients to train. Lower it.")
+        drawn = torch.randperm(total, generator=generator(self.data.seed, "held_out_clients")).tolist()
+        self.new_clients, self.num_clients = tuple(sorted(drawn[:count])), total - count
+        self._clients = [*sorted(drawn[count:]), *self.new_clients]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.data, name)
+
+    def client_dataset(self, client: int) -> Dataset[Any]:
+        """The training data of a client; of a new one, what it is fine-tuned on."""
+        return self.data.client_dataset(self._clients[client])
+
+    def client_size(self, client: int) -> int:
+        """n_i."""
+        return self.data.client_size(self._clients[client])
+
+    def client_val_dataset(self, client: int) -> Dataset[Any] | None:
+        """Held-out data of a client."""
+        return self.data.client_val_dataset(self._clients[client])
+
+    def partition_counts(self) -> Tensor | None:
+        """Samples of each class of each client that trains, ``[num_clients, num_classes]``."""
+        counts = self.data.partition_counts()
+        return None if counts is None else counts[self._clients[: self.num_clients]]
+
+    def pooled_dataset(self) -> Any:
+        """The training data of the clients that train; of data in memory a view."""
+        parts = [in_memory(self.client_dataset(client), self.collate_fn) for client in range(self.num_clients)]
+        arrays = [part for part in parts if isinstance(part, ArrayDataset) and part.storage is parts[0].storage]
+        if len(arrays) < len(parts):
+            return super().pooled_dataset()
+        return arrays[0].view(torch.cat([a.positions(torch.arange(len(a))) for a in arrays]), arrays[0].transform)
+
+
+def training_data(data: FederatedDataModule, centralized: bool) -> FederatedDataModule:
+    """What a trainer trains on: the data without the clients that it holds out, as one client's if ``centralized``."""
+    data = HeldOut(data) if data.held_out_clients else data
+    return PooledData(data) if centralized else data
+
+
+def given_data(data: Any) -> Any:
+    """What :meth:`training_data` was made of."""
+    return given_data(data.data) if isinstance(data, Wrapping) else data
