@@ -152,6 +152,7 @@ def trainer_for(combination: Combination, root: Path, rounds=ROUNDS, **settings)
         "engine": "eager",
         "enable_progress_bar": False,
         "enable_checkpointing": False,
+        "enable_plots": False,
         "client_val_every_n_rounds": 0,
         "default_root_dir": root,
         "name": str(combination),

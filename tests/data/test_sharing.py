@@ -35,6 +35,7 @@ def test_two_processes_hold_one_copy(two):
 
 
 @RunIf(linux=True)
+@pytest.mark.slow
 def test_data_that_differ_between_processes_are_left_alone(two):
     assert [rank["unlike"] for rank in two[0]] == [0, 0]
     assert [rank["untouched"] for rank in two[0]] == [7, 8]

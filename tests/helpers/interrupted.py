@@ -63,7 +63,7 @@ class Interrupt(Callback):
 def run(folder: Path, case: str) -> None:
     """Train until the signal comes."""
     callbacks = [Interrupt(*CASES[case]), Checkpoint(max_overhead=1), ClientMetrics()]
-    trainer = quiet_trainer(folder, name=case, max_rounds=ROUNDS, callbacks=callbacks)
+    trainer = quiet_trainer(folder, name=case, max_rounds=ROUNDS, callbacks=callbacks, enable_plots=False)
     trainer.fit(Regression(), Clients())
 
 

@@ -125,6 +125,7 @@ def outcome(case: str, folder: Path, devices: int, more: int = 0) -> dict[str, A
     """
     settings = {"devices": devices, "name": case, "max_rounds": 3, "callbacks": [ClientMetrics()], **CASES[case]}
     settings["max_rounds"] += more
+    settings["enable_plots"] = case == "all kinds of metrics"  # a picture takes longer than such a run
     data, model = settings.pop("data", lambda: Own(SIZES)), settings.pop("model", Measured)
     resume = settings.pop("resume", None)
     for key in ("algorithm", "perturbation"):
@@ -158,7 +159,7 @@ def failing(folder: Path, devices: int) -> str:
     data = Own((4, 4))
     data.datasets = [data.dataset(torch.full((4, 3), 1e25), torch.zeros(4)) for _ in range(2)]
     try:
-        quiet_trainer(folder, devices=devices, name="fails").fit(Regression(), data)
+        quiet_trainer(folder, devices=devices, name="fails", enable_plots=False).fit(Regression(), data)
     except FloatingPointError as error:
         return str(error)
     return "no error"
@@ -167,9 +168,9 @@ def failing(folder: Path, devices: int) -> str:
 def stopped(folder: Path, devices: int) -> int:
     """The exit code of a run that is told to stop."""
     try:
-        quiet_trainer(folder, devices=devices, name="stopped", callbacks=[Terminate()], max_rounds=9).fit(
-            Regression(), Clients(SIZES)
-        )
+        quiet_trainer(
+            folder, devices=devices, name="stopped", callbacks=[Terminate()], max_rounds=9, enable_plots=False
+        ).fit(Regression(), Clients(SIZES))
     except SystemExit as stop:
         return int(stop.code or 0)
     return -1

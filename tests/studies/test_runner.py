@@ -177,6 +177,7 @@ def test_after_kill_9_no_run_is_trained_twice(killed_study, capsys):
     assert [rounds(f) for f in folders(killed_study)] == [list(range(8))] * 2
 
 
+@pytest.mark.slow
 def test_after_kill_9_of_all_an_interrupted_run_resumes(killed_study, capsys):
     (first,) = folders(killed_study)
     os.kill(result(first)["pid"], signal.SIGKILL)

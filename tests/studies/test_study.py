@@ -85,6 +85,7 @@ def test_the_command_is_the_agents_with_a_folder_and_without_wandb(tmp_path):
     assert command(study, run, Path("out"), resume=True) == [*built, "--ckpt_path=last"]
 
 
+@pytest.mark.slow
 def test_flags_are_those_of_wandb(tmp_path):
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     values = {"a": 1, "b.c": [1, None], "d": None, "e": False, "f": True, "g": 1e-05, "h": "it's", "i": {"k": [True]}}
