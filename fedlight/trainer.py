@@ -21,8 +21,10 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
 from fedlight.run.session import Session
 from fedlight.seeding import generator
+from fedlight.server.aggregators import Aggregator
 from fedlight.server.clients import Where
 from fedlight.server.federation import BufferPolicy, View
+from fedlight.server.privacy import sampling_seed
 from fedlight.server.sampling import Sampler, Uniform, balance
 from fedlight.transforms.base import Transform
 
@@ -76,6 +78,8 @@ class FederatedTrainer(Commands):
             client, or ``reset`` at the start of each client's training.
         transforms: what a client's message goes through before the server receives it: ClipUpdate, TopK, Quantize (in
             this order), or your own.
+        aggregator: what takes the place of the mean of the updates, so that a few hostile clients cannot steer it:
+            Median, TrimmedMean, GeometricMedian, Krum, or your own.
         engine: how local trainings are executed: ``auto``, ``eager``, or the name of another engine.
         client_state: where clients' state is kept: ``auto``, ``device``, ``cpu`` or ``disk``.
         compile: let the engine compile what it runs.
@@ -129,6 +133,7 @@ class FederatedTrainer(Commands):
         deterministic: bool = False,
         buffers: BufferPolicy = "average",
         transforms: list[Transform] | Transform | None = None,
+        aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
         client_state: Where = "auto",
         compile: bool = False,
@@ -174,7 +179,8 @@ class FederatedTrainer(Commands):
         now = follow(self.scheduled, round, session.fabric.device)
         session.hooks("on_round_start")
         session.layout.check(session.module)
-        clients = self.sampler.sample(round, generator(federation.draws(session.fabric, self.seed), "sampling", round))
+        seed = sampling_seed(federation.privacy, session.fabric, self.seed)
+        clients = self.sampler.sample(round, generator(seed, "sampling", round))
         shares = balance(clients, federation.sizes, federation.rows.owners, self.world_size)
         with clock("train"):
             mine = federation.rows.bring(shares)

@@ -67,17 +67,20 @@ def arguments(name, folder):
     part, path = name.split("/")[0], str(CONFIGS / name)
     keys = {"logger": "trainer.logger", "model": "model", "data": "data"}
     keys |= {"algorithm": "algorithm", "perturbation": "perturbation", "transforms": "trainer.transforms"}
-    keys |= {"analysis": "trainer.callbacks+", "callbacks": "trainer.callbacks+"}
+    keys |= {"aggregator": "trainer.aggregator", "analysis": "trainer.callbacks+", "callbacks": "trainer.callbacks+"}
     chosen = ["-c", str(QUICKSTART), f"--{keys[part]}={path}"] if part in keys else ["-c", path]
-    return [*chosen, *images_for(name, folder), *QUICK, f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
+    where = [f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
+    all_of_them = ["--trainer.clients_per_round=8"] * (part == "aggregator")
+    return [*chosen, *images_for(name, folder), *QUICK, *all_of_them, *where]
 
 
 def is_slow(name):
     """Whether others of its kind train as it does: contracts train with every algorithm and perturbation."""
     kept = ("algorithm/feddyn.yaml", "algorithm/fedlesam_d.yaml", "perturbation/sam.yaml")
-    others = name.startswith(("algorithm/", "perturbation/")) and name not in kept
+    others = name.startswith(("algorithm/", "perturbation/", "aggregator/")) and name not in kept
     large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
+    alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 

@@ -5,19 +5,21 @@ from fedlight.algorithms import FedAvg, FedDyn, FedSAM
 from fedlight.callbacks import MAN
 from fedlight.perturbations import SAM
 from fedlight.run.names import dotted, method_name
+from fedlight.server.aggregators import Median
 
 
 def test_the_parts_are_joined():
     assert method_name("FedAvg") == "FedAvg"
-    assert method_name("FedDyn", "SAM", ["MAN"]) == "FedDyn+SAM+MAN"
-    assert method_name("FedDyn", "SAM", ["MAN"], centralized=True) == "Central+SAM+MAN"
+    assert method_name("FedDyn", ["SAM", "Krum"], ["MAN"]) == "FedDyn+SAM+Krum+MAN"
+    assert method_name("FedDyn", ["SAM", None], ["MAN"], centralized=True) == "Central+SAM+MAN"
 
 
 def test_a_trainer_knows_its_name():
     assert FederatedTrainer().method_name == "FedAvg"
+    assert FederatedTrainer(aggregator=Median()).method_name == "FedAvg+Median"
     assert FederatedTrainer(FedSAM(), callbacks=[MAN()]).method_name == "FedSAM+MAN"
     assert FederatedTrainer(FedDyn(), SAM(), callbacks=[MAN(zeta=0.0)]).method_name == "FedDyn+SAM"
-    assert FederatedTrainer(FedAvg(), centralized=True).method_name == "Central"
+    assert FederatedTrainer(FedAvg(), centralized=True, aggregator=Median()).method_name == "Central"
 
 
 def test_dotted_keys():

@@ -125,6 +125,11 @@ class Algorithm(Remembers):
         """
         return {**server, "params": server["params"] + mean_update(total)}
 
+    @property
+    def sums_updates(self) -> bool:
+        """Whether the server makes use of nothing but Σ weight·Δ_i of what clients send."""
+        return not (self.collects or self.personal) and type(self).contribution is Algorithm.contribution
+
     def latest(self, received: State, client: State, message: Message) -> Tensor:
         """The client's model as the server knows it, ``[P]``; view ``all`` is the mean of every client's last one."""
         return message["params"]

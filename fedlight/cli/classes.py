@@ -16,6 +16,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
 from fedlight.perturbations.base import Perturbation
+from fedlight.server.aggregators import Aggregator
 from fedlight.server.sampling import Sampler
 from fedlight.transforms.base import Transform
 
@@ -23,7 +24,7 @@ _BASES: dict[str, type] = {
     **{"algorithm": Algorithm, "perturbation": Perturbation, "data": FederatedDataModule, "model": LightningModule},
     **{"trainer.callbacks+": Callback, "trainer.sampler": Sampler, "data.partitioner": Partitioner},
     **{"model.optimizer": Optimizer, "model.lr_scheduler": LRScheduler, "trainer.logger": Logger},
-    "trainer.transforms+": Transform,
+    **{"trainer.transforms+": Transform, "trainer.aggregator": Aggregator},
 }
 _SHOWN = 8
 

@@ -15,7 +15,8 @@ from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
 from fedlight.seeding import preserved_global_rng
 
-_LABELS = ("targets", "labels", "target", "label", "y")
+LABELS = ("targets", "labels", "target", "label", "y")
+"""What data call the classes of their samples."""
 
 
 class DatasetPartition(PartitionedDataModule):
@@ -118,7 +119,7 @@ class DatasetPartition(PartitionedDataModule):
 
     @property
     def _keys(self) -> Sequence[str]:
-        return (self._targets,) if isinstance(self._targets, str) else _LABELS
+        return (self._targets,) if isinstance(self._targets, str) else LABELS
 
     def _numbers(self, key: str, given: Any, size: int, names: Sequence[str] = ()) -> tuple[Tensor | None, list[str]]:
         """Class or group of each training sample, and their names where they are strings."""
@@ -128,7 +129,7 @@ class DatasetPartition(PartitionedDataModule):
             if found is None:
                 raise ValueError(f"`data.{key}` is {given!r}, which is no column or attribute of the training data.")
         elif given is None and key == "targets":
-            found = find_values(self._train, _LABELS) if find_targets(self._train) is not None else None
+            found = find_values(self._train, LABELS) if find_targets(self._train) is not None else None
             if found is None and self.partitioner.needs_labels:
                 rank_zero_info(f"data: all {size} samples are read to find their labels; `data.targets` saves that.")
                 with preserved_global_rng():
@@ -163,7 +164,7 @@ class DatasetPartition(PartitionedDataModule):
             self.collate_fn = Batch.from_data_list
 
 
-def find_targets(dataset: Any, keys: Sequence[str] = _LABELS, names: Sequence[str] = ()) -> Tensor | None:
+def find_targets(dataset: Any, keys: Sequence[str] = LABELS, names: Sequence[str] = ()) -> Tensor | None:
     """The class of each sample as the dataset itself tells it, ``[n]`` int64; None if it does not."""
     try:
         found = find_values(dataset, keys)
@@ -184,7 +185,7 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
     if isinstance(dataset, ArrayDataset):
         tree = dataset.storage.build(dataset.storage.leaves)
         key = next((key for key in keys if isinstance(tree, dict) and key in tree), None)
-        found: Any = tree[key] if key is not None else dataset.targets if keys is _LABELS else None
+        found: Any = tree[key] if key is not None else dataset.targets if keys is LABELS else None
         found = None if found is None else found[dataset.positions(torch.arange(len(dataset)))]
     elif is_hf(dataset):
         key = next((key for key in keys if key in dataset.column_names), None)
@@ -219,6 +220,6 @@ def _label(sample: Any) -> Any:
     if isinstance(sample, list | tuple):
         label = sample[-1]
     else:
-        held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in _LABELS}
-        label = next((held[key] for key in _LABELS if held.get(key) is not None), None)
+        held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
+        label = next((held[key] for key in LABELS if held.get(key) is not None), None)
     return label.item() if hasattr(label, "item") and np.size(label) == 1 else label

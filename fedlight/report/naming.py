@@ -10,7 +10,8 @@ from fedlight.run.names import CENTRAL, method_name
 
 SEEDS = ("seed_everything", "data.init_args.seed")
 """Keys in which the runs of one method and setting differ."""
-_METHOD = ("algorithm", "perturbation", "trainer.callbacks", "trainer.centralized")
+_METHOD = ("algorithm", "perturbation", "trainer.callbacks", "trainer.centralized", "trainer.aggregator")
+_ADDED = ("perturbation", "trainer.aggregator")
 # What changes where a run is kept, how fast it is, or what is measured, but not what is trained.
 _ASIDE = (
     "ckpt_path", "trainer.default_root_dir", "trainer.name", "trainer.logger", "trainer.enable_progress_bar",
@@ -43,14 +44,16 @@ class Method:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.centralized = bool(config.get("trainer.centralized"))
         algorithm = _class(config.get("algorithm.class_path", "?"))
-        perturbation = config.get("perturbation.class_path")
+        added = {
+            key: _class(found) for key in _ADDED[: 2 - self.centralized] if (found := config.get(f"{key}.class_path"))
+        }
         penalties = _penalties(_callbacks(config))
         names = [name for name, _ in penalties]
-        self.name = method_name(algorithm, perturbation and _class(perturbation), names, self.centralized)
+        self.name = method_name(algorithm, added.values(), names, self.centralized)
         work = {"limit_train_batches": config.get("trainer.limit_train_batches")}  # made that of a federated round
         items = work if self.centralized else _below(config, "algorithm.init_args.")
-        if perturbation:
-            items |= {f"{_class(perturbation)}.{k}": v for k, v in _below(config, "perturbation.init_args.").items()}
+        for key, part in added.items():
+            items |= {f"{part}.{k}": v for k, v in _below(config, f"{key}.init_args.").items()}
         self._without_penalties = (self.name.removesuffix("".join(f"+{n}" for n in names)), _hashable(items))
         self.has_man = "MAN" in names
         self.others = tuple(name for name in names if name != "MAN")

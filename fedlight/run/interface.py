@@ -80,7 +80,7 @@ class TrainerInterface(LightningNames):
             one = {f"limit_{stage}_batches": 1 for stage in ("train", "val", "test")}
             settings |= one | {"max_rounds": 1, "local_epochs": 1, "local_steps": None, "enable_checkpointing": False}
         if settings["centralized"]:
-            settings |= {"algorithm": FedAvg(), "sampler": Uniform(), "clients_per_round": 1}
+            settings |= {"algorithm": FedAvg(), "aggregator": None, "sampler": Uniform(), "clients_per_round": 1}
         callbacks = settings.pop("callbacks")
         given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
         self.callbacks: list[Callback] = in_federated_terms(c for c in given if c is not None)
@@ -109,8 +109,8 @@ class TrainerInterface(LightningNames):
         """What trains, as loggers and reports call it: ``FedDyn+SAM+MAN``."""
         added = None if self.algorithm.perturbation is not None or self.perturbation is None else self.perturbation
         penalties = [type(penalty).__name__ for penalty in self.penalties]
-        names = type(self.algorithm).__name__, None if added is None else type(added).__name__
-        return method_name(*names, penalties, self.settings["centralized"])
+        parts = [None if part is None else type(part).__name__ for part in (added, self.settings["aggregator"])]
+        return method_name(type(self.algorithm).__name__, parts, penalties, self.settings["centralized"])
 
     @property
     def scheduled(self) -> list[Any]:

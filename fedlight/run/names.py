@@ -11,17 +11,17 @@ CENTRAL = "Central"
 
 
 def method_name(
-    algorithm: str, perturbation: str | None = None, penalties: Iterable[str] = (), centralized: bool = False
+    algorithm: str, parts: Iterable[str | None] = (), penalties: Iterable[str] = (), centralized: bool = False
 ) -> str:
     """The parts of a method joined: ``FedDyn+SAM+MAN``.
 
     Args:
         algorithm: class name of the algorithm.
-        perturbation: class name of a perturbation that was added to it; None for what the algorithm brings itself.
+        parts: class names of what was added to it, a perturbation and an aggregator, or None.
         penalties: class names of the penalties that act.
         centralized: whether the data are pooled, so that the algorithm plays no part.
     """
-    return "+".join([CENTRAL if centralized else algorithm, *([perturbation] if perturbation else []), *penalties])
+    return "+".join([CENTRAL if centralized else algorithm, *filter(None, parts), *penalties])
 
 
 _PREFERRED = (

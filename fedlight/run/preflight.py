@@ -25,8 +25,10 @@ from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
 from fedlight.run.evaluation import evaluating
+from fedlight.seeding import generator
 from fedlight.server.federation import Federation
-from fedlight.server.incoming import too_few
+from fedlight.server.incoming import check_enough
+from fedlight.transforms.attack import attacks_by
 
 
 def preflight(
@@ -54,8 +56,7 @@ def preflight(
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
     _check_sizes(federation)
-    if (found := trainer.sampler.clients_per_round) < federation.algorithm.min_clients:
-        raise too_few(federation.algorithm, f"trainer.clients_per_round gives {found}")
+    _check_enough(trainer, federation)
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
     attempt = partial(_attempt, module, fabric, transfer)
@@ -72,6 +73,29 @@ def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
         )
+
+
+def _check_enough(trainer: Any, federation: Federation) -> None:
+    """Refuse rounds with too few clients, or with more hostile ones than are tolerated; rounds are drawn ahead."""
+    parts, sampler = (federation.algorithm, federation.aggregator), trainer.sampler
+    check_enough(sampler.clients_per_round, *parts, "trainer.clients_per_round gives {}")
+    if (aggregator := federation.aggregator) is None:
+        return
+    rounds = range(trainer.current_round, trainer.max_rounds)
+    drawn = [sampler.sample(round, generator(trainer.seed, "sampling", round)) for round in rounds]
+    for clients in drawn:
+        check_enough(len(clients), *parts, "trainer.sampler draws {} in some round")
+    hostile = {client for attack in attacks_by(trainer.settings["transforms"]) for client in attack.attackers}
+    more = [len(hostile.intersection(clients)) > aggregator.tolerates(len(clients)) for clients in drawn]
+    text = (
+        f"trainer.aggregator: {type(aggregator).__name__} tolerates {aggregator.tolerates(sampler.clients_per_round)}"
+        f" attackers among {sampler.clients_per_round} clients, and {sum(more)} of {len(more)} rounds have more. Use"
+        " another, or lower `clients` of the attack."
+    )
+    if 2 * sum(more) > len(more):
+        raise MisconfigurationException(text)
+    if any(more):
+        rank_zero_warn(text)
 
 
 def _check_optimizer(federation: Federation, schedule: RoundSchedule) -> None:

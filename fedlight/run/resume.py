@@ -115,6 +115,7 @@ def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool
     run.experiment = describe(run)
     trainer, saved = run.trainer, checkpoint and checkpoint["fedlight"]
     parts = run.settings["transforms"], run.module, trainer.algorithm, saved
+    run.federation.aggregator = run.settings["aggregator"]
     run.federation.privacy = begin_privacy(*parts, trainer.sampler, trainer.max_rounds, trainer.seed)
     if checkpoint is None:
         return False

@@ -178,7 +178,8 @@ class Session(RunContext):
         swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]
         self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved, swa)
         self.views = Views(self)
-        least = min(max(2, trainer.algorithm.min_clients), self.federation.num_clients)
+        needed = (trainer.algorithm, settings["aggregator"] or trainer.algorithm)
+        least = min(max(2, *(part.min_clients for part in needed)), self.federation.num_clients)
         per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
         anew = self.command == "fit" and resume.begin_experiment(self, checkpoint)

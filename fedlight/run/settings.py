@@ -5,6 +5,7 @@ from typing import Any, get_args
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.perturbations.base import Perturbation
+from fedlight.server.aggregators import check_aggregator
 from fedlight.server.clients import Where
 from fedlight.server.federation import BufferPolicy, View
 from fedlight.transforms.base import check_chain
@@ -55,6 +56,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     given = settings["transforms"]
     settings["transforms"] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     check_chain(settings["transforms"])
+    parts = settings["algorithm"], one_perturbation(settings), settings["transforms"]
+    check_aggregator(settings["aggregator"], *parts)
     for stage in ("train", "val", "test"):
         _check_limit(f"limit_{stage}_batches", settings[f"limit_{stage}_batches"], zero=stage == "val")
     clip = settings["gradient_clip_val"]

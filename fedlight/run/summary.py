@@ -17,6 +17,7 @@ from fedlight.run.folder import writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.snapshot import write_summary
 from fedlight.server.sampling import Bernoulli
+from fedlight.transforms.attack import attacks_by
 
 
 def facts(run: RunContext, engine: Engine) -> dict[str, str]:
@@ -47,6 +48,9 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         found["new clients"] = f"{len(new)} never train: {', '.join(map(str, new[:20]))}{', ...' * (len(new) > 20)}"
     if private := run.federation.privacy:
         found["privacy"] = private.phrase(trainer.max_rounds, run.federation.views)
+    for attack in attacks_by(run.settings["transforms"]):
+        who = f"{type(attack).__name__} by {len(attack.attackers)} of {len(sizes)} clients: {sorted(attack.attackers)}"
+        found["attack"] = ", ".join(filter(None, [found.get("attack"), who]))
     if run.folder is not None:
         found["folder"] = str(run.folder.path)
     if run.resumed:
@@ -57,9 +61,12 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
 def say_start(run: RunContext, engine: Engine) -> None:
     """Say what is being trained, and let the trainer know it."""
     run.trainer.facts = facts(run, engine)
-    if run.folder is not None and run.is_zero and run.datamodule.new_clients:
-        with writing(run.folder.path):
-            run.folder.write_json("held_out_clients.json", list(run.datamodule.new_clients))
+    hostile = {type(a).__name__: sorted(a.attackers) for a in attacks_by(run.settings["transforms"])}
+    if run.folder is not None and run.is_zero:
+        who = {"held_out_clients": list(run.datamodule.new_clients), "attackers": hostile}
+        for name, found in who.items():
+            if found:
+                run.folder.write_json(f"{name}.json", found)
     rank_zero_info(_lines(run.trainer.facts))
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from fedlight.perturbations.base import Perturbation, State
 from fedlight.seeding import generator
 from fedlight.server.clients import ClientStore
 from fedlight.server.state import ServerState, num_bytes
+from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Transform, check_messages, send
 
 BufferPolicy = Literal["average", "local", "reset"]
@@ -76,14 +78,18 @@ class ClientSide:
         self._mean_size = float(sizes.double().mean())
         self.initial_buffers: State = {}
         self.read = False
+        counts = datamodule.partition_counts()
+        for attack in attacks_by(transforms):
+            attack.setup(len(sizes), seed, None if counts is None else counts.shape[1])
         self.compared: Sequence[str] = ()
 
     def begin(self, server: ServerState, received: State) -> None:
         """Begin a round in which every client receives these tensors, and the server's buffers."""
         self._server, self._received = server, received
+        self._held: list[ClientResult] = []
 
-    def task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
-        """What a client has to do in this round."""
+    def task(self, client: int, lrs: tuple[float, ...] | None, honest: bool = False) -> ClientTask:
+        """What a client has to do in this round; ``honest`` if there were no attack."""
         weight = float(self._sizes[client]) / self._mean_size
         kept = self._own(client)
         objective = self._algorithm.objective(self._received, kept, weight)
@@ -98,6 +104,8 @@ class ClientSide:
             perturbation = self._perturbation.begin(self._received, own, objective.start)
         with named(self._server.round, client):
             dataset = in_memory(self._data.client_dataset(client), self._data.collate_fn, self.read)
+        for attack in [] if honest else attacks_by(self._transforms, client):
+            dataset = attack.train_data(dataset)
         return ClientTask(
             client=client,
             objective=objective,
@@ -118,7 +126,8 @@ class ClientSide:
             rng = generator(self._seed, "transform", self._server.round, client)
             kept = self._store.get(client, "transforms") or {}
             with named(self._server.round, client):
-                message, crossed, rows["transforms"] = send(self._transforms, self._received, message, kept, rng)
+                chain = chain_of(self._transforms, client)
+                message, crossed, rows["transforms"] = send(chain, self._received, message, kept, rng)
         if self._perturbation is not None:
             own = self._own_perturbation(client)
             rows["perturbation"], beside = self._perturbation.client_update(own, result.perturbation, result.start)
@@ -126,8 +135,31 @@ class ClientSide:
             rows["buffers"] = result.buffers
         return Reply(message, beside, rows, crossed + num_bytes(beside))
 
+    def holds(self, result: ClientResult) -> bool:
+        """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
+        if waits := bool(attacks_by(self._transforms, result.client)):
+            self._held.append(result)
+        return waits
+
+    def meet(self, fabric: Fabric) -> list[ClientResult]:
+        """Let the attackers of all processes know what they have trained; the results that waited in this one."""
+        mine = dict[int, Tensor]()
+        everyone: list[dict[int, Tensor]] = [{}] * fabric.world_size
+        for result in self._held:
+            _, message = self._algorithm.client_update(self._received, self._own(result.client), result)
+            mine[result.client] = (message["params"] - self._received["params"]).cpu()
+        if (attacks := attacks_by(self._transforms)) and fabric.world_size > 1:
+            torch.distributed.all_gather_object(everyone, mine)
+        updates = {client: update for part in (mine, *everyone) for client, update in part.items()}
+        for attack in attacks:
+            if trained := [updates[client] for client in sorted(updates.keys() & attack.attackers)]:
+                attack.meet(torch.stack(trained).double())
+        return self._held
+
     def check_transforms(self) -> None:
         """Refuse transforms that cannot handle what clients will send."""
+        for attack in attacks_by(self._transforms):
+            self.task(min(attack.attackers), None)
         if not self._transforms:
             return
         own = self._algorithm.init_client(self._params)

@@ -1,7 +1,6 @@
 """The server between two rounds: its state, its clients' state, and what a round does to them."""
 
 import math
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -17,14 +16,15 @@ from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
 from fedlight.module.parameters import ParameterLayout
 from fedlight.perturbations.base import Perturbation, State
+from fedlight.server.aggregators import Aggregator, in_place_of_sums
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
 from fedlight.server.client_side import ClientSide
 from fedlight.server.clients import reweighed
-from fedlight.server.incoming import Entry, Incoming, Report, round_metrics, too_few
+from fedlight.server.incoming import Entry, Incoming, Report, check_enough, round_metrics
 from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
-from fedlight.server.state import is_averaged, like, like_real, moved, num_bytes, real, summed_rounds
+from fedlight.server.state import buffer_moves, like, moved, moved_buffers, num_bytes, summed_rounds
 from fedlight.transforms.base import Transform
 
 View = Literal["server", "selected", "all", "swa"]
@@ -51,6 +51,7 @@ class Federation:
     """
 
     privacy: Privacy | None = None  # bounds what is summed, and adds noise to it
+    aggregator: Aggregator | None = None  # takes the place of the mean
 
     def __init__(
         self,
@@ -122,10 +123,12 @@ class Federation:
     def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
         """A client's work in the next round, to try things out with."""
         self.begin()
-        return self.clients.task(client, lrs)
+        return self.clients.task(client, lrs, honest=True)
 
-    def receive(self, result: ClientResult) -> None:
-        """Let a client make its message of what it trained, and add that up."""
+    def receive(self, result: ClientResult, waits: bool = True) -> None:
+        """Let a client make its message of what it trained, and add that up, unless it ``waits`` for others."""
+        if waits and self.clients.holds(result):
+            return
         reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
         sender, rows, private = result.sender, reply.rows, self.privacy
         weight = 1.0 if private else algorithm.mean_weight(result.num_samples)
@@ -137,7 +140,8 @@ class Federation:
             message["last_update"] = self._kept(sender.client, "last_update", torch.zeros_like(update)).double()
             rows["last_update"] = {"params": update.to(self.params.dtype)}
         terms = dict(algorithm.contribution(message, sender))
-        terms["update"] = weight * update if terms else update.mul_(weight)  # another long vector costs page faults
+        alone = not terms and self.aggregator is None
+        terms["update"] = update.mul_(weight) if alone else weight * update  # another long vector costs page faults
         if self.perturbation is not None:
             beside = self.perturbation.contribution(reply.beside, sender)
             terms |= {_PERTURBATION + k: v for k, v in beside.items()}
@@ -147,12 +151,12 @@ class Federation:
         if "all" in self.views:
             before = self._kept(sender.client, "latest", self.state.latest_mean["initial"])
             terms["latest"], rows["latest"] = weight * (latest.double() - before), {"params": latest}
-        counters = {k: v for k, v in result.buffers.items() if not is_averaged(v)}
-        moved_by = {k: real(v).double() - real(self._buffer(k)) for k, v in result.buffers.items() if k not in counters}
-        terms |= {_BUFFERS + k: weight * v for k, v in moved_by.items()}
+        moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
+        terms |= {k: weight * v for k, v in moves.items()}
         report = Report.of(result, weight, square, reply.num_bytes + self._buffer_bytes)
-        model = reply.message["params"] if algorithm.collects else None
-        self._incoming.add(Entry(report, terms, counters, rows, model))
+        kept = {"params": reply.message["params"]} if algorithm.collects else None
+        kept = kept if self.aggregator is None else {"update": update, **moves}
+        self._incoming.add(Entry(report, terms, counters, rows, kept))
 
     def _buffer(self, name: str) -> Tensor:
         """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
@@ -172,6 +176,8 @@ class Federation:
 
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
         """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
+        for result in self.clients.meet(fabric):
+            self.receive(result, waits=False)
         if self.privacy and fabric.global_rank == 0:  # once, and exact as all terms are
             self._incoming.flush()
             self._incoming.sums.add({"update": self.privacy.draw(self.state.round, self.params)[None]})
@@ -190,21 +196,24 @@ class Federation:
         incoming, old = self._incoming, self.state
         used = [report for report in incoming.reports if report.used]
         incoming.name_left_out(old.round + 1)
-        if len(used) < self.algorithm.min_clients and not self.privacy:
-            raise too_few(self.algorithm, f"round {old.round + 1} has {len(used)} whose message can be used")
+        if not self.privacy:
+            check_enough(len(used), self.algorithm, self.aggregator, f"round {old.round + 1} has {{}} that can be used")
         total = incoming.sums.totals()
         sizes = (math.fsum(report.weight for report in used), len(used))
         sizes = 2 * (self.privacy.clients,) if self.privacy else sizes  # which does not depend on who was there
         total["weight"], total["clients"] = total["update"].new_tensor(sizes).unbind()
+        metrics = round_metrics(incoming.reports, None if self.privacy else mean_update(total))
+        kept = list(incoming.kept.values())
         if self.algorithm.collects:
-            total["models"] = torch.stack([model for _, model in sorted(incoming.models.items())])
+            total["models"] = torch.stack([state["params"] for state in kept])
+        if self.aggregator is not None:
+            total |= in_place_of_sums(self.aggregator, kept, [report.weight for report in used])
         algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
         perturbation = old.perturbation
         if self.perturbation is not None:
             sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}
             sums["clients"] = total["clients"]
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
-        metrics = round_metrics(incoming.reports, None if self.privacy else mean_update(total))
         if self.privacy:
             metrics["privacy/epsilon"] = self.privacy.epsilon(old.round + 1)
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
@@ -222,26 +231,19 @@ class Federation:
             views["all"] = latest["params"].to(dtype)
         swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
         views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
-        steps = {k: total[_BUFFERS + k] / total["weight"] for k in old.buffers if _BUFFERS + k in total}
-        averaged = {k: like_real(real(old.buffers[k]) + v, old.buffers[k]) for k, v in steps.items()}
         scales = [report.loss_scale for report in used if report.loss_scale is not None]
         self.state = ServerState(
             round=old.round + 1,
             global_step=old.global_step + sum(report.num_steps for report in used),
             algorithm=algorithm,
             perturbation=perturbation,
-            buffers=like({**old.buffers, **averaged, **incoming.maxima}, old.buffers),
+            buffers=like({**moved_buffers(old.buffers, total, _BUFFERS), **incoming.maxima}, old.buffers),
             views={view: views[view] for view in self.views if view in views},
             latest_mean=latest,
             swa=swa,
             loss_scale=min(scales, default=old.loss_scale),
         )
         return metrics
-
-    def draws(self, fabric: Fabric, seed: int) -> int:
-        """The seed by which clients are drawn, the same in every process: one that nobody knows where it must be so."""
-        secret = self.privacy is not None and self.privacy.settings.secure
-        return int(fabric.broadcast(secrets.randbits(63))) if secret else seed
 
     @property
     def spent(self) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor
 from fedlight.algorithms.base import Algorithm
 from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
+from fedlight.server.aggregators import Aggregator
+from fedlight.server.state import moved
 from fedlight.server.sums import ExactSums, in_range, stack_terms
 
 _AT_ONCE = 2**16
@@ -69,14 +71,14 @@ class Entry:
         terms: what is added up, by name.
         maxima: integers of which the server keeps the largest, by name.
         rows: the client's state after the round, by part; kept only if the message is used.
-        model: the model that it sent, ``[P]``, where the algorithm needs all of them.
+        kept: what the server needs of each client by itself, if anything.
     """
 
     report: Report
     terms: State
     maxima: State
     rows: dict[str, State]
-    model: Tensor | None = None
+    kept: State | None = None
 
 
 @dataclass
@@ -87,14 +89,14 @@ class Incoming:
         keep: keeps a client's new state.
 
     Attributes:
-        models: those that were kept whole, by client.
+        kept: what was kept of each client by itself.
     """
 
     keep: Callable[[int, dict[str, State]], None]
     sums: ExactSums = field(default_factory=ExactSums)
     maxima: State = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
-    models: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, State] = field(default_factory=dict)
     _waiting: list[Entry] = field(default_factory=list)
     _entries: int = 0
 
@@ -126,8 +128,8 @@ class Incoming:
             for name, value in entry.maxima.items():
                 self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
             self.keep(entry.report.client, entry.rows)
-            if entry.model is not None:
-                self.models[entry.report.client] = entry.model
+            if entry.kept is not None:
+                self.kept[entry.report.client] = entry.kept
 
     def name_left_out(self, round: int) -> None:
         """Warn of clients whose message cannot be used; a FloatingPointError if there is no other."""
@@ -143,18 +145,18 @@ class Incoming:
     def finish(self, fabric: Fabric, stop: int = 0) -> int:
         """Complete the sums over all processes, in one reduction; the largest ``stop``.
 
-        Reports come in the order of the clients afterwards.
+        Reports and what was kept come in the order of the clients afterwards.
         """
         self.flush()
         if fabric.world_size > 1:
             shapes = {name: part.shape for name, part in self.sums.parts.items()}
-            whole = [{k: v.cpu() for k, v in part.items()} for part in (self.maxima, self.models)]
-            own = (self.reports, shapes, self.sums.terms, *whole, stop)
+            kept = {client: moved(state, "cpu") for client, state in self.kept.items()}
+            own = (self.reports, shapes, self.sums.terms, moved(self.maxima, "cpu"), kept, stop)
             everyone: list[Any] = [None] * fabric.world_size
             torch.distributed.all_gather_object(everyone, own)
             self.reports = [report for reports, *_ in everyone for report in reports]
             self.sums.count(sum(terms for _, _, terms, *_ in everyone))
-            self.models = {c: m.to(fabric.device) for *_, models, _ in everyone for c, m in models.items()}
+            self.kept = {c: moved(s, fabric.device) for *_, states, _ in everyone for c, s in states.items()}
             self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
             for _, _, _, maxima, *_ in everyone:
                 for name, value in maxima.items():
@@ -163,6 +165,7 @@ class Incoming:
                     self.maxima[name] = there if mine is None else torch.maximum(mine, there)
             stop = max(s for *_, s in everyone)
         self.reports.sort(key=lambda report: report.client)
+        self.kept = dict(sorted(self.kept.items()))
         return stop
 
     def _reduce(self, shapes: dict[str, torch.Size], fabric: Fabric) -> None:
@@ -205,12 +208,14 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
     return {**_reduced(used), **figures}
 
 
-def too_few(algorithm: Algorithm, found: str) -> MisconfigurationException:
-    """The error for rounds with fewer clients than an algorithm needs."""
-    return MisconfigurationException(
-        f"algorithm: {type(algorithm).__name__} needs {algorithm.min_clients} clients in a round, and {found}. Raise"
-        " trainer.clients_per_round, or use another algorithm."
-    )
+def check_enough(clients: int, algorithm: Algorithm, aggregator: Aggregator | None, found: str) -> None:
+    """Refuse a round with fewer clients than algorithm or aggregator need."""
+    for key, part in (("algorithm", algorithm), ("trainer.aggregator", aggregator)):
+        if part is not None and clients < part.min_clients:
+            raise MisconfigurationException(
+                f"{key}: {type(part).__name__} needs {part.min_clients} clients in a round, and"
+                f" {found.format(clients)}. Raise trainer.clients_per_round, or use another {key.split('.')[-1]}."
+            )
 
 
 def _reduced(reports: Sequence[Report]) -> dict[str, float]:

@@ -3,11 +3,13 @@
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -97,6 +99,11 @@ class Privacy:
         )
 
 
+def sampling_seed(privacy: Privacy | None, fabric: Fabric, seed: int) -> int:
+    """The seed by which clients are drawn, the same in every process: one that nobody knows where it must be so."""
+    return int(fabric.broadcast(secrets.randbits(63))) if privacy and privacy.settings.secure else seed
+
+
 def begin_privacy(
     transforms: Sequence[Transform], module: LightningModule, algorithm: Algorithm, checkpoint: Any, *rest: Any
 ) -> Privacy | None:
@@ -107,12 +114,11 @@ def begin_privacy(
     """
     found, ledger = [t for t in transforms if isinstance(t, DifferentialPrivacy)], (checkpoint or {}).get("privacy")
     norms = [name for name, m in module.named_modules() if getattr(m, "running_mean", None) is not None]
-    more = algorithm.collects or algorithm.personal or type(algorithm).contribution is not Algorithm.contribution
     _refuse(
         (checkpoint and bool(found) != bool(ledger))
         and f"ckpt_path: its rounds had {'' if ledger else 'no '}DifferentialPrivacy. Set {_KEY} back, or start anew.",
         len(found) > 1 and f"{_KEY} holds DifferentialPrivacy twice. Leave one.",
-        (found and more)
+        (found and not algorithm.sums_updates)
         and f"{_KEY}: DifferentialPrivacy bounds the sum of the updates, and {type(algorithm).__name__} makes more than"
         " that of what clients send. Use another, as FedAvg, FedProx, FedDyn, FedOpt.",
         (found and norms) and _MOVES.format(", ".join(norms[:3])),

@@ -1,6 +1,6 @@
 """All that the server knows between two rounds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +60,20 @@ def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int
     return {"first": torch.tensor(round), **old, "sum": total + params.double(), "count": count + 1}
 
 
-def is_averaged(buffer: Tensor) -> bool:
-    """Whether a buffer is averaged over clients; of the others (counters of batches) the largest is kept."""
-    return buffer.is_floating_point() or buffer.is_complex()
+def buffer_moves(after: State, before: Callable[[str], Tensor], prefix: str) -> tuple[State, State]:
+    """How far buffers that are averaged over clients have moved, in float64 and by longer names, and the others.
+
+    Of these (counters of batches) the largest is kept.
+    """
+    averaged = {k: v for k, v in after.items() if v.is_floating_point() or v.is_complex()}
+    moves = {prefix + k: real(v).double() - real(before(k)) for k, v in averaged.items()}
+    return moves, {k: v for k, v in after.items() if k not in averaged}
+
+
+def moved_buffers(old: State, total: State, prefix: str) -> State:
+    """Buffers after a round in which they have moved by ``total`` over its weight."""
+    steps = {k: total[prefix + k] / total["weight"] for k in old if prefix + k in total}
+    return old | {k: like_real(real(old[k]) + v, old[k]) for k, v in steps.items()}
 
 
 def real(buffer: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class Transform:
     A transform holds its settings and nothing else: its methods are handed what a client keeps for it, and return it.
 
     Attributes:
-        stage: where in a chain it may stand, smaller numbers first: 0 bounds, 1 leaves out, 2 rounds, 3 bounds
-            and noises the sum at the server.
+        stage: where in a chain it may stand, smaller numbers first: -1 attacks, 0 bounds, 1 leaves out, 2 rounds, 3
+            bounds and noises the sum at the server.
         update_only: whether it makes no sense for anything but a model's update.
     """
 
@@ -65,8 +65,8 @@ def check_chain(transforms: Sequence[Transform]) -> None:
         right = sorted(transforms, key=lambda t: t.stage)
         found, names = ([type(t).__name__ for t in chain] for chain in (transforms, right))
         raise MisconfigurationException(
-            f"trainer.transforms={found}: what bounds an update comes before what leaves out entries, then what rounds,"
-            f" and last what noises the sum. Write {names}."
+            f"trainer.transforms={found}: attacks come first, what bounds an update before what leaves out entries,"
+            f" then what rounds, and last what noises the sum. Write {names}."
         )
 
 
@@ -95,7 +95,7 @@ def check_messages(
             )
         if transform.update_only and extra:
             raise MisconfigurationException(
-                f"trainer.transforms: {name} bounds a model's update, and {who} sends {', '.join(extra)} as well, whose"
+                f"trainer.transforms: {name} is for a model's update, and {who} sends {', '.join(extra)} as well, whose"
                 " size is another. Use an algorithm that sends its model alone (FedAvg, FedDyn), or leave it out."
             )
     for name, value in sent.items():

@@ -164,7 +164,7 @@ def test_settings_that_make_no_sense():
 @pytest.mark.parametrize(
     ("algorithm", "chain", "message"),
     [
-        (SCAFFOLD(), [ClipUpdate()], "ClipUpdate bounds a model's update, and SCAFFOLD sends control_change as well"),
+        (SCAFFOLD(), [ClipUpdate()], "ClipUpdate is for a model's update, and SCAFFOLD sends control_change as well"),
         (FedSMOO(), [TopK()], "TopK works on updates, and the perturbation of FedSMOO sends dual"),
     ],
 )
