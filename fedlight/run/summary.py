@@ -61,11 +61,11 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
 def say_start(run: RunContext, engine: Engine) -> None:
     """Say what is being trained, and let the trainer know it."""
     run.trainer.facts = facts(run, engine)
-    hostile = {type(a).__name__: sorted(a.attackers) for a in attacks_by(run.settings["transforms"])}
-    if run.folder is not None and run.is_zero:
-        who = {"held_out_clients": list(run.datamodule.new_clients), "attackers": hostile}
-        for name, found in who.items():
-            if found:
+    attackers = {type(attack).__name__: sorted(attack.attackers) for attack in attacks_by(run.settings["transforms"])}
+    chosen = {"held_out_clients": list(run.datamodule.new_clients), "attackers": attackers}
+    for name, found in chosen.items():
+        if found and run.folder is not None and run.is_zero:
+            with writing(run.folder.path):
                 run.folder.write_json(f"{name}.json", found)
     rank_zero_info(_lines(run.trainer.facts))
 
