@@ -90,8 +90,9 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
         example=_example(run),
     )
     frozen = any(not p.requires_grad for p in run.module.parameters())
-    if not frozen and runs_python(settings["engine"], training):
-        return replace(training, state=movers.state)  # whatever steps change shows when it is put back
+    # What steps change shows when it is put back; whether they give what penalties compare shows in a trial only.
+    if not frozen and not federation.clients.compared and runs_python(settings["engine"], training):
+        return replace(training, state=movers.state)
     findings = try_steps(training, run.hooks.module_only)
     movers.adopt(findings.moving)
     _say(findings, federation.buffer_policy)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -213,11 +213,19 @@ class NoHead(Net):
         return self.act1(self.conv(x)).mean((2, 3))
 
 
-def fit(root, model, data, **settings):
-    quiet_trainer(root, max_rounds=1, **settings).fit(model, data)
+def fit(root, model, data, callbacks=(), **settings):
+    quiet_trainer(root, max_rounds=1, callbacks=[*callbacks, Begun()], **settings).fit(model, data)
 
 
-def test_what_is_not_there_is_named(tmp_path):
+BEGUN = []
+
+
+class Begun(Callback):
+    def on_train_start(self, trainer, pl_module):
+        BEGUN.append(type(trainer.algorithm).__name__)
+
+
+def test_what_is_not_there_is_named_before_training(tmp_path):
     missing = r"ModelContrast found no 'features' in NoHead.*`layer` names, one of \['conv', 'act1'"
     with pytest.raises(MisconfigurationException, match=missing):
         fit(tmp_path, NoHead(), Images(), algorithm=MOON())
@@ -230,6 +238,7 @@ def test_what_is_not_there_is_named(tmp_path):
         fit(tmp_path, Regression(), Targets(), algorithm=FedNTD())
     with pytest.raises(MisconfigurationException, match=r"no 'previous/features'.*LocalObjective\.references"):
         fit(tmp_path, Net(), Images(), callbacks=[ModelContrast()])
+    assert BEGUN == ["MOON"]  # the one with a layer
 
 
 def test_lightnings_own_trainer_has_no_other_model(tmp_path):
