@@ -30,6 +30,8 @@ class LocalObjective:
             (``exp_avg_sq``): ``[P]``, or a scalar for all parameters (``step``); see ``Algorithm.optimizer_state``.
         drift: what each step of the optimizer is followed by: w ← w − lr·drift, ``[P]``, with the first group's rate.
         references: other models that penalties compare the client's with, ``[P]`` each, besides ``start``.
+        frozen: entries that stay as they are, ``[P]`` bool: they have no gradient, nor a part in its norm, they are not
+            perturbed, and no step of the optimizer moves them.
     """
 
     start: Tensor
@@ -40,11 +42,13 @@ class LocalObjective:
     optimizer: State = field(default_factory=dict)
     drift: Tensor | None = None
     references: State = field(default_factory=dict)
+    frozen: Tensor | None = None
 
     @classmethod
     def of(cls, start: Tensor, parts: Mapping[str, Any]) -> "LocalObjective":
         """The objective of these :meth:`parts`; what else is there is left out."""
-        given = {name: parts[name] for name in ("anchor", "proximal", "linear", "gradient_scale") if name in parts}
+        names = ("anchor", "proximal", "linear", "gradient_scale", "frozen")
+        given = {name: parts[name] for name in names if name in parts}
         models = {name.removeprefix(_MODEL): value for name, value in parts.items() if name.startswith(_MODEL)}
         return cls(start, **given, references=models)
 
@@ -57,7 +61,11 @@ class LocalObjective:
             out = out + self.linear
         if self.anchor is not None and not _is_constant(self.proximal, 0.0):
             out = out + self.proximal * (params - self.anchor)
-        return out
+        return self.moving(out)
+
+    def moving(self, vector: Tensor) -> Tensor:
+        """A vector ``[P]``, 0 where entries are frozen."""
+        return vector if self.frozen is None else vector.masked_fill(self.frozen, 0.0)
 
     def parts(self) -> dict[str, Tensor | float]:
         """What a local step reads, by name; nothing where there is nothing to correct or to compare with."""
@@ -69,7 +77,8 @@ class LocalObjective:
         if not _is_constant(self.gradient_scale, 1.0):
             parts["gradient_scale"] = self.gradient_scale
         # A schedule's number is of float64.
-        return {k: v.to(self.start) if isinstance(v, Tensor) else v for k, v in parts.items()}
+        parts = {k: v.to(self.start) if isinstance(v, Tensor) else v for k, v in parts.items()}
+        return parts if self.frozen is None else {**parts, "frozen": self.frozen}
 
 
 _MODEL = "references/"
@@ -121,8 +130,8 @@ def local_gradient(
         g = gradient(params, True)
     else:
         first = gradient(params, True) if perturbation.needs_gradient else None
-        epsilon, state = perturbation.epsilon(params, first, state)
-        g = gradient(params + epsilon, not perturbation.needs_gradient)
+        epsilon, state = perturbation.epsilon(params, first if first is None else objective.moving(first), state)
+        g = gradient(params + objective.moving(epsilon), not perturbation.needs_gradient)
     g = objective.correct(g, params)
     return (g if clip is None else clip(g)), state
 

@@ -17,6 +17,7 @@ from fedlight.commands import Commands
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine
 from fedlight.penalties.numbers import follow
+from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
 from fedlight.run.session import Session
@@ -76,6 +77,8 @@ class FederatedTrainer(Commands):
         deterministic: make torch refuse algorithms that are not deterministic.
         buffers: what happens to buffers such as BatchNorm statistics: ``average`` over clients, ``local`` to each
             client, or ``reset`` at the start of each client's training.
+        personal: what stays with each client: names, regular expressions or types of modules, such as ``head`` or
+            ``BatchNorm``, or a Personalization.
         transforms: what a client's message goes through before the server receives it: ClipUpdate, TopK, Quantize (in
             this order), or your own.
         aggregator: what takes the place of the mean of the updates, so that a few hostile clients cannot steer it:
@@ -132,6 +135,7 @@ class FederatedTrainer(Commands):
         enable_checkpointing: bool = True,
         deterministic: bool = False,
         buffers: BufferPolicy = "average",
+        personal: Personalization | list[str] | str | None = None,
         transforms: list[Transform] | Transform | None = None,
         aggregator: Aggregator | None = None,
         engine: str | Engine = "auto",
@@ -185,8 +189,9 @@ class FederatedTrainer(Commands):
         with clock("train"):
             mine = federation.rows.bring(shares)
             federation.begin()
-            for result in session.engine.train(round, federation.tasks(mine, session.schedule.lrs)):
-                federation.receive(result)
+            for receive, tasks in federation.clients.trainings(mine, session.schedule.lrs, federation.receive):
+                for result in session.engine.train(round, tasks):
+                    receive(result)
         with clock("wait"):
             stop = federation.exchange(session.fabric, session.interrupted)
             session.movers.join(federation.late())

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.server.clients import ClientStore, DiskClientStore, client_store
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
@@ -122,7 +121,6 @@ def test_a_flipped_bit_of_a_row_is_found(tmp_path):
 
 
 def test_a_state_of_zero_elements(tmp_path):
-    """As FedBN's of a model without BatchNorm."""
     store = DiskClientStore(tmp_path / "clients")
     for value in (torch.zeros(0), torch.zeros(0, 3, dtype=torch.int64)):
         store.put(2, "algorithm", {"local": value, "none": value})
@@ -131,9 +129,6 @@ def test_a_state_of_zero_elements(tmp_path):
         resumed.load_state_dict(store.state_dict())
         assert same(resumed.get(2, "algorithm"), {"local": value, "none": value})
         store = DiskClientStore(tmp_path / "others")
-    trainer = quiet_trainer(tmp_path, algorithm=FedBN(), client_state="disk", max_rounds=1)
-    with pytest.warns(UserWarning, match="BatchNorm"):
-        trainer.fit(Regression(), Clients())
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE])

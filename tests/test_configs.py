@@ -68,6 +68,7 @@ def arguments(name, folder):
     keys = {"logger": "trainer.logger", "model": "model", "data": "data"}
     keys |= {"algorithm": "algorithm", "perturbation": "perturbation", "transforms": "trainer.transforms"}
     keys |= {"aggregator": "trainer.aggregator", "analysis": "trainer.callbacks+", "callbacks": "trainer.callbacks+"}
+    keys["personal"] = "trainer.personal"
     chosen = ["-c", str(QUICKSTART), f"--{keys[part]}={path}"] if part in keys else ["-c", path]
     where = [f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
     all_of_them = ["--trainer.clients_per_round=8"] * (part == "aggregator")
@@ -81,6 +82,7 @@ def is_slow(name):
     large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
     alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
+    alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 

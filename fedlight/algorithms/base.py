@@ -12,6 +12,7 @@ from fedlight.checks import check_hyperparameter as check_hyperparameter
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.parameters import ParameterLayout
 from fedlight.penalties.base import Penalty
+from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.perturbations.base import State as State
 from fedlight.server.senders import Sender as Sender
@@ -37,6 +38,7 @@ class Algorithm(Remembers):
     Attributes:
         perturbation: the perturbation that belongs to the method (FedSAM's SAM), or None where the user may choose.
         penalty: the penalty that belongs to the method, or None; others may come beside it.
+        personal: what stays with each client, where that belongs to the method, or None.
         buffers: the buffer policy that the method requires, or None.
         needs_lr: whether the method divides by the local learning rate, so that an optimizer must have one.
         lr_factors: a method that gives, from the number S of a client's local steps, a factor of the learning rate for
@@ -49,8 +51,6 @@ class Algorithm(Remembers):
             ``[K, P]`` in the order of the clients. They are K·P numbers in every process.
         keeps_updates: whether the server keeps each client's last update: ``last_update`` in a :meth:`contribution`.
         min_clients: how many clients a round must have.
-        personal: whether a part of the model stays with each client: the sums then hold ``latest_models`` as well,
-            Σ weight·:meth:`latest`, which is for evaluation only.
         mean_by: whether the mean of the clients' models weighs them by samples (McMahan et al. 2017) or equally.
         weighting: what p_i is in the method's corrections; None where they have no p_i.
         num_clients: N; set by :meth:`setup`.
@@ -58,6 +58,7 @@ class Algorithm(Remembers):
 
     perturbation: Perturbation | None = None
     penalty: Penalty | None = None
+    personal: Personalization | None = None
     buffers: Literal["average", "local", "reset"] | None = None
     needs_lr: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
@@ -66,7 +67,6 @@ class Algorithm(Remembers):
     collects: bool = False
     keeps_updates: bool = False
     min_clients: int = 1
-    personal: bool = False
     mean_by: Weighting = "samples"
     weighting: Weighting | None = None
     num_clients: int = 0
@@ -128,11 +128,7 @@ class Algorithm(Remembers):
     @property
     def sums_updates(self) -> bool:
         """Whether the server makes use of nothing but Σ weight·Δ_i of what clients send."""
-        return not (self.collects or self.personal) and type(self).contribution is Algorithm.contribution
-
-    def latest(self, received: State, client: State, message: Message) -> Tensor:
-        """The client's model as the server knows it, ``[P]``; view ``all`` is the mean of every client's last one."""
-        return message["params"]
+        return not self.collects and type(self).contribution is Algorithm.contribution
 
     def evaluated(self, server: State, received: State, total: State) -> dict[str, Tensor]:
         """The weights that are evaluated, by view: ``server`` after aggregation, and the ``selected`` clients' mean.

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
+from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.server.aggregators import Aggregator
 from fedlight.server.sampling import Sampler
@@ -24,7 +25,7 @@ _BASES: dict[str, type] = {
     **{"algorithm": Algorithm, "perturbation": Perturbation, "data": FederatedDataModule, "model": LightningModule},
     **{"trainer.callbacks+": Callback, "trainer.sampler": Sampler, "data.partitioner": Partitioner},
     **{"model.optimizer": Optimizer, "model.lr_scheduler": LRScheduler, "trainer.logger": Logger},
-    **{"trainer.transforms+": Transform, "trainer.aggregator": Aggregator},
+    **{"trainer.transforms+": Transform, "trainer.aggregator": Aggregator, "trainer.personal": Personalization},
 }
 _SHOWN = 8
 

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 import fedlight
 import fedlight.callbacks
 import fedlight.models
+import fedlight.personal
 import fedlight.perturbations
 import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight.algorithms.base import Algorithm

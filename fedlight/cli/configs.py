@@ -10,7 +10,7 @@ from typing import Any
 FOLDERS: dict[str, tuple[str, ...]] = {
     **{key: (f"{key}/",) for key in ("model", "data", "algorithm", "perturbation")},
     "trainer.callbacks": ("callbacks/", "analysis/"),
-    **{f"trainer.{key}": (f"{key}/",) for key in ("transforms", "aggregator")},
+    **{f"trainer.{key}": (f"{key}/",) for key in ("transforms", "aggregator", "personal")},
 }
 """Where parts lie, by the key that they belong under; there the name of the folder may be left out."""
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from fedlight.local import ClientResult, GradientClip, LocalObjective
 from fedlight.module.state import ModuleState
 from fedlight.perturbations.base import Perturbation, State
+from fedlight.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class ClientTask:
         perturbation: the perturbation's state at the start of the round.
         lrs: the learning rate of each parameter group in this round, where a schedule per round sets it.
         loss_scale: the scale that 16-bit mixed precision starts from.
+        stage: what the training is called where a client trains more than once in a round; its draws depend on it.
+        epochs: local epochs of this training, in the place of what all have in common.
     """
 
     client: int
@@ -111,6 +115,12 @@ class ClientTask:
     perturbation: State = field(default_factory=dict)
     lrs: tuple[float, ...] | None = None
     loss_scale: float = 65536.0
+    stage: str = ""
+    epochs: int | None = None
+
+    def generator(self, seed: int, purpose: str, round: int) -> torch.Generator:
+        """The generator of what is drawn for a purpose in this training."""
+        return generator(seed, self.stage + purpose, round, self.client)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.module.step import IndexedBatch
-from fedlight.seeding import derive_seed, generator
+from fedlight.seeding import derive_seed
 
 
 def num_batches(num_samples: int, batch_size: int, limit: int | float | None) -> int:
@@ -74,10 +75,12 @@ class BatchOrder:
         return sum(self.steps_per_epoch)
 
 
-def batch_order(round: int, client: int, dataset: Dataset[object], training: LocalTraining) -> BatchOrder:
-    """The plan of a client's round, from the generator of (seed, "order", round, client)."""
-    size = len(dataset)  # type: ignore[arg-type]
-    return BatchOrder(size, training, generator(training.seed, "order", round, client))
+def batch_order(round: int, task: ClientTask, training: LocalTraining) -> BatchOrder:
+    """The plan of a client's training, from the generator of (seed, "order", round, client)."""
+    size = len(task.dataset)  # type: ignore[arg-type]
+    if task.epochs is not None:
+        training = replace(training, epochs=task.epochs, steps=None)
+    return BatchOrder(size, training, task.generator(training.seed, "order", round))
 
 
 def batch_reader(
@@ -94,7 +97,7 @@ def batch_reader(
         dataset = dataset.near(training.fabric.device)
         order, draws = plan.order.to(training.fabric.device), dict[str, Tensor]()
         if dataset.transform is not None:
-            drawn = dataset.draw(len(plan.order), generator(training.seed, "augment", round, task.client))
+            drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
             draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
 
         def gathered(epoch: int) -> Iterator[IndexedBatch]:
@@ -105,7 +108,8 @@ def batch_reader(
 
     def loaded(epoch: int) -> Iterator[IndexedBatch]:
         batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
-        seeds = [derive_seed(training.seed, "loader", round, task.client, epoch, i) for i in range(len(batches))]
+        seed = training.seed, f"{task.stage}loader", round, task.client, epoch
+        seeds = [derive_seed(*seed, i) for i in range(len(batches))]
         read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
         for index, batch in enumerate(read):
             yield convert(transfer(batch)), index

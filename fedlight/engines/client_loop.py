@@ -23,7 +23,7 @@ from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
 from fedlight.module.step import IndexedBatch, OtherModels, step_loss, transfer_function
 from fedlight.perturbations.base import State
-from fedlight.seeding import derive_seed, seed_global_rng
+from fedlight.seeding import seed_global_rng
 
 if TYPE_CHECKING:
     from fedlight.engines.compiled import CompiledStep
@@ -57,6 +57,7 @@ class ClientLoop:
         self._scaler: torch.amp.GradScaler | None = None
         self._output: dict[str, Tensor] | None = None
         self._show, self._models = OtherModels(module, self.flat.layout), State()
+        self._frozen: Tensor | None = None
         self.schedule = LocalHyperparameters(module, training.lr_factors)
         self.fresh: Optimization
         self.plan: BatchOrder
@@ -80,8 +81,8 @@ class ClientLoop:
 
     def _train(self, round: int, task: ClientTask) -> ClientResult:
         training = self.training
-        self.plan = plan = batch_order(round, task.client, task.dataset, training)
-        seed_global_rng(derive_seed(training.seed, "local", round, task.client))
+        self.plan = plan = batch_order(round, task, training)
+        seed_global_rng(task.generator(training.seed, "local", round).initial_seed())
         self.epoch = self.batch_idx = self.done = 0
         self._begin(task)
         state, steps = dict(task.perturbation), list(plan.steps_per_epoch)
@@ -184,6 +185,7 @@ class ClientLoop:
     def _set_gradient(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> State:
         """Let the parameters have the gradient of a step."""
         call, optimizer, self._models = self.training.call, self.optimizer, objective.references
+        self._frozen = objective.frozen
         call("on_before_zero_grad", optimizer)
         if self._compiled is not None and self._compiled.takes(batches):
             gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
@@ -202,11 +204,14 @@ class ClientLoop:
         return state
 
     def _update(self) -> None:
+        before = None if self._frozen is None else self.flat.params.clone()
         if self._scaler is None:
             (self._flat_step or self.optimizer.step)()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
+        if before is not None and self._frozen is not None:  # weight decay and momentum move them as well
+            torch.where(self._frozen, before, self.flat.params, out=self.flat.params)
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         self.flat.zero_grad()

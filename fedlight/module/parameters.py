@@ -1,7 +1,7 @@
 """Flat parameters: a module's trainable parameters and their gradients as views into one vector each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -91,6 +91,15 @@ class ParameterLayout:
             info.name: vector[..., info.offset : info.offset + info.numel].view(*lead, *info.shape)
             for info in self.parameters
         }
+
+    def where(self, mask: Tensor) -> "ParameterLayout":
+        """The layout of those parameters whose entries are true in a mask ``[P]``."""
+        kept, offset = list[ParameterInfo](), 0
+        for info in self.parameters:
+            if bool(mask[info.offset : info.offset + info.numel].all()):
+                kept.append(replace(info, offset=offset))
+                offset += info.numel
+        return ParameterLayout(tuple(kept))
 
     def check(self, module: nn.Module) -> None:
         """Refuse by name parameters that have been frozen or unfrozen since.

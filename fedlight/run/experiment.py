@@ -29,7 +29,7 @@ from fedlight.seeding import preserved_global_rng, seed_global_rng
 # Not the engine, compile, deterministic or devices: they say how the same function is computed, and a run may move.
 _TRAINER = (
     *("local_epochs", "local_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
-    *("precision", "tf32", "centralized", "transforms", "aggregator"),
+    *("precision", "tf32", "centralized", "transforms", "aggregator", "personal"),
 )
 _DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn")
 _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")

@@ -22,7 +22,7 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
 from fedlight.run.names import method_name
-from fedlight.run.settings import check_settings, one_perturbation
+from fedlight.run.settings import check_settings, one_personalization, one_perturbation
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import Report
 from fedlight.server.sampling import Sampler, Uniform
@@ -92,6 +92,7 @@ class TrainerInterface(LightningNames):
         settings["default_root_dir"] = Path(settings["default_root_dir"])
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
+        self.personal = one_personalization(settings)
         self.settings = settings
         for key in ("algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"):
             setattr(self, key, settings[key])

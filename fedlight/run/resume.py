@@ -22,7 +22,7 @@ from fedlight.server.privacy import begin_privacy
 
 T = TypeVar("T")
 _OF_STATE = (
-    *("algorithm", "perturbation", "trainer.views", "trainer.buffers", "trainer.precision"),
+    *("algorithm", "perturbation", "trainer.personal", "trainer.views", "trainer.buffers", "trainer.precision"),
     *("data.num_clients", "data.held_out_clients", "data.partition", "model.trained"),
 )
 

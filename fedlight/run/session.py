@@ -173,18 +173,18 @@ class Session(RunContext):
         rows = ClientRows.of(settings["client_state"], folder, self.datamodule.num_clients, self.fabric)
         self._cleanup.callback(rows.close)
         self._cleanup.callback(self.writer.close)  # before the connections that it may be using
-        policy = trainer.algorithm.buffers or settings["buffers"]
-        parts = trainer.algorithm, trainer.perturbation, self.datamodule, rows, policy, settings["views"], self.layout
+        trainer.personal.setup(self.module, self.layout)
+        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.datamodule, rows
+        parts = trainer.algorithm.buffers or settings["buffers"], settings["views"], self.layout, settings["transforms"]
         swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]
-        self.federation = Federation(*parts, settings["transforms"], trainer.seed, self.movers.unmoved, swa)
+        self.federation = Federation(*methods, *parts, trainer.seed, self.movers.unmoved, swa)
         self.views = Views(self)
         needed = (trainer.algorithm, settings["aggregator"] or trainer.algorithm)
         least = min(max(2, *(part.min_clients for part in needed)), self.federation.num_clients)
         per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
         trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
         anew = self.command == "fit" and resume.begin_experiment(self, checkpoint)
-        buffers = {k: v.detach().clone() for k, v in self.module.named_buffers()}
-        self.federation.initialise(flat_parameters(self.module), buffers)
+        self.federation.initialise(flat_parameters(self.module), dict(self.module.named_buffers()))
         if checkpoint is not None:
             self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
             self.views.load("server")

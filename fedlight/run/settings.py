@@ -4,6 +4,8 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.personal.base import Personalization
+from fedlight.personal.parts import PersonalParts
 from fedlight.perturbations.base import Perturbation
 from fedlight.server.aggregators import check_aggregator
 from fedlight.server.clients import Where
@@ -36,6 +38,25 @@ def one_perturbation(settings: dict[str, Any]) -> Perturbation | None:
         )
     perturbation: Perturbation | None = own if given is None else given
     return perturbation
+
+
+def one_personalization(settings: dict[str, Any]) -> Personalization:
+    """The algorithm's own, or the one that was given, or none; names and types alone are personal parts.
+
+    Raises:
+        MisconfigurationException: if there are both, or there are no clients.
+    """
+    given, algorithm = settings["personal"], settings["algorithm"]
+    if given is None:
+        return algorithm.personal or Personalization()
+    if settings["centralized"]:
+        raise MisconfigurationException("trainer.personal: with trainer.centralized there are no clients. Set one.")
+    if algorithm.personal is not None:
+        raise MisconfigurationException(
+            f"trainer.personal: {type(algorithm).__name__} brings its own. Remove it, or take FedAvg."
+        )
+    settings["personal"] = found = given if isinstance(given, Personalization) else PersonalParts(given)
+    return found
 
 
 def check_settings(settings: dict[str, Any]) -> None:

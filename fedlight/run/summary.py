@@ -41,6 +41,7 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         "method": f"{trainer.method_name}, {rounds} of {work}, batches of {data.batch_size}",
         "clients": clients + spread if len(sizes) > 1 else f"all data in one place; {sum(sizes):,} samples",
         "model": f"{type(run.module).__name__}, {run.layout.numel:,} parameters{f', {frozen:,} frozen' * (frozen > 0)}",
+        **({"personal": phrase} if (phrase := trainer.personal.phrase(run.layout)) else {}),
         "device": f"{name}, {shares}, {trainer.settings['precision']}",
         "engine": f"{type(engine).__name__}: {engine.reason}",
     }

@@ -1,6 +1,6 @@
 """What happens at the clients, before and after their local training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +14,8 @@ from fedlight.data.arrays import in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask, named
 from fedlight.local import ClientResult
+from fedlight.personal.base import OwnTraining, Personalization
+from fedlight.personal.split import Split
 from fedlight.perturbations.base import Perturbation, State
 from fedlight.seeding import generator
 from fedlight.server.clients import ClientStore
@@ -21,6 +23,8 @@ from fedlight.server.state import ServerState, num_bytes
 from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Transform, check_messages, send
 
+Receive = Callable[[ClientResult], None]
+Training = tuple[Receive, Iterator[ClientTask]]
 BufferPolicy = Literal["average", "local", "reset"]
 
 
@@ -33,12 +37,14 @@ class Reply:
         beside: what the perturbation sends.
         rows: the client's own state after the round, by part; it counts only if the server uses the message.
         num_bytes: size of what crosses.
+        part: the client's personal entries, which do not, ``[P_own]``.
     """
 
     message: State
     beside: State
     rows: dict[str, State]
     num_bytes: int
+    part: Tensor
 
 
 class ClientSide:
@@ -47,6 +53,8 @@ class ClientSide:
     Args:
         algorithm: how clients are corrected; set up.
         perturbation: where gradients are taken, or None; set up.
+        personal: what clients have for themselves; set up.
+        split: which part of the model they share: all that the algorithm sees.
         datamodule: the clients' data.
         store: the clients' rows.
         buffer_policy: what happens to the module's buffers.
@@ -56,6 +64,7 @@ class ClientSide:
 
     Attributes:
         initial_buffers: the buffers before the first round.
+        initial: the personal entries before the first round, ``[P_own]``.
         read: whether datasets are read into memory, for an engine that takes no others.
         compared: names of the models that penalties compare the clients' with.
     """
@@ -64,6 +73,8 @@ class ClientSide:
         self,
         algorithm: Algorithm,
         perturbation: Perturbation | None,
+        personal: Personalization,
+        split: Split,
         datamodule: FederatedDataModule,
         store: ClientStore,
         buffer_policy: BufferPolicy,
@@ -72,11 +83,13 @@ class ClientSide:
         sizes: Tensor,
     ) -> None:
         self._algorithm, self._perturbation = algorithm, perturbation
+        self._personal, self._split = personal, split
         self._data, self._store, self._policy = datamodule, store, buffer_policy
         self._transforms, self._seed = transforms, seed
         self._sizes = sizes.numpy()  # reads one entry in a fraction of the time
         self._mean_size = float(sizes.double().mean())
         self.initial_buffers: State = {}
+        self.initial: Tensor
         self.read = False
         counts = datamodule.partition_counts()
         for attack in attacks_by(transforms):
@@ -87,6 +100,39 @@ class ClientSide:
         """Begin a round in which every client receives these tensors, and the server's buffers."""
         self._server, self._received = server, received
         self._held: list[ClientResult] = []
+        self._apart: dict[int, OwnTraining] = {}
+        self._trained: dict[int, tuple[State, State]] = {}
+
+    def trainings(self, clients: Sequence[int], lrs: tuple[float, ...] | None, receive: Receive) -> Iterator[Training]:
+        """What clients do in this round, one training after the other, each with what takes its results.
+
+        Args:
+            clients: those of this process.
+            lrs: learning rates of the round.
+            receive: takes the results of the shared training.
+        """
+        if self._personal.trains_apart:
+            yield self._keep, (self._task_apart(client, lrs) for client in clients)
+        yield receive, (self.task(client, lrs) for client in clients)
+
+    def _task_apart(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
+        start = self._split.model(self._received["params"], self._part(client))
+        own = self._apart[client] = self._personal.before(start, self.own(client))
+        task, start = self.task(client, lrs), own.objective.start
+        references = {k: start if k == "start" else v for k, v in task.objective.references.items()}
+        return replace(
+            task,
+            objective=replace(own.objective, references=references),
+            perturbation=self._begin_perturbation(client, start),
+            buffers=task.buffers if own.buffers is None else own.buffers,
+            stage="personal ",
+            epochs=own.epochs,
+        )
+
+    def _keep(self, result: ClientResult) -> None:
+        client = result.client
+        moved = result.buffers if self._apart.pop(client).continued else {}
+        self._trained[client] = self._personal.trained(self.own(client), result), moved
 
     def task(self, client: int, lrs: tuple[float, ...] | None, honest: bool = False) -> ClientTask:
         """What a client has to do in this round; ``honest`` if there were no attack."""
@@ -96,12 +142,9 @@ class ClientSide:
         if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
             name = type(self._algorithm).__name__
             raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
+        objective = self._personal.objective(self._split.objective(objective, self._part(client)))
         models = {"start": objective.start, **objective.references}
         objective = replace(objective, references={k: v for k, v in models.items() if k in self.compared})
-        perturbation: State = {}
-        if self._perturbation is not None:
-            own = {**kept, **self._own_perturbation(client)}
-            perturbation = self._perturbation.begin(self._received, own, objective.start)
         with named(self._server.round, client):
             dataset = in_memory(self._data.client_dataset(client), self._data.collate_fn, self.read)
         for attack in [] if honest else attacks_by(self._transforms, client):
@@ -112,14 +155,15 @@ class ClientSide:
             dataset=dataset,
             weight=weight,
             buffers=self._buffers(client),
-            perturbation=perturbation,
+            perturbation=self._begin_perturbation(client, objective.start),
             lrs=lrs,
             loss_scale=self._server.loss_scale,
         )
 
     def reply(self, result: ClientResult) -> Reply:
         """The message of a client that has trained."""
-        client, rows, beside = result.client, dict[str, State](), State()
+        client, rows, beside, whole = result.client, dict[str, State](), State(), result
+        result = self._split.result(whole)
         rows["algorithm"], message = self._algorithm.client_update(self._received, self._own(client), result)
         crossed = num_bytes(message)
         if self._transforms:
@@ -130,10 +174,12 @@ class ClientSide:
                 message, crossed, rows["transforms"] = send(chain, self._received, message, kept, rng)
         if self._perturbation is not None:
             own = self._own_perturbation(client)
-            rows["perturbation"], beside = self._perturbation.client_update(own, result.perturbation, result.start)
-        if self._policy == "local":
-            rows["buffers"] = result.buffers
-        return Reply(message, beside, rows, crossed + num_bytes(beside))
+            rows["perturbation"], beside = self._perturbation.client_update(own, whole.perturbation, whole.start)
+            beside = self._split.restricted(beside)
+        rows["buffers"] = {k: v for k, v in result.buffers.items() if self.is_local(k)}
+        rows["personal"] = self._personal.client_update(self.own(client), whole)
+        part = self._personal.part(rows["personal"], self.initial)
+        return Reply(message, beside, rows, crossed + num_bytes(beside), part)
 
     def holds(self, result: ClientResult) -> bool:
         """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
@@ -146,7 +192,8 @@ class ClientSide:
         mine = dict[int, Tensor]()
         everyone: list[dict[int, Tensor]] = [{}] * fabric.world_size
         for result in self._held:
-            _, message = self._algorithm.client_update(self._received, self._own(result.client), result)
+            shared, own = self._split.result(result), self._own(result.client)
+            _, message = self._algorithm.client_update(self._received, own, shared)
             mine[result.client] = (message["params"] - self._received["params"]).cpu()
         if (attacks := attacks_by(self._transforms)) and fabric.world_size > 1:
             torch.distributed.all_gather_object(everyone, mine)
@@ -156,42 +203,79 @@ class ClientSide:
                 attack.meet(torch.stack(trained).double())
         return self._held
 
-    def check_transforms(self) -> None:
-        """Refuse transforms that cannot handle what clients will send."""
+    def check(self) -> None:
+        """Refuse an algorithm that cannot do with personal parts, and transforms with what clients will send."""
+        name = type(self._algorithm).__name__
+        if "step" in self._algorithm.optimizer_state and len(self.initial):
+            raise MisconfigurationException(
+                f"trainer.personal: {name} lets all optimizers begin with the same count of steps, and so with moments"
+                " that it does not have for personal parts. Use another algorithm, or FedAvg with the same optimizer."
+            )
         for attack in attacks_by(self._transforms):
             self.task(min(attack.attackers), None)
         if not self._transforms:
             return
-        own = self._algorithm.init_client(self._params)
+        params = self._server.algorithm["params"]
+        own = self._algorithm.init_client(params)
         start = self._algorithm.objective(self._received, own, 1.0).start
         optimizer = dict.fromkeys(self._algorithm.optimizer_state, torch.zeros_like(start))
         result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
         _, sent = self._algorithm.client_update(self._received, own, result)
         beside: State = {}
         if self._perturbation is not None:
-            own |= self._perturbation.init_client(self._params)
+            own |= self._perturbation.init_client(params)
             _, beside = self._perturbation.client_update(
                 own, self._perturbation.begin(self._received, own, start), start
             )
-        check_messages(self._transforms, type(self._algorithm).__name__, self._received, sent, beside)
+        check_messages(self._transforms, name, self._received, sent, beside)
 
     @property
-    def _params(self) -> Tensor:
-        return self._server.algorithm["params"]
+    def buffer_bytes(self) -> int:
+        """What buffers add to a message in either direction."""
+        if self._policy != "average":
+            return 0
+        return num_bytes({k: v for k, v in self._server.buffers.items() if not self.is_local(k)})
+
+    def is_local(self, buffer: str) -> bool:
+        """Whether a buffer stays with each client."""
+        return self._policy == "local" or buffer in self._personal.buffers
+
+    def own(self, client: int) -> State:
+        """What a client has for itself."""
+        if client in self._trained:
+            return self._trained[client][0]
+        state = self._store.get(client, "personal")
+        return self._personal.init_client(self._first) if state is None else state
+
+    @property
+    def _first(self) -> Tensor:
+        """The server's model with the personal entries that a client begins with, ``[P]``."""
+        return self._split.model(self._server.algorithm["params"], self.initial)
+
+    def _part(self, client: int) -> Tensor:
+        return self._personal.part(self.own(client), self.initial)
 
     def _own(self, client: int) -> State:
         state = self._store.get(client, "algorithm")
-        return self._algorithm.init_client(self._params) if state is None else state
+        return self._algorithm.init_client(self._server.algorithm["params"]) if state is None else state
 
     def _own_perturbation(self, client: int) -> State:
         assert self._perturbation is not None
         state = self._store.get(client, "perturbation")
-        return self._perturbation.init_client(self._params) if state is None else state
+        return self._perturbation.init_client(self._first) if state is None else state
+
+    def _begin_perturbation(self, client: int, start: Tensor) -> State:
+        """Its state at the start of a training; it sees the whole model, and of the server's 0 at personal entries."""
+        if self._perturbation is None:
+            return {}
+        model = self._split.model(self._received["params"], self._part(client))
+        received = {**self._split.padded(self._received), "params": model}
+        own = {**self._split.padded(self._own(client)), **self._own_perturbation(client)}
+        return self._perturbation.begin(received, own, start)
 
     def _buffers(self, client: int) -> State:
-        if self._policy == "reset":
-            return self.initial_buffers
-        if self._policy == "local":
-            own = self._store.get(client, "buffers")
-            return self.initial_buffers if own is None else {**self.initial_buffers, **own}
-        return self._server.buffers
+        local = (self._store.get(client, "buffers") or {}) | self._trained.get(client, ({}, {}))[1]
+        if self._policy == "average":
+            initial = {k: v for k, v in self.initial_buffers.items() if self.is_local(k)}
+            return {**self._server.buffers, **initial, **local}
+        return {**self.initial_buffers, **local}

@@ -1,7 +1,7 @@
 """The server between two rounds: its state, its clients' state, and what a round does to them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
 from fedlight.module.parameters import ParameterLayout
+from fedlight.personal.base import Personalization
+from fedlight.personal.split import Split
 from fedlight.perturbations.base import Perturbation, State
 from fedlight.server.aggregators import Aggregator, in_place_of_sums
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
@@ -39,6 +41,7 @@ class Federation:
     Args:
         algorithm: how clients are corrected and aggregated.
         perturbation: where gradients are taken, or None.
+        personal: what clients have for themselves; set up.
         datamodule: the clients' data, set up.
         rows: what is kept of the clients.
         buffer_policy: what happens to the module's buffers.
@@ -57,6 +60,7 @@ class Federation:
         self,
         algorithm: Algorithm,
         perturbation: Perturbation | None,
+        personal: Personalization,
         datamodule: FederatedDataModule,
         rows: ClientRows,
         buffer_policy: BufferPolicy,
@@ -72,12 +76,12 @@ class Federation:
         self.rows, self.store, self.buffer_policy, self.views = rows, rows.store, buffer_policy, views
         self.num_clients = datamodule.num_clients
         self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
-        algorithm.setup(self.num_clients, layout)
+        self.personal, self.split = personal, Split(layout, personal.entries)
+        algorithm.setup(self.num_clients, self.split.layout)
         if perturbation is not None:
             perturbation.setup(layout)
-        self.clients = ClientSide(
-            algorithm, perturbation, datamodule, self.store, buffer_policy, transforms, seed, self.sizes
-        )
+        parts = algorithm, perturbation, personal, self.split, datamodule, self.store, buffer_policy
+        self.clients = ClientSide(*parts, transforms, seed, self.sizes)
         weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
         self._total_weight = math.fsum(weights)
         self._shares = torch.tensor(weights, dtype=torch.float64) / self._total_weight
@@ -85,22 +89,25 @@ class Federation:
 
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
-        self.clients.initial_buffers = {k: v.clone() for k, v in buffers.items()}
+        self.clients.initial_buffers = {k: v.detach().clone() for k, v in buffers.items()}
+        self.split.to(params.device)
+        self.clients.initial, shared = self.split.own(params), self.split.shared(params)
         latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
-            algorithm=self.algorithm.init_server(params),
-            perturbation={} if self.perturbation is None else self.perturbation.init_server(params),
-            buffers=buffers,
+            algorithm=self.algorithm.init_server(shared),
+            perturbation={} if self.perturbation is None else self.perturbation.init_server(shared),
+            personal={"initial": self.clients.initial, "mean": self.clients.initial},
+            buffers=self.clients.initial_buffers,
             views={view: params for view in self.views if view != "swa"},
             latest_mean=latest if "all" in self.views else {},
         )
         self.begin()
-        self.clients.check_transforms()
+        self.clients.check()
 
     @property
     def params(self) -> Tensor:
-        """The server's model, ``[P]``."""
-        return self.state.algorithm["params"]
+        """The server's model, ``[P]``, with the mean of the clients' personal entries."""
+        return self.split.model(self.state.algorithm["params"], self.state.personal["mean"])
 
     @property
     def reports(self) -> Sequence[Report]:
@@ -116,10 +123,6 @@ class Federation:
         self._received, self._incoming = received, Incoming(self.store.put_row)
         self.clients.begin(self.state, received)
 
-    def tasks(self, clients: Iterable[int], lrs: tuple[float, ...] | None) -> Iterator[ClientTask]:
-        """What the clients have to do in this round, one after the other."""
-        return (self.clients.task(client, lrs) for client in clients)
-
     def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
         """A client's work in the next round, to try things out with."""
         self.begin()
@@ -129,7 +132,7 @@ class Federation:
         """Let a client make its message of what it trained, and add that up, unless it ``waits`` for others."""
         if waits and self.clients.holds(result):
             return
-        reply, algorithm, received = self.clients.reply(result), self.algorithm, self._received
+        reply, algorithm = self.clients.reply(result), self.algorithm
         sender, rows, private = result.sender, reply.rows, self.privacy
         weight = 1.0 if private else algorithm.mean_weight(result.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
@@ -137,23 +140,23 @@ class Federation:
         if private:
             private.bound(update, [k for k, v in result.buffers.items() if not torch.equal(v, self._buffer(k))])
         if algorithm.keeps_updates:
-            message["last_update"] = self._kept(sender.client, "last_update", torch.zeros_like(update)).double()
-            rows["last_update"] = {"params": update.to(self.params.dtype)}
+            row = self.store.get(sender.client, "last_update")
+            message["last_update"] = torch.zeros_like(update) if row is None else row["params"].double()
+            rows["last_update"] = {"params": update.to(self.state.algorithm["params"].dtype)}
         terms = dict(algorithm.contribution(message, sender))
         alone = not terms and self.aggregator is None
         terms["update"] = update.mul_(weight) if alone else weight * update  # another long vector costs page faults
         if self.perturbation is not None:
             beside = self.perturbation.contribution(reply.beside, sender)
             terms |= {_PERTURBATION + k: v for k, v in beside.items()}
-        latest = algorithm.latest(received, rows["algorithm"], reply.message)
-        if algorithm.personal:
-            terms["latest_models"] = weight * latest.double()
         if "all" in self.views:
-            before = self._kept(sender.client, "latest", self.state.latest_mean["initial"])
-            terms["latest"], rows["latest"] = weight * (latest.double() - before), {"params": latest}
+            latest = self.split.model(reply.message["params"], reply.part)
+            before = self.store.get(sender.client, "latest") or {"params": self.state.latest_mean["initial"]}
+            terms["latest"], rows["latest"] = weight * (latest.double() - before["params"]), {"params": latest}
         moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
+        moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
-        report = Report.of(result, weight, square, reply.num_bytes + self._buffer_bytes)
+        report = Report.of(result, weight, square, reply.num_bytes + self.clients.buffer_bytes)
         kept = {"params": reply.message["params"]} if algorithm.collects else None
         kept = kept if self.aggregator is None else {"update": update, **moves}
         self._incoming.add(Entry(report, terms, counters, rows, kept))
@@ -169,18 +172,14 @@ class Federation:
         names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
         return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
 
-    def _kept(self, client: int, part: str, first: Tensor) -> Tensor:
-        """A vector that is kept of a client, or the first one if it has not trained."""
-        row = self.store.get(client, part)
-        return first if row is None else row["params"]
-
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
         """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
         for result in self.clients.meet(fabric):
             self.receive(result, waits=False)
         if self.privacy and fabric.global_rank == 0:  # once, and exact as all terms are
             self._incoming.flush()
-            self._incoming.sums.add({"update": self.privacy.draw(self.state.round, self.params)[None]})
+            noise = self.privacy.draw(self.state.round, self.state.algorithm["params"])
+            self._incoming.sums.add({"update": noise[None]})
         return self._incoming.finish(fabric, stop)
 
     def aggregate(self) -> dict[str, Tensor | float]:
@@ -216,13 +215,15 @@ class Federation:
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
         if self.privacy:
             metrics["privacy/epsilon"] = self.privacy.epsilon(old.round + 1)
-        metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self._buffer_bytes) / 1e6
+        metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
         passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
         metrics["clients/gradients"] = passes * sum(report.num_steps for report in incoming.reports)
-        views, latest = self.algorithm.evaluated(algorithm, self._received, total), {}
+        views, latest, personal = self.algorithm.evaluated(algorithm, self._received, total), {}, old.personal
         dtype = old.algorithm["params"].dtype
-        views = {view: params.to(dtype) for view, params in views.items()}
+        if "personal" in total:
+            personal = {**personal, "mean": (total["personal"] / total["weight"]).to(dtype)}
+        views = {view: self.split.model(params.to(dtype), personal["mean"]) for view, params in views.items()}
         if torch.equal(views["server"], views["selected"]):
             views["selected"] = views["server"]  # one vector, one evaluation
         if "all" in self.views:
@@ -241,6 +242,7 @@ class Federation:
             views={view: views[view] for view in self.views if view in views},
             latest_mean=latest,
             swa=swa,
+            personal=personal,
             loss_scale=min(scales, default=old.loss_scale),
         )
         return metrics
@@ -249,11 +251,6 @@ class Federation:
     def spent(self) -> bool:
         """Whether another round would exceed the privacy budget."""
         return bool(self.privacy and self.privacy.spent(self.state.round))
-
-    @property
-    def _buffer_bytes(self) -> int:
-        """What buffers add to a message in either direction."""
-        return num_bytes(self.state.buffers) if self.buffer_policy == "average" else 0
 
     def num_bytes(self) -> int:
         """Size of what a checkpoint holds at least."""
@@ -290,7 +287,8 @@ class Federation:
             raise MisconfigurationException(f"ckpt_path: the algorithm keeps {expected}, the checkpoint has {found}.")
         self.clients.initial_buffers = moved(saved["initial_buffers"], device)
         server: dict[str, Any] = {k: moved(v, device) if isinstance(v, dict) else v for k, v in saved["server"].items()}
-        self.state = ServerState(**server)
+        self.state = ServerState(**{"personal": self.state.personal, **server})
+        self.clients.initial = self.state.personal["initial"]
         if clients:
             self.rows.load(saved["clients"])
             mean = self.state.latest_mean

@@ -24,6 +24,8 @@ class ServerState:
         views: the weights that are evaluated, by name, ``[P]`` each.
         latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, and ``initial``, the model
             before the first round, ``[P]``; empty unless view ``all`` is kept.
+        personal: ``initial``, the personal entries of a client that has not trained yet, and ``mean``, of those that
+            trained in the last round, for evaluation, ``[P_own]`` each.
         swa: what :func:`summed_rounds` keeps for view ``swa``; empty before its first round.
         loss_scale: where 16-bit mixed precision starts in the next round.
     """
@@ -35,6 +37,7 @@ class ServerState:
     buffers: State = field(default_factory=dict)
     views: State = field(default_factory=dict)
     latest_mean: State = field(default_factory=dict)
+    personal: State = field(default_factory=dict)
     swa: State = field(default_factory=dict)
     loss_scale: float = 65536.0
 

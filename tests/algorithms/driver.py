@@ -69,7 +69,7 @@ class Driver:
                 self.last_updates[i] = message["update"]
             weight = algorithm.mean_weight(result.num_samples)
             add(total, {"update": weight * message["update"], "weight": torch.tensor(weight, dtype=torch.float64)})
-            add(total, {"latest_models": weight * algorithm.latest(received, self.clients[i], message), "clients": 1})
+            add(total, {"clients": 1})
             add(total, algorithm.contribution(message, result.sender))
             sent = {}
             if perturbation is not None:

@@ -80,12 +80,12 @@ class Models(Callback):
         self.found = []
 
     def on_round_end(self, trainer, module):
-        self.found.append(trainer.federation.state.algorithm["params"].double().cpu().numpy().copy())
+        self.found.append(trainer.federation.params.double().cpu().numpy().copy())
 
 
 def fit(problem, algorithm=None, perturbation=None, **settings):
     """The server's model after each round of a problem."""
-    module = Quadratic(problem, getattr(algorithm, "personal", False))
+    module = Quadratic(problem, getattr(algorithm, "personal", None) is not None)
     return train(module, Clients(problem), problem.rounds, algorithm, perturbation, **settings)
 
 

@@ -16,7 +16,6 @@ from fedlight.algorithms import (
     FedASAM,
     FedAvg,
     FedAvgM,
-    FedBN,
     FedCM,
     FedDC,
     FedDyn,
@@ -136,9 +135,7 @@ WEIGHTED |= dict.fromkeys(("FedSWA", "FedMoSWA", "FedTOGA", "FedWMSAM"), "equal"
 @pytest.mark.parametrize("name", WEIGHTED)
 def test_the_selected_clients_are_weighted_as_the_methods_own_mean_is(name):
     """By samples, n = 10, 25, 55, or equally; and where the server's model is that mean, they are the same bits."""
-    from tests.algorithms.test_algorithm_twins import layout_for
-
-    driver = Driver(getattr(algorithms, name)(), Problem(rounds=((0, 1, 2),), lrs=(0.1,)), layout=layout_for(name))
+    driver = Driver(getattr(algorithms, name)(), Problem(rounds=((0, 1, 2),), lrs=(0.1,)))
     received, own = driver.algorithm.broadcast(driver.server), driver.algorithm.init_client(driver.server["params"])
     if driver.perturbation is not None:
         received = {**received, **driver.perturbation.broadcast(driver.server_perturbation)}
@@ -160,7 +157,7 @@ def test_the_selected_clients_are_weighted_as_the_methods_own_mean_is(name):
         "FedInit",
         "FedWMSAM",
     )
-    if name in (*by_definition, "Algorithm", "MoFedSAM", "FedBN"):
+    if name in (*by_definition, "Algorithm", "MoFedSAM"):
         assert torch.equal(driver.evaluated["server"], driver.evaluated["selected"])
 
 
@@ -182,12 +179,6 @@ def test_equal_weighting_forgets_the_sizes_of_clients(name):
 def test_fedgloss_without_perturbation_is_feddyn_with_its_weight_inverted():
     problem = equal_sizes()
     assert_same(Driver(FedGloSS(rho=0, beta=5.0), problem).run(), Driver(FedDyn(alpha=0.2), problem).run())
-
-
-def test_fedbn_without_batch_norm_warns_and_is_fedavg():
-    with pytest.warns(UserWarning, match=r"algorithm: FedBN keeps .*, and the model has none, .* `algorithm: FedAvg`"):
-        driver = Driver(FedBN())
-    assert_same(driver.run(), Driver(FedAvg()).run(), atol=0)
 
 
 def test_one_client_with_all_data_is_centralised_training():
@@ -276,21 +267,6 @@ def test_fedopt_takes_any_optimizer_of_torch(name):
 def test_fedopt_refuses_an_optimizer_that_wants_a_closure():
     with pytest.raises(MisconfigurationException, match=r"algorithm\.optimizer: LBFGS evaluates a closure"):
         Driver(FedOpt(torch.optim.LBFGS))
-
-
-def test_fedbn_evaluates_with_the_mean_of_the_clients_batch_norm():
-    from tests.algorithms.test_algorithm_twins import batch_norm_layout
-
-    driver = Driver(FedBN(), layout=batch_norm_layout())
-    driver.run()
-    n = torch.tensor(driver.problem.sizes, dtype=torch.float64)
-    own = torch.stack([driver.clients[i]["batch_norm"] for i in range(3)])
-    mean = (n / n.sum()) @ own
-    torch.testing.assert_close(driver.evaluated["server"][2:], mean)
-    torch.testing.assert_close(driver.evaluated["selected"][2:], mean)
-    assert torch.equal(driver.evaluated["server"][:2], driver.server["params"][:2])
-    assert driver.down / 4 == driver.up / 4 == 0.5
-    assert driver.algorithm.buffers == "local"
 
 
 def test_clients_that_were_not_sampled_have_no_state():

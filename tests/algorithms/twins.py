@@ -323,7 +323,7 @@ def rmsprop(lr, decay, eps):
 
 
 def fedbn(problem, oracle, local_entries, server_lr=1.0):
-    """FedAvg on the entries that are shared; the others live at the clients."""
+    """FedAvg on the entries that are shared; the others live at the clients, and the server has their mean."""
     n = len(problem.sizes)
     shared = [k for k in range(PARAMS) if k not in local_entries]
     w = problem.start.copy()
@@ -341,6 +341,7 @@ def fedbn(problem, oracle, local_entries, server_lr=1.0):
         mean = sum(k * v for k, v in zip(sizes, models, strict=True)) / sum(sizes)
         w = w.copy()
         w[shared] = (1 - server_lr) * w[shared] + server_lr * mean[shared]
+        w[local_entries] = mean[local_entries]  # what the server's model is evaluated with
         return w
 
     return rounds(problem, oracle, play)

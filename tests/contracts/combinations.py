@@ -173,7 +173,7 @@ def outcome(trainer: FederatedTrainer) -> dict[str, Tensor]:
     out |= {f"perturbation/{k}": v for k, v in state.perturbation.items()}
     out |= {f"buffers/{k}": v for k, v in state.buffers.items()} | {f"views/{k}": v for k, v in state.views.items()}
     for client in federation.store.clients():
-        for part in ("algorithm", "perturbation", "latest", "last_update", "buffers"):
+        for part in ("algorithm", "perturbation", "personal", "latest", "last_update", "buffers"):
             row = federation.store.get(client, part) or {}
             out |= {f"client/{client}/{part}/{k}": v for k, v in row.items()}
     return {k: v.clone() for k, v in out.items()}

@@ -115,7 +115,7 @@ MANY = ["all kinds of metrics", "local statistics and state on disk", "a client 
 """Cases for more processes than two; in some rounds there are fewer clients."""
 
 
-PARTS = ("algorithm", "perturbation", "buffers", "latest")
+PARTS = ("algorithm", "perturbation", "personal", "buffers", "latest")
 
 
 def outcome(case: str, folder: Path, devices: int, more: int = 0) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import beta
 from torch import nn
 
-from fedlight.algorithms import SCAFFOLD, FedAvg, FedBN, FedExP, FedVARP
+from fedlight.algorithms import SCAFFOLD, FedAvg, FedExP, FedVARP
 from fedlight.perturbations import DualSAM
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
@@ -254,7 +254,6 @@ def test_what_would_not_be_private_is_refused(tmp_path, settings, net, message):
     [
         ([GIVEN], Uniform(), FedExP(), None, "FedExP makes more"),
         ([GIVEN], Uniform(), FedVARP(), None, "FedVARP makes more"),
-        ([GIVEN], Uniform(), FedBN(), None, "FedBN makes more"),
         ([GIVEN], Uniform(), FedAvg(), BATCH_NORM, r"training moves net.1, which .* Use GroupNorm"),
         ([GIVEN], Bernoulli(), FedAvg(), None, "redraw: no accountant covers"),
         ([GIVEN], RoundRobin(), FedAvg(), None, "rdp accounts for no RoundRobin. Use Bernoulli"),

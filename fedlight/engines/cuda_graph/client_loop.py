@@ -23,7 +23,6 @@ from fedlight.module.logs import collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
-from fedlight.seeding import derive_seed, generator
 
 
 @dataclass(frozen=True)
@@ -232,15 +231,15 @@ class Job:
         training, dataset = slot.training, task.dataset
         assert isinstance(dataset, ArrayDataset)
         self.task = task
-        self.plan = batch_order(round, task.client, dataset, training)
+        self.plan = batch_order(round, task, training)
         with about(slot.module, task.client):
             self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)
         self.recordings: list[_Recording] = []
         self._slot = slot
-        self._seed = derive_seed(training.seed, "local", round, task.client)
+        self._seed = task.generator(training.seed, "local", round).initial_seed()
         # Copied to the device here, before the slot is busy: such a copy waits for what its stream has to do.
-        draws = dataset.draw(len(self.plan.order), generator(training.seed, "augment", round, task.client))
+        draws = dataset.draw(len(self.plan.order), task.generator(training.seed, "augment", round))
         order = self.plan.order.to(slot.device)
         self._rows = dataset.to(slot.device).positions(order) if dataset.fits(slot.device) else order
         self._draws = {name: value.to(slot.device) for name, value in draws.items()}

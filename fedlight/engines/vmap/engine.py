@@ -10,7 +10,7 @@ from fedlight.engines.recordable import cannot, check_recordable, explain, is_ou
 from fedlight.engines.vmap.programs import StackedParts
 from fedlight.engines.vmap.stacked_clients import StackedClients
 from fedlight.local import ClientResult
-from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
+from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 
 class Vmap(Engine):
@@ -43,7 +43,7 @@ class Vmap(Engine):
         tasks = iter(tasks)
         with preserved_global_rng():
             while together := list(islice(tasks, self._parts.at_once)):
-                seed_global_rng(derive_seed(self._training.seed, "local", round, together[0].client))
+                seed_global_rng(together[0].generator(self._training.seed, "local", round).initial_seed())
                 with named(round, *(task.client for task in together)):
                     results = StackedClients(round, together, self._parts).run()
                 self._put_back()

@@ -16,7 +16,6 @@ from fedlight.engines.vmap.programs import StackedParts, numbered
 from fedlight.engines.vmap.stacked_optimizers import Block
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import about
-from fedlight.seeding import generator
 
 _GATHERED_BYTES = 2**27
 """Batches are read ahead, as many as fit into so many bytes."""
@@ -49,7 +48,7 @@ class StackedClients:
 
     def __init__(self, round: int, tasks: Sequence[ClientTask], parts: StackedParts) -> None:
         self._parts, self._training = parts, parts.training
-        plans = [batch_order(round, task.client, task.dataset, parts.training) for task in tasks]
+        plans = [batch_order(round, task, parts.training) for task in tasks]
         keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: keys[i])
         self._rank = [order.index(i) for i in range(len(tasks))]
@@ -66,11 +65,15 @@ class StackedClients:
 
     def run(self, steps: int | None = None) -> list[ClientResult]:
         """Train; ``steps`` stops early. Results come in the order of the tasks."""
-        total = len(self._steps[0])
-        self._parts.optimizer.begin(self._rows["params"], self._blocks())
+        total, params = len(self._steps[0]), self._rows["params"]
+        frozen = (self._rows | self._shared).get("frozen")
+        start = None if frozen is None else params.clone()
+        self._parts.optimizer.begin(params, self._blocks())
         for step, groups in self._read(total if steps is None else min(steps, total)):
             gradient = self._gradient(groups)
             self._parts.optimizer.step(step, gradient)
+            if frozen is not None and start is not None:
+                torch.where(frozen, start, params, out=params)
         results = self._results()
         return [results[row] for row in self._rank]
 
@@ -79,7 +82,7 @@ class StackedClients:
         objectives = [task.objective for task in self._tasks]
         start, parts, named = objectives[0].start, [o.parts() for o in objectives], dict[str, list[Tensor]]()
         neutral: dict[str, Tensor | float] = {"anchor": start, "linear": torch.zeros_like(start)}
-        neutral |= {"proximal": 0.0, "gradient_scale": 1.0}
+        neutral |= {"proximal": 0.0, "gradient_scale": 1.0, "frozen": torch.zeros_like(start, dtype=torch.bool)}
         for name in (name for name in {**neutral, **parts[0]} if any(name in part for part in parts)):
             given = [part[name] if name in part else neutral[name] for part in parts]
             named[name] = [v if isinstance(v, Tensor) else start.new_tensor(v) for v in given]
@@ -226,7 +229,7 @@ class _Data:
         self.datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
         self._orders = [order.to(device) for order in orders]
         draws = [
-            dataset.draw(len(order), generator(training.seed, "augment", round, task.client))
+            dataset.draw(len(order), task.generator(training.seed, "augment", round))
             for dataset, order, task in zip(self.datasets, orders, tasks, strict=True)
         ]
         self._draws = [{name: value.to(device) for name, value in own.items()} for own in draws]
