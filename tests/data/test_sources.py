@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from PIL import Image
 
-from fedlight.data import load_source
+from fedlight.data import load_source, sources
 from fedlight.data.images import channel_statistics, holdout
 from fedlight.data.sources import download_source
 
@@ -28,6 +29,23 @@ def test_digits_are_embedded_and_their_split_is_fixed():
     per_class = torch.bincount(arrays.y_train) + torch.bincount(arrays.y_test)
     assert torch.bincount(arrays.y_test).tolist() == (per_class // 5).tolist()
     assert torch.equal(load_source("digits").x_test, arrays.x_test)
+
+
+def test_digits_are_read_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    arrays = load_source("digits")
+    # The first line of scikit-learn's file is a zero: 0, 0, 5, 13, 9, 1, 0, 0 of 16, 0, 0, 13, 15, 10, 15, 5, 0, ...
+    assert arrays.y_train[0] == 0
+    assert arrays.x_train[0, 0, :2].tolist() == [[0, 0, 80, 207, 143, 16, 0, 0], [0, 0, 207, 239, 159, 239, 80, 0]]
+
+
+@pytest.mark.slow
+def test_digits_are_those_of_scikit_learn(monkeypatch):
+    own = load_source("digits")
+    monkeypatch.setattr(sources, "find_spec", lambda name: None)
+    theirs = load_source("digits")
+    for name in ("x_train", "y_train", "x_test", "y_test"):
+        assert torch.equal(getattr(own, name), getattr(theirs, name))
 
 
 # ---- .npz
