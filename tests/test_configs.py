@@ -1,5 +1,6 @@
 """Every YAML in configs/ is parsed, printed, parsed again and trained with for a round; new ones are found."""
 
+import json
 import sys
 import tomllib
 from functools import lru_cache
@@ -33,6 +34,9 @@ IMAGES = {
     "small_cnn": ((32, 32, 3), 10),
     "fashion": ((28, 28), 10),
     "lenet": ((28, 28), 10),
+    "femnist": ((28, 28), 62),
+    "inaturalist": ((64, 64, 3), 10),
+    "camelyon17": ((96, 96, 3), 2),
 }
 QUICK = [
     "--trainer.max_rounds=1", "--trainer.clients_per_round=2", "--trainer.limit_train_batches=1",
@@ -43,6 +47,10 @@ QUICK = [
 
 def images_for(name, folder):
     """The arguments that replace a config's data by a few random images of its shape."""
+    if name.startswith("text/"):
+        rows = [{"text": f"mail {i}", "label": "ab"[i % 2], "client": str(i % 8)} for i in range(80)]
+        (folder / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return [f"--data.source={folder / 'texts.jsonl'}", "--data.min_samples=1"]
     found = next((value for word, value in IMAGES.items() if word in name), None)
     if found is None:
         return []
@@ -57,7 +65,13 @@ def images_for(name, folder):
     replaced += ["--data.batch_size=4", "--data.eval_batch_size=4"]
     if name.startswith("data/"):  # the quickstart's network, for these images
         inputs = f"--model.net.in_features={int(np.prod(shape))}"
-        replaced += ["--data.image_size=null", "--data.test_domains=null", inputs, f"--model.num_classes={classes}"]
+        replaced += [
+            "--data.image_size=null",
+            "--data.test_domains=null",
+            "--data.columns=null",
+            inputs,
+            f"--model.num_classes={classes}",
+        ]
     else:
         replaced += ["--data.partitioner=IID"]
     return replaced
@@ -83,6 +97,7 @@ def is_slow(name):
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
     alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
     alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
+    alike += ("data/femnist.yaml", "data/inaturalist.yaml", "text/spam.yaml")
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 

@@ -12,11 +12,13 @@ from fedlight.data.partition import IID, NaturalGroups, Partitioner, QuantitySke
 from fedlight.data.partitioned import PartitionedDataModule
 from fedlight.data.picture import partition_csv, partition_table, save_partition_picture
 from fedlight.data.sources import load_source
+from fedlight.data.text_data import TextData
 
 __all__ = [
     # datamodules and datasets
     "FederatedDataModule",
     "ImageData",
+    "TextData",
     "DatasetPartition",
     "Federated",
     "PartitionedDataModule",

@@ -1,6 +1,7 @@
 """Trees of image files: class folders, with splits or one level of domains above them."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,22 +15,26 @@ from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 from fedlight.data.splits import splits_among
 
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 _NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
+    """A file of a tree, and what its folders tell: ``label`` and ``domain``."""
+
     path: Path
     folders: tuple[str, ...]  # those that it lies in; in the end (class,) or (domain, class)
     split: str = ""
 
     @property
     def label(self) -> str:
+        """The innermost folder."""
         return self.folders[-1]
 
     @property
     def domain(self) -> str:
+        """The folder around that of the label, or nothing."""
         return self.folders[0] if len(self.folders) > 1 else ""
 
 
@@ -54,7 +59,27 @@ def load_folder(
     """
     if image_size is not None:
         check_at_least_one("`data.image_size`", image_size)
-    files, test_files, said = _split(root)
+    files, test_files, said = read_tree(root, EXTENSIONS, test_domains, test_fraction)
+    domains = sorted({f.domain for f in files + test_files} - {""})
+    classes = sorted({f.label for f in files})
+    foreign = sorted({f.label for f in test_files} - set(classes))
+    if foreign:
+        raise ValueError(f"`data.source` ({root}): the test set has classes without a training image: {foreign[:5]}.")
+    x = read_images([f.path for f in files + test_files], image_size)
+    (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
+    shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
+    rank_zero_info(
+        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; {len(classes)} "
+        f"classes, {len(domains) or 'no'} domains; {said}."
+    )
+    return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
+
+
+def read_tree(
+    root: Path, suffixes: Collection[str], test_domains: list[str] | None = None, test_fraction: float = 0.2
+) -> tuple[list[File], list[File], str]:
+    """The files of a tree that end so, for training and for the test, and how it was read; as :func:`load_folder`."""
+    files, test_files, said = _split(root, suffixes)
     everything = files + test_files
     domains = sorted({f.domain for f in everything} - {""})
     if test_domains:
@@ -70,23 +95,12 @@ def load_folder(
         both = held_out_for_test(torch.from_numpy(strata), test_fraction)
         files, test_files = ([files[row] for row in rows.tolist()] for rows in both)
         said = f"test on {test_fraction:g} of each class{said}"
-    classes = sorted({f.label for f in files})
-    foreign = sorted({f.label for f in test_files} - set(classes))
-    if foreign:
-        raise ValueError(f"`data.source` ({root}): the test set has classes without a training image: {foreign[:5]}.")
-    x = read_images([f.path for f in files + test_files], image_size)
-    (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
-    shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
-    rank_zero_info(
-        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; {len(classes)} "
-        f"classes, {len(domains) or 'no'} domains; {said}."
-    )
-    return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
+    return files, test_files, said
 
 
-def _split(root: Path) -> tuple[list[_File], list[_File], str]:
+def _split(root: Path, suffixes: Collection[str]) -> tuple[list[File], list[File], str]:
     """The files for training and for the test, which are none where the tree does not tell; and how it was read."""
-    files = _without_splits(root, _walk(root))
+    files = _without_splits(root, _walk(root, suffixes))
     labelled = [f for f in files if f.folders]
     if not any(f.split in ("", "train") for f in labelled):
         splits = ", ".join(sorted({f.split for f in files if f.split}))
@@ -113,9 +127,9 @@ def _split(root: Path) -> tuple[list[_File], list[_File], str]:
     return train, test, said + (f"; {left} images of another split or in no class folder are left out" if left else "")
 
 
-def _walk(root: Path) -> list[_File]:
+def _walk(root: Path, suffixes: Collection[str]) -> list[File]:
     """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
-    files: list[_File] = []
+    files: list[File] = []
     for place, inner, names in os.walk(root, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith(_NOT_DATA))
         path = Path(place)
@@ -123,12 +137,12 @@ def _walk(root: Path) -> list[_File]:
         folders = folders[:-1] if folders and folders[-1].lower() == "images" else folders
         rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
         labels = {row[0]: row[1:2] for row in rows}
-        chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in _EXTENSIONS]
-        files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
+        chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in suffixes]
+        files += [File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
     return files
 
 
-def _without_splits(root: Path, files: list[_File]) -> list[_File]:
+def _without_splits(root: Path, files: list[File]) -> list[File]:
     """The level of folders that are called as splits are becomes ``split``, wherever it is.
 
     A class may be called ``train``, too: its folder holds images itself, and no neighbour is called as another split.
@@ -155,7 +169,7 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
     return files
 
 
-def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
+def _labels(files: list[File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
     """Class and domain of each file, as numbers."""
     y = torch.from_numpy(np.searchsorted(classes, [f.label for f in files]))
     return y, torch.from_numpy(np.searchsorted(domains, [f.domain for f in files])) if domains else None

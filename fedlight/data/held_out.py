@@ -12,6 +12,20 @@ from fedlight.data.pooled import PooledData, Wrapping
 from fedlight.seeding import generator
 
 
+def draw_clients(data: FederatedDataModule) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The clients that train, and those that ``held_out_clients`` keeps out of training.
+
+    Raises:
+        ValueError: if nobody were left.
+    """
+    total, wanted = data.num_clients, data.held_out_clients
+    count = max(1, round(wanted * total)) if isinstance(wanted, float) and wanted else int(wanted)
+    if count >= total:
+        raise ValueError(f"`data.held_out_clients`={wanted} leaves none of {total} clients to train. Lower it.")
+    drawn = torch.randperm(total, generator=generator(data.seed, "held_out_clients")).tolist()
+    return tuple(sorted(drawn[count:])), tuple(sorted(drawn[:count]))
+
+
 class HeldOut(Wrapping):
     """The clients of another datamodule without those that its ``held_out_clients`` keeps out of training.
 
@@ -20,19 +34,10 @@ class HeldOut(Wrapping):
     """
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the data, and draw who is held out.
-
-        Raises:
-            ValueError: if nobody were left.
-        """
+        """Load the data, and draw who is held out."""
         super().setup(stage)
-        total, wanted = self.data.num_clients, self.data.held_out_clients
-        count = max(1, round(wanted * total)) if isinstance(wanted, float) else wanted
-        if count >= total:
-            raise ValueError(f"`data.held_out_clients`={wanted} leaves none of {total} clients to train. Lower it.")
-        drawn = torch.randperm(total, generator=generator(self.data.seed, "held_out_clients")).tolist()
-        self.new_clients, self.num_clients = tuple(sorted(drawn[:count])), total - count
-        self._clients = [*sorted(drawn[count:]), *self.new_clients]
+        trained, self.new_clients = draw_clients(self.data)
+        self.num_clients, self._clients = len(trained), [*trained, *self.new_clients]
 
     def __getattr__(self, name: str) -> Any:
         if name == "data":  # while it is copied

@@ -31,7 +31,8 @@ class ImageData(PartitionedDataModule):
         source: ``digits`` (comes with scikit-learn, no download), ``cifar10``, ``cifar100``, ``fashion_mnist``,
             ``mnist``, ``emnist`` (balanced) or ``svhn``; or an ``.npz`` file with ``x_train``, ``y_train``, ``x_test``,
             ``y_test`` and optionally ``group_train``; or a folder of class folders, with or without splits and domains;
-            or a folder with the four files of MNIST or its kin.
+            or a folder with the four files of MNIST or its kin; or, with natural clients, a folder of LEAF (FEMNIST) or
+            a CSV file that lists images.
         num_clients: N; null for one client per natural group, with ``NaturalGroups``.
         partitioner: which client gets which images; by default ``DirichletClients(alpha=0.3)``.
         batch_size: images of a batch in local training.
@@ -53,6 +54,8 @@ class ImageData(PartitionedDataModule):
         test_fraction: share of each class (and domain) that is held out of a folder or file without a test set.
         crop_padding: zeros around an image that is cropped at random, in pixels.
         held_out_clients: clients that never train, a number or a fraction of all, and are evaluated as new ones.
+        columns: which columns of a CSV file are ``image`` (``image_id``), ``label`` (``class``), ``client``
+            (``user_id``) and ``split``; ``{name}`` in that of images stands for another column.
 
     Attributes:
         classes: names of the classes, where the source has them.
@@ -79,6 +82,7 @@ class ImageData(PartitionedDataModule):
         test_fraction: float = 0.2,
         crop_padding: int = 4,
         held_out_clients: int | float = 0,
+        columns: dict[str, str] | None = None,
     ) -> None:
         size = _EVAL_IMAGES if eval_batch_size is None else eval_batch_size
         super().__init__(
@@ -98,7 +102,7 @@ class ImageData(PartitionedDataModule):
         self.source, self.root, self.download, self.limit_samples = source, root, download, limit_samples
         self.image_size, self.test_domains, self.test_fraction = image_size, test_domains, test_fraction
         self.augment, self.normalize, self.crop_padding = augment, normalize, crop_padding
-        self.val_fraction = val_fraction
+        self.val_fraction, self.columns = val_fraction, columns
         self.classes: list[str] = []
         self.groups: list[str] = []
         self.input_shape: tuple[int, int, int] | None = None
@@ -118,7 +122,8 @@ class ImageData(PartitionedDataModule):
         """Load the images, hold out what is for validation and divide the rest among the clients."""
         if self.partition is not None:
             return
-        arrays = load_source(self.source, self.root, self.image_size, self.test_domains, self.test_fraction)
+        held = self.image_size, self.test_domains, self.test_fraction, self.columns
+        arrays = load_source(self.source, self.root, *held)
         if self.limit_samples is not None:
             arrays = limit(arrays, self.limit_samples, generator(self.seed, "limit samples"))
         self.classes, self.groups = arrays.classes, arrays.groups
@@ -141,10 +146,7 @@ class ImageData(PartitionedDataModule):
                 groups, group_val = groups[rows[0]], groups[rows[1]]
         targets, val_targets = (d.targets[d.positions(torch.arange(len(d)))] for d in (self._train, self._val))
         self.divide(len(targets), targets, arrays.num_classes, groups)
-        if groups is not None and group_val is not None and bool(torch.isin(groups, group_val).all()):
-            groups, group_val = groups * arrays.num_classes, group_val * arrays.num_classes
-            targets, val_targets = groups + targets, group_val + val_targets
-        self._strata = targets, val_targets
+        self.stratify((targets, val_targets), None if groups is None or group_val is None else (groups, group_val))
 
     def _transforms(self, arrays: ImageArrays) -> tuple[BatchTransform, BatchTransform]:
         """How images are normalised for evaluation; and for training, with augmentation if there is one."""

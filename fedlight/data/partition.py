@@ -145,5 +145,9 @@ class NaturalGroups(Partitioner):
                 f"`data.num_clients` is {num_clients}, {per_group} per group, but the smallest group has only "
                 f"{smallest} samples. Lower `data.num_clients`."
             )
+        return self.deal(group, num_clients, generator, per_group)
+
+    def deal(self, group: Tensor, num_clients: int, generator: Generator, per_group: int) -> list[Tensor]:
+        """Rows of groups that are numbered from 0, divided among ``per_group`` clients each."""
         rows, _ = rows_by_class(group, generator)
         return by_client(rows, group[rows] * per_group + rank_in_group(group[rows]) % per_group, num_clients)

@@ -123,6 +123,26 @@ class PartitionedDataModule(FederatedDataModule):
             self.num_classes = num_classes or 1 + int(targets.max())
             self._counts = self.partition.counts(targets, self.num_classes)
 
+    def stratify(self, targets: tuple[Tensor, Tensor] | None, groups: tuple[Tensor, Tensor] | None = None) -> None:
+        """Say by what the validation data is divided among clients: a natural client has its own group's.
+
+        Args:
+            targets: classes of the training and of the validation data, or None if these are unknown.
+            groups: their natural groups, if there are any.
+        """
+        self._strata = targets
+        if groups is None:
+            return
+        known = torch.isin(groups[1], groups[0])
+        if isinstance(self.partitioner, NaturalGroups) and bool(known.any()):
+            names, rows = torch.unique(groups[0]), torch.nonzero(known).flatten()
+            own, rng = torch.searchsorted(names, groups[1][known]), generator(self.seed, "client validation")
+            parts = self.partitioner.deal(own, self.num_clients, rng, self.num_clients // len(names))
+            self._held_out = Partition([rows[part] for part in parts])
+        elif targets and bool(torch.isin(groups[0], groups[1]).all()):
+            classes = 1 + max(int(t.max()) for t in targets)
+            self._strata = groups[0] * classes + targets[0], groups[1] * classes + targets[1]
+
     def client_rows(self, client: int) -> Tensor:
         """The rows of a client in the training data, ``[n_i]``."""
         if self.partition is None:
@@ -157,16 +177,14 @@ class PartitionedDataModule(FederatedDataModule):
         """The part of the validation data that has the class proportions of the client's own training data.
 
         The samples of each class are divided among the clients in proportion to how many training samples of that class
-        each has (of that class and natural group, where the validation data has the same groups). So no sample is
-        shared, evaluating all clients reads the validation data once, and the same seed gives the same samples. None
-        for a client that is too small to get any, and where classes are unknown.
+        each has (of that class and natural group, where the validation data has the same groups); a natural client has
+        those of its group. So no sample is shared, evaluating all clients reads the validation data once, and the same
+        seed gives the same samples. None for a client that is too small to get any, and where classes are unknown.
         """
-        if self.partition is None or self._strata is None:
-            return None
-        if self._held_out is None:
+        if self.partition is not None and self._strata is not None and self._held_out is None:
             counts = self.partition.counts(self._strata[0], 1 + int(torch.cat(self._strata).max()))
             self._held_out = match_proportions(counts, self._strata[1], generator(self.seed, "client validation"))
-        rows = self._held_out[client]
+        rows = torch.zeros(0) if self._held_out is None else self._held_out[client]
         return _rows(self._val, rows) if len(rows) else None
 
 

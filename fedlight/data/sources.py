@@ -1,6 +1,7 @@
 """Where images come from: a name, an ``.npz`` file or a folder. All become the same arrays in memory."""
 
 import difflib
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedlight.data._draws import rank_in_group
 from fedlight.data.files import has_idx, load_idx, load_npz
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check
+from fedlight.data.listed import is_listed, load_listed
 
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FASHION, _SVHN = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "http://ufldl.stanford.edu/housenumbers"
@@ -34,29 +36,37 @@ def load_source(
     image_size: int | None = None,
     test_domains: list[str] | None = None,
     test_fraction: float = 0.2,
+    columns: Mapping[str, str] | None = None,
 ) -> ImageArrays:
     """Load images into memory and check them.
 
     Args:
-        source: one of :data:`SOURCE_NAMES`, an ``.npz`` file, a folder of IDX files, or a folder of class folders.
+        source: one of :data:`SOURCE_NAMES`, an ``.npz`` file, a folder of IDX files or of class folders, a folder of
+            LEAF, or a CSV file that lists images.
         root: where the sources of torchvision are.
         image_size: height and width that the images of a folder are resized to.
         test_domains: the domains of a folder that are held out for the test.
         test_fraction: share of each class (and domain) that is held out of a folder without a test set.
+        columns: which columns of a CSV file hold what.
 
     Raises:
         MisconfigurationException: if the source is not there, saying what to download where.
         ValueError: if it is not what it should be, naming the key.
     """
     path = Path(source).expanduser()
+    listed = path.exists() and is_listed(path)
     is_tree = source not in SOURCE_NAMES and path.is_dir() and not has_idx(path)
+    if columns and not listed:
+        raise ValueError(f"`data.columns` is for a `data.source` that is a CSV file, not for {source!r}.")
     for key, value in (("image_size", image_size), ("test_domains", test_domains)):
-        if value and not is_tree:
+        if value and not (is_tree or listed):
             raise ValueError(f"`data.{key}` is for a `data.source` that is a folder of images, not for {source!r}.")
     if source == "digits":
         arrays = _digits()
     elif source in _TORCHVISION:
         arrays = _torchvision(source, Path(root).expanduser(), download=False)
+    elif listed:
+        arrays = load_listed(path, Path(root).expanduser(), columns or {}, image_size, test_domains, test_fraction)
     elif is_tree:
         arrays = load_folder(path, image_size, test_domains, test_fraction)
     elif path.is_dir():

@@ -8,6 +8,7 @@ from fedlight.models.classifier import Classifier, NetFactory
 from fedlight.models.cnn import CifarCNN, LeNet, SmallCNN, TinyImageNetCNN
 from fedlight.models.mlp import MLP
 from fedlight.models.resnet import ResNet18GN
+from fedlight.models.text import CharLSTM, TextMLP
 
 __all__ = [
     # the LightningModule
@@ -20,4 +21,6 @@ __all__ = [
     "SmallCNN",
     "LeNet",
     "MLP",
+    "CharLSTM",
+    "TextMLP",
 ]

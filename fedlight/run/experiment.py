@@ -31,7 +31,7 @@ _TRAINER = (
     *("local_epochs", "local_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("precision", "tf32", "centralized", "transforms", "aggregator", "personal"),
 )
-_DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn")
+_DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn", "tokenizer", "max_length", "vocab_size")
 _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 _SAMPLES = 8
 

@@ -101,6 +101,14 @@ def of_last_call(
     return before.module, datamodule or given_data(before.datamodule), ckpt_path
 
 
+def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> None:
+    """Set up the data, and give it back what it had saved, under the key that Lightning has for it."""
+    datamodule.setup(command)
+    data = given_data(datamodule)
+    if type(data).__qualname__ in checkpoint:
+        data.load_state_dict(checkpoint[type(data).__qualname__])
+
+
 def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:
     """Make the schedule, describe the experiment, and compare it with the checkpoint's.
 

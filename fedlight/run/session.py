@@ -115,7 +115,7 @@ class Session(RunContext):
         cleanup.callback(setattr, self.module, "trainer", None)
         with self.fabric.rank_zero_first(local=True):
             self.datamodule.prepare_data()
-        self.datamodule.setup(self.command)
+        resume.set_up_data(self.datamodule, self.command, self._checkpoint or {})
         share_among_processes(self.fabric, self.datamodule)
         self._set_up_module()
         self._begin_federation(self._checkpoint)

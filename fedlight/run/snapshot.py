@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from fedlight.data.held_out import given_data
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.loggers import logger_ids, read_metrics, tell_wandb
@@ -38,7 +39,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     server's model. The rest is under ``fedlight``. Randomness needs no state: every generator is seeded by its round.
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
-    trainer, module, state = run.trainer, run.module, run.federation.state
+    trainer, module, state, data = run.trainer, run.module, run.federation.state, given_data(run.datamodule)
     callbacks = {c.state_key: _copied(plain(c.state_dict())) for c in trainer.callbacks}
     checkpoint = {
         "state_dict": server_state_dict(run),
@@ -47,6 +48,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
         "epoch": state.round,
         "global_step": state.global_step,
         "callbacks": {k: v for k, v in callbacks.items() if v},
+        **({type(data).__qualname__: plain(held)} if (held := data.state_dict()) else {}),
         "fedlight": {
             "format": FORMAT,
             "version": package_version(),

@@ -5,7 +5,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from fedlight.models import MLP, CifarCNN, LeNet, ResNet18GN, SmallCNN, TinyImageNetCNN
+from fedlight.models import MLP, CharLSTM, CifarCNN, LeNet, ResNet18GN, SmallCNN, TextMLP, TinyImageNetCNN
 
 NETS = [
     (lambda: CifarCNN(num_classes=100), (3, 32, 32), 100),
@@ -179,3 +179,33 @@ def test_mlp_says_how_many_features_it_got():
 def test_impossible_sizes_are_refused(build, key):
     with pytest.raises(ValueError, match=key):
         build()
+
+
+def test_the_lstm_reads_a_text_to_its_end_and_no_further():
+    """Beside a twin: an LSTM that is given the text without its padding."""
+    torch.manual_seed(0)
+    net = CharLSTM(num_classes=4, vocab_size=9, embedding_dim=3, hidden_size=5)
+    ids = torch.tensor([[3, 1, 8, 0, 0], [2, 7, 7, 5, 4]])
+    logits = net(ids)
+    for row, length in enumerate((3, 5)):
+        said, _ = net.lstm(net.embedding(ids[row : row + 1, :length]))
+        torch.testing.assert_close(logits[row], net.fc(said[0, -1]))
+    assert sum(p.numel() for p in CharLSTM(80, 80).parameters()) == 819_920
+
+
+def test_the_text_network_takes_the_mean_of_what_is_no_padding():
+    net = TextMLP(num_classes=2, vocab_size=4, embedding_dim=2, hidden_size=2)
+    with torch.no_grad():
+        net.embedding.weight.copy_(torch.tensor([[9.0, 9], [1, -2], [3, 6], [0, 0]]))
+        for layer in (net.fc1, net.fc2):
+            layer.weight.copy_(torch.eye(2))
+            layer.bias.zero_()
+    assert net(torch.tensor([[1, 2, 0], [1, 0, 0], [0, 0, 0]])).tolist() == [[2, 2], [1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("net", [CharLSTM(2, 5), TextMLP(2, 5)])
+def test_networks_of_texts_refuse_other_batches(net):
+    with pytest.raises(
+        MisconfigurationException, match=r"takes integers \[batch, length\], but the batch is torch.float32"
+    ):
+        net(torch.zeros(2, 3))

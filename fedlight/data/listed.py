@@ -1,0 +1,117 @@
+"""Images with natural clients: LEAF's JSON, and CSV files that list images with their labels and clients."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlight.data.folders import EXTENSIONS
+from fedlight.data.images import ImageArrays, held_out_for_test
+from fedlight.data.pixels import read_images
+from fedlight.data.splits import split_of
+from fedlight.data.tables import Table, coded, column, is_leaf, read_leaf, read_table
+
+_COLUMNS = {"image": "image_id", "label": "class", "client": "user_id", "split": "split"}
+
+
+def is_listed(path: Path) -> bool:
+    """Whether it is a CSV file, or a folder of LEAF."""
+    return (path.is_file() and path.suffix == ".csv") or is_leaf(path)
+
+
+def load_listed(
+    path: Path,
+    root: Path,
+    columns: Mapping[str, str],
+    image_size: int | None = None,
+    test_domains: Sequence[str] | None = None,
+    test_fraction: float = 0.2,
+) -> ImageArrays:
+    """Read images that are listed with their clients, who become groups.
+
+    Args:
+        path: a folder of LEAF; or a CSV file, by default laid out as those of Hsu et al. (ECCV 2020): ``user_id``,
+            ``image_id``, ``class``. Its test set are the rows whose ``split`` is not 0 or ``train``, or a ``test.csv``
+            beside it, or else ``test_fraction`` of each client.
+        root: where images may be that are not below the folder of the CSV file.
+        columns: which columns ``image``, ``label``, ``client`` and ``split`` are; ``{name}`` in that of images stands
+            for another column.
+        image_size: height and width to resize to; None: all images must have one size.
+        test_domains: clients that make up the test set; they are not trained on.
+        test_fraction: share of each client that becomes the test set where there is none.
+
+    Raises:
+        ValueError: for columns, labels or images that are missing.
+    """
+    if strange := columns.keys() - _COLUMNS.keys():
+        raise ValueError(f"`data.columns` are {', '.join(_COLUMNS)}; found {', '.join(sorted(strange))}.")
+    if is_leaf(path):
+        tables = {split: {"image": t.pop("text"), **t} for split, t in read_leaf(path).items()}
+        table = {k: [v for t in tables.values() for v in t[k]] for k in ("image", "label", "client")}
+        test = np.repeat([split == "test" for split in tables], [len(t["label"]) for t in tables.values()])
+    else:
+        table, test = _of_csv(path, columns)
+    clients, group = np.unique(table["client"], return_inverse=True)
+    if test_domains:
+        test = np.isin(table["client"], test_domains)
+        if set(test_domains) - set(clients) or test.all():
+            raise ValueError(f"`data.test_domains` is {test_domains}; the clients are {clients[:9].tolist()} ...")
+    if not test.any():
+        test[held_out_for_test(torch.from_numpy(group), test_fraction)[1].numpy()] = True
+    train, held = np.flatnonzero(~test), np.flatnonzero(test)
+    y, classes = coded(table["label"], train.tolist(), f"`data.source` ({path})")
+    order = [*train.tolist(), *held.tolist()]
+    images = [table["image"][row] for row in order]
+    x = _pixels(images) if isinstance(images[0], np.ndarray) else read_images(_files(images, path, root), image_size)
+    groups = torch.from_numpy(group)
+    known = groups[held] if all(table["client"][row] for row in held) else None
+    n = len(train)
+    return ImageArrays(x[:n], y[train], x[n:], y[held], groups[train], known, classes, clients.tolist())
+
+
+def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any, Any]]:
+    """Images, labels and clients of a CSV file and of the ``test.csv`` beside it, and which rows are for the test."""
+    found: Table = {key: [] for key in _COLUMNS}
+    for file in dict.fromkeys((path, path.with_name("test.csv"))):
+        table = read_table(file) if file == path or file.is_file() else {}
+        default = {"split": "train"} if file == path else {"split": "test", "client": ""}
+        for key, name in {**_COLUMNS, **given}.items() if table else ():
+            rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+            if name not in table and key in default and not (file == path and key in given):
+                found[key] += [default[key]] * len(rows)
+            else:
+                found[key] += _filled(name, rows) if "{" in name else column(table, name, f"columns.{key}")
+    return found, np.array([split != "0" and split_of(split)[0] != "train" for split in found["split"]])
+
+
+def _filled(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    try:
+        return [name.format_map(row) for row in rows]
+    except KeyError as error:
+        raise ValueError(f"`data.columns.image` names {error}, but the columns are {', '.join(rows[0])}.") from error
+
+
+def _pixels(images: list[Any]) -> Tensor:
+    """LEAF's numbers in [0, 1] as square images ``[n, 1, H, W]``: as bytes where they were bytes."""
+    x = np.stack(images)
+    side, whole = math.isqrt(x.shape[1]), np.rint(x * 255)
+    exact = np.abs(x * 255 - whole).max() < 1e-3 and x.min() >= 0 and x.max() <= 1
+    return torch.from_numpy(whole.astype(np.uint8) if exact else x).view(-1, 1, side, side)
+
+
+def _files(images: list[str], path: Path, root: Path) -> list[Path]:
+    """The files of images, by path, or else by name without suffix, below the folder of ``path`` or ``root``."""
+    files, found = [path.parent / image for image in images], dict[str, Path]()
+    for place in (path.parent, root) if not all(file.is_file() for file in files[:1]) else ():
+        for folder, _, names in os.walk(place, followlinks=True) if not {*images} <= found.keys() else ():
+            parts = [os.path.splitext(name) for name in names]
+            found.update({a: Path(folder, a + b) for a, b in parts if b.lower() in EXTENSIONS and a not in found})
+    files = [found.get(image, file) for image, file in zip(images, files, strict=True)]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"`data.source` ({path}): {len(missing)} of {len(files)} images are missing, as {missing[0]}.")
+    return files

@@ -1,0 +1,163 @@
+"""Tables of samples, by column: read from CSV, JSON, LEAF's JSON, and Hugging Face's datasets."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import rank_zero_info
+from torch import Tensor
+
+from fedlight.data.folders import read_tree
+from fedlight.data.loaders import is_hf
+from fedlight.data.splits import split_of
+
+Table = dict[str, list[Any]]
+
+
+def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
+    """The table of each split, ``train`` and where the source has them ``val`` and ``test``.
+
+    Args:
+        source: a file; a folder with a file for each split, or of LEAF, or with ``<label>/*.txt``, or that a dataset of
+            Hugging Face was saved to; or such a dataset, or a mapping with one for each split.
+        test_fraction: share of texts in folders that become the test set where there is none.
+
+    Raises:
+        ValueError: for what cannot be read, naming the file.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source).expanduser()
+        files = sorted(path.glob("*")) if path.is_dir() else [path]
+        named = {file.stem: file for file in files if file.suffix in (".csv", ".tsv", ".jsonl")}
+        if {"state.json", "dataset_dict.json"} & {file.name for file in files}:
+            from datasets import load_from_disk
+
+            return read_tables(load_from_disk(path))
+        if is_leaf(path):
+            return read_leaf(path)
+        if path.is_dir() and not named:
+            return _texts(path, test_fraction)
+        source = named if path.is_dir() else {"train": path}
+    held = source if isinstance(source, Mapping) else {"train": source}
+    found = {split_of(str(name))[0]: name for name in held}
+    if "train" not in found or len(found) < len(held):
+        raise ValueError(f"`data.source` needs one table for training, and may have one for val and test: {[*held]}.")
+    return {str(split): read_table(held[name]) for split, name in found.items()}
+
+
+def _texts(root: Path, test_fraction: float) -> dict[str, Table]:
+    """The files of ``<label>/*.txt`` and ``<client>/<label>/*.txt``, with and without splits."""
+    train, test, said = read_tree(root, {".txt"}, None, test_fraction)
+    rank_zero_info(f"`data.source` ({root}): {said}.")
+    return {
+        split: {
+            "text": [file.path.read_text(encoding="utf-8") for file in files],
+            "label": [file.label for file in files],
+            "client": [file.domain for file in files],
+        }
+        for split, files in (("train", train), ("test", test))
+    }
+
+
+def read_table(source: Any) -> Table:
+    """The columns of a CSV or TSV file with a header, of JSON lines, or of a Hugging Face dataset.
+
+    Raises:
+        ValueError: naming the file, and the line where it is known.
+    """
+    if is_hf(source):
+        return {name: list(source.with_format(None)[name]) for name in source.column_names}
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+        if source.suffix in (".csv", ".tsv"):
+            csv.field_size_limit(sys.maxsize)  # texts are longer than the csv module expects
+            delimiter = "\t" if source.suffix == ".tsv" else ","
+            rows: Any = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        else:
+            rows = json.loads("[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]")
+        names = dict.fromkeys(name for row in rows for name in row.keys())  # noqa: SIM118
+    except (OSError, AttributeError, csv.Error, ValueError, TypeError) as error:
+        raise ValueError(
+            f"`data.source` ({source}) is no table, with an object or row for each sample: {error}"
+        ) from error
+    if not rows:
+        raise ValueError(f"`data.source` ({source}) holds no samples.")
+    return {str(name): [row.get(name) for row in rows] for name in names}
+
+
+def is_leaf(path: Path) -> bool:
+    """Whether a folder is laid out as LEAF's: ``train/*.json`` and ``test/*.json``."""
+    return any((path / "train").glob("*.json"))
+
+
+def read_leaf(path: Path) -> dict[str, Table]:
+    """The columns ``text`` (x), ``label`` (y) and ``client`` of all files; a user of several files is one client.
+
+    Source of the layout: Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097.
+
+    Raises:
+        ValueError: naming the file that is not LEAF's.
+    """
+    tables: dict[str, Table] = {}
+    for file in sorted([*path.glob("train/*.json"), *path.glob("test/*.json")]):
+        table = tables.setdefault(file.parent.name, {"text": [], "label": [], "client": []})
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            for user, count in zip(held["users"], held["num_samples"], strict=True):
+                x, y = (held["user_data"][user][name] for name in "xy")
+                if not len(x) == len(y) == count:
+                    raise ValueError(f"{user} has {len(x)} x and {len(y)} y, but num_samples is {count}")
+                numbers = count and isinstance(x[0], list)  # arrays need a tenth of the room
+                table["text"] += list(np.asarray(x, np.float32)) if numbers else x
+                table["label"] += y
+                table["client"] += [str(user)] * count
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"`data.source`: {file} is no file of LEAF, with users, num_samples and user_data:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+    return tables
+
+
+def column(table: Table, name: str, key: str) -> list[Any]:
+    """A column by its name.
+
+    Raises:
+        ValueError: naming the columns that there are, or the first sample without it.
+    """
+    if name not in table:
+        raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source` are {', '.join(table)}.")
+    if lacking := [row for row, value in enumerate(table[name]) if value is None]:
+        raise ValueError(f"`data.{key}`: {len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}.")
+    return table[name]
+
+
+def coded(values: Sequence[Any], train: Sequence[int], what: str) -> tuple[Tensor, list[str]]:
+    """Labels as numbers ``[n]`` int64, and the names of the classes.
+
+    Integers from 0 on are what they are; all else is numbered as it sorts.
+
+    Args:
+        values: the labels of all samples.
+        train: which samples are for training.
+        what: the key that messages name.
+
+    Raises:
+        ValueError: for a label that no training sample has.
+    """
+    words = [str(value) for value in values]
+    known = {words[row] for row in train}
+    whole = all(word.isdecimal() and word == str(int(word)) for word in known)
+    names = sorted(known, key=int if whole else None)
+    if strange := sorted({*words} - known):
+        raise ValueError(f"{what}: held-out samples have labels that no training sample has: {strange[:5]}.")
+    if whole and names[0] == "0":
+        names = [str(number) for number in range(int(names[-1]) + 1)]
+    number = {name: i for i, name in enumerate(names)}
+    return torch.tensor([number[word] for word in words]), names
