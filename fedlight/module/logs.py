@@ -93,6 +93,8 @@ class LogCollector:
     def _scalar(self, name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):  # filled in on the device: a copy from here would wait for it
             return torch.full((), float(value), dtype=self.dtype, device=self.device)
+        if value.dtype is self.dtype and value.device == self.device and value.dim() == 0:
+            return value.detach()  # each of these calls takes as long as a small layer
         tensor = value.detach().to(self.device)
         if tensor.numel() != 1:
             raise ValueError(f"self.log({name!r}, ...) takes one number, found a tensor of shape {list(tensor.shape)}.")

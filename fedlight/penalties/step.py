@@ -131,7 +131,7 @@ class PenalizedStep:
         wide = torch.promote_types(loss.dtype, torch.float32)  # what a schedule multiplies is float64
         penalty = reduce(torch.add, [o.term(self.module).to(loss.device, wide) for o in self._observations])
         self.task_loss, self.penalty = loss.detach(), penalty.detach()
-        self._log(batch, {"train/penalty": penalty})
+        self._log(batch, {"train/penalty": self.penalty})
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
 
     def _log(self, batch: Any, metrics: dict[str, Tensor]) -> None:
