@@ -80,7 +80,8 @@ class PersonalParts(Personalization):
                 f"{_KEY}: {self.parts} takes all {len(layout.parameters)} trained parameters, and nothing is left to"
                 f" share: {', '.join(info.name for info in layout.parameters[:12])}. Leave some out."
             )
-        self.buffers = frozenset(found - {info.name for info in layout.parameters})
+        trained = {tensors[info.name] for info in layout.parameters}
+        self.buffers = frozenset(name for name in found if tensors[name] not in trained)
         if not self.buffers and not bool(self.entries.any()):
             raise MisconfigurationException(f"{_KEY}: {self.parts} takes nothing that is trained.")
 

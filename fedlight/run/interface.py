@@ -18,6 +18,7 @@ from fedlight.callbacks.progress import RoundProgress
 from fedlight.module.hooks import in_federated_terms
 from fedlight.penalties.base import Penalty
 from fedlight.penalties.numbers import largest, scheduled
+from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
@@ -92,7 +93,7 @@ class TrainerInterface(LightningNames):
         settings["default_root_dir"] = Path(settings["default_root_dir"])
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
-        self.personal = one_personalization(settings)
+        self._personal = one_personalization(settings)
         self.settings = settings
         for key in ("algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"):
             setattr(self, key, settings[key])
@@ -112,6 +113,11 @@ class TrainerInterface(LightningNames):
         penalties = [type(penalty).__name__ for penalty in self.penalties]
         parts = [None if part is None else type(part).__name__ for part in (added, self.settings["aggregator"])]
         return method_name(type(self.algorithm).__name__, parts, penalties, self.settings["centralized"])
+
+    @property
+    def personal(self) -> Personalization:
+        """What clients have for themselves."""
+        return self._personal
 
     @property
     def scheduled(self) -> list[Any]:

@@ -16,6 +16,7 @@ from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots
 from fedlight.engines.cuda_graph.recorder import Recorder
 from fedlight.engines.cuda_graph.segments import LONGEST, Segment, segments
 from fedlight.penalties.man import MAN
+from fedlight.personal import PersonalParts
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from fedlight.server.federation import Federation
 from fedlight.server.sampling import share
@@ -70,6 +71,7 @@ CASES = {
         "data": {"sizes": (8, 8)},
         "clients_per_round": 2,
     },
+    "personal parts": {"net": {"optimizer": MOMENTUM}, "personal": PersonalParts("head", "alternating")},
     "dropout": {"net": {"optimizer": SGD, "dropout": 0.5}},
     "dropout, sam": {"net": {"optimizer": SGD, "dropout": 0.5}, "perturbation": SAM(0.1)},
 }

@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
+from fedlight.personal import PersonalParts
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.server.sampling import Bernoulli
@@ -102,7 +103,7 @@ CASES: dict[str, dict[str, Any]] = {
     "perturbed": {"perturbation": lambda: SAM(0.05), "views": ["server"]},
     "a client diverges": {"data": diverging, "model": Regression, "clients_per_round": 1.0},
     "all models at once": {"algorithm": lambda: Middle(), "clients_per_round": 3},
-    "resumed": {"resume": 2, "max_rounds": 4},
+    "resumed": {"resume": 2, "max_rounds": 4, "personal": lambda: PersonalParts(["BatchNorm", "head"], "alternating")},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
 }
 
@@ -128,7 +129,7 @@ def outcome(case: str, folder: Path, devices: int, more: int = 0) -> dict[str, A
     settings["enable_plots"] = case == "all kinds of metrics"  # a picture takes longer than such a run
     data, model = settings.pop("data", lambda: Own(SIZES)), settings.pop("model", Measured)
     resume = settings.pop("resume", None)
-    for key in ("algorithm", "perturbation"):
+    for key in ("algorithm", "perturbation", "personal"):
         if key in settings:
             settings[key] = settings[key]()
     with warnings.catch_warnings(record=True) as caught:
