@@ -85,7 +85,7 @@ class _TrialLoop(ClientLoop):
     read: set[str]
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
-        indexed: list[IndexedBatch] = [(batch, _WatchedIndex.of(i, self.read)) for batch, i in batches]
+        indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i, self.read)) for batch, i in batches]
         with watched(self.module, self.read):
             return super()._step(objective, indexed, state)
 
@@ -125,13 +125,14 @@ class _WatchedTrainer:
         return getattr(self.watched, name)
 
 
-class _WatchedIndex(int):
+class WatchedIndex(int):
     """A batch index that notes whether its value was asked for."""
 
     _read: set[str]
 
     @classmethod
-    def of(cls, value: int, read: set[str]) -> "_WatchedIndex":
+    def of(cls, value: int, read: set[str]) -> "WatchedIndex":
+        """A batch index that writes into ``read``."""
         index = cls(value)
         index._read = read
         return index
@@ -140,7 +141,7 @@ class _WatchedIndex(int):
 def _noting(name: str) -> Callable[..., Any]:
     original = getattr(int, name)
 
-    def method(self: _WatchedIndex, *args: Any) -> Any:
+    def method(self: WatchedIndex, *args: Any) -> Any:
         self._read.add("batch_idx")
         return original(self, *args)
 
@@ -148,6 +149,6 @@ def _noting(name: str) -> Callable[..., Any]:
 
 
 for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "mod", "floordiv", "truediv", "divmod", "index"):
-    setattr(_WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))
+    setattr(WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "float", "int", "hash", "str", "repr", "format", "and"):
-    setattr(_WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))
+    setattr(WatchedIndex, f"__{_name}__", _noting(f"__{_name}__"))
