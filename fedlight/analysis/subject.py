@@ -105,9 +105,9 @@ def federated_subject(trainer: Any) -> Subject:
     """The server's model, the selected clients' and the mean of all, with the clients' data."""
     data, federation = trainer.datamodule, trainer.federation
     state = federation.state
-    views = {"server": federation.params} | state.views
+    views = state.views
     if trainer.state.fn == "fit" and not trainer.views.is_last:  # swa may come yet
-        views = dict.fromkeys(federation.views, federation.params) | views
+        views = dict.fromkeys(federation.views, views["server"]) | views
     return Subject(
         module=trainer.lightning_module,
         device=trainer.strategy.root_device,

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pkgutil import resolve_name
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,51 +28,56 @@ def matching(module: nn.Module, patterns: Iterable[str], key: str) -> set[str]:
         key: where they were given.
 
     Raises:
-        MisconfigurationException: if one means nothing, saying what there is.
+        MisconfigurationException: if one means nothing, saying what there is, or they tear apart what is one tensor, or
+            parameters and statistics of one layer.
     """
-    found: set[str] = set()
+    found, tensors = set[str](), tensor_names(module)
     for pattern in patterns:
-        if not (names := _matching(module, pattern)):
+        if not (names := _meant(module, tensors, pattern)):
             there = [_plain(n) for n, m in module.named_modules() if n and any(True for _ in m.parameters())]
-            some = f"{', '.join(there[:_SHOWN])}{' ...' if len(there) > _SHOWN else ''}"
             raise MisconfigurationException(
                 f"{key}: {pattern!r} means nothing in {type(module).__name__}: no module or parameter has such a name,"
-                f" and no module is of such a class. There are {some}. `fedlight configs personal` lists what has a"
-                " name of its own."
+                f" and no module is of such a class. There are {', '.join(there[:_SHOWN])}"
+                f"{' ...' * (len(there) > _SHOWN)}. `fedlight configs personal` lists what has a name of its own."
             )
         found |= names
+    own = {tensors[name] for name in found}
+    if torn := sorted(name for name in tensors.keys() - found if tensors[name] in own):
+        other = next(name for name in found if tensors[name] == tensors[torn[0]])
+        raise MisconfigurationException(
+            f"{key}: {patterns} takes {other}, and {torn[0]} is the same tensor, which the clients would share. Name"
+            " both of them, or neither."
+        )
+    for norm in (n for n, m in module.named_modules() if getattr(m, "running_mean", None) is not None):
+        direct = {t for t in tensors if t.rpartition(".")[0] == norm}
+        if found & direct and direct - found:
+            raise MisconfigurationException(
+                f"{key}: {patterns} takes {', '.join(sorted(found & direct))} and leaves"
+                f" {', '.join(sorted(direct - found))}, which belong together. Name {norm} itself."
+            )
     return found
 
 
-def _matching(module: nn.Module, pattern: str) -> set[str]:
-    tensors, modules = tensor_names(module), dict(module.named_modules(remove_duplicate=False))
-    wanted = _plain(pattern)
-
-    def below(names: Iterable[str]) -> set[str]:
-        starts = tuple(f"{n}." for n in names)
-        return {t for t in tensors if starts and t.startswith(starts)}
-
-    same = below(n for n in modules if n and _plain(n) == wanted) | {t for t in tensors if _plain(t) == wanted}
-    if same or pattern in ("head", "body"):
-        own = [n for n, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))]
-        last = {t for t in tensors if own and t.rpartition(".")[0] == own[-1]}
-        return same or (last if pattern == "head" else tensors.keys() - last)
-    try:
-        means = re.compile(pattern).fullmatch
-    except re.error:
-        means = re.compile(re.escape(pattern)).fullmatch
-    same = below(n for n in modules if n and means(_plain(n))) | {t for t in tensors if means(_plain(t))}
-    return same or below(n for n, m in modules.items() if n and _is_a(m, pattern))
+def _meant(module: nn.Module, tensors: Iterable[str], pattern: str) -> set[str]:
+    modules = dict(module.named_modules(remove_duplicate=False))
+    plain = {n: _plain(n) for n in (*tensors, *modules) if n}
+    found = {n for n in plain if plain[n] == pattern}
+    if last := pattern in ("head", "body") and not found:
+        found = {[n for n, m in modules.items() if any(p.requires_grad for p in m.parameters(recurse=False))][-1]}
+    with suppress(re.error):
+        found = found or {n for n in plain if re.fullmatch(pattern, plain[n])}
+    found = found or {n for n, m in modules.items() if n and _is_a(m, pattern)}
+    below = tuple(f"{n}." if n else "" for n in found)
+    own = {t for t in tensors if t in found or (below and t.startswith(below))}
+    return {*tensors} - own if last and pattern == "body" else own
 
 
 def _is_a(module: nn.Module, name: str) -> bool:
     if "." not in name:
         return any(cls.__name__.removeprefix("_") == name for cls in type(module).__mro__ if cls is not nn.Module)
-    try:
-        cls = resolve_name(name)
-    except (ImportError, AttributeError, ValueError):
-        return False
-    return isinstance(cls, type) and isinstance(module, cls)
+    with suppress(ImportError, AttributeError, ValueError):
+        return isinstance(cls := resolve_name(name), type) and isinstance(module, cls)
+    return False
 
 
 def _plain(name: str) -> str:

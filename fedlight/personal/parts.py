@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from fedlight.local import ClientResult, LocalObjective
-from fedlight.module.parameters import ParameterInfo, ParameterLayout
+from fedlight.module.parameters import ParameterLayout
 from fedlight.personal.base import OwnTraining, Personalization
 from fedlight.personal.matching import matching, tensor_names
 from fedlight.perturbations.base import State
@@ -58,22 +58,6 @@ class PersonalParts(Personalization):
             MisconfigurationException: if they are nothing or everything, or tear apart what belongs together.
         """
         found, tensors = matching(module, self.parts, _KEY), tensor_names(module)
-        own = {tensors[name] for name in found}
-        if torn := sorted(name for name in tensors.keys() - found if tensors[name] in own):
-            other = next(name for name in found if tensors[name] == tensors[torn[0]])
-            raise MisconfigurationException(
-                f"{_KEY}: {self.parts} takes {other}, and {torn[0]} is the same tensor, which the clients would share."
-                " Name both of them, or neither."
-            )
-        norms = (n for n, m in module.named_modules() if getattr(m, "running_mean", None) is not None)
-        for name in norms:
-            direct = {t for t in tensors if t.rpartition(".")[0] == name}
-            if found & direct and direct - found:
-                raise MisconfigurationException(
-                    f"{_KEY}: {self.parts} takes {', '.join(sorted(found & direct))} and leaves"
-                    f" {', '.join(sorted(direct - found))}. Parameters and statistics of {name} belong together: name"
-                    f" {name} itself."
-                )
         self.entries = layout.mask(lambda info: info.name in found)
         if bool(self.entries.all()):
             raise MisconfigurationException(
@@ -82,15 +66,11 @@ class PersonalParts(Personalization):
             )
         trained = {tensors[info.name] for info in layout.parameters}
         self.buffers = frozenset(name for name in found if tensors[name] not in trained)
-        if not self.buffers and not bool(self.entries.any()):
+        if not bool(self.entries.any()) and found.isdisjoint(name for name, _ in module.named_buffers()):
             raise MisconfigurationException(f"{_KEY}: {self.parts} takes nothing that is trained.")
 
-    def init_client(self, params: Tensor) -> State:
-        """The personal entries, as the module was initialised."""
-        return self._kept(params)
-
     def part(self, own: State, initial: Tensor) -> Tensor:
-        """v_i."""
+        """v_i, which begins as the module was initialised."""
         return own.get("params", initial)
 
     def before(self, start: Tensor, own: State) -> OwnTraining:
@@ -98,33 +78,26 @@ class PersonalParts(Personalization):
         shared = ~self.entries.to(start.device)
         return OwnTraining(LocalObjective(start, frozen=shared), epochs=self.epochs, continued=True)
 
-    def trained(self, own: State, result: ClientResult) -> State:
-        """The new v_i."""
-        return self._kept(result.params)
-
     def objective(self, objective: LocalObjective) -> LocalObjective:
         """With v_i frozen unless both are trained together."""
         if self.train == "together":
             return objective
-        return replace(objective, frozen=self.entries.to(objective.start.device))
+        own = self.entries.to(objective.start.device)
+        return replace(objective, frozen=own if objective.frozen is None else own | objective.frozen)
 
     def client_update(self, own: State, result: ClientResult) -> State:
-        """The new v_i."""
-        return self._kept(result.params)
+        """The new v_i, after either training."""
+        keeps = self.train != "frozen" and bool(self.entries.any())
+        return {"params": result.params[self.entries.to(result.params.device)]} if keeps else {}
+
+    trained = client_update
 
     def phrase(self, layout: ParameterLayout) -> str:
         """How much of the model it is, and which tensors."""
-        infos = [info for info in layout.parameters if self._is_own(info)]
+        infos = layout.where(self.entries).parameters
         names = [info.name for info in infos] or sorted(self.buffers)
         some = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
         return (
             f"{len(infos)} of {len(layout.parameters)} tensors, {int(self.entries.sum()):,} of {layout.numel:,}"
             f" parameters: {some}; {self.train}. The server's model has the mean of the clients'"
         )
-
-    def _is_own(self, info: ParameterInfo) -> bool:
-        return info.numel > 0 and bool(self.entries[info.offset])
-
-    def _kept(self, params: Tensor) -> State:
-        keeps = self.train != "frozen" and bool(self.entries.any())
-        return {"params": params[self.entries.to(params.device)]} if keeps else {}

@@ -63,7 +63,7 @@ class Split:
         if self._whole:
             return objective
         parts: State = {}
-        for name in ("anchor", "linear", "drift"):
+        for name in ("anchor", "linear", "drift", "frozen"):
             if (vector := getattr(objective, name)) is not None:
                 parts[name] = self.model(vector, 0.0)
         for name, neutral in (("proximal", 0.0), ("gradient_scale", 1.0)):
