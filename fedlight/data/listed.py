@@ -64,7 +64,7 @@ def load_listed(
     if not test.any():
         test[held_out_for_test(torch.from_numpy(group), test_fraction)[1].numpy()] = True
     train, held = np.flatnonzero(~test), np.flatnonzero(test)
-    y, classes = coded(table["label"], train.tolist(), f"`data.source` ({path})")
+    y, classes = coded(table["label"], {str(table["label"][row]) for row in train}, f"`data.source` ({path})")
     order = [*train.tolist(), *held.tolist()]
     images = [table["image"][row] for row in order]
     x = _pixels(images) if isinstance(images[0], np.ndarray) else read_images(_files(images, path, root), image_size)
@@ -81,19 +81,19 @@ def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any
         table = read_table(file) if file == path or file.is_file() else {}
         default = {"split": "train"} if file == path else {"split": "test", "client": ""}
         for key, name in {**_COLUMNS, **given}.items() if table else ():
-            rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
             if name not in table and key in default and not (file == path and key in given):
-                found[key] += [default[key]] * len(rows)
+                found[key] += [default[key]] * len(next(iter(table.values())))
             else:
-                found[key] += _filled(name, rows) if "{" in name else column(table, name, f"columns.{key}")
+                found[key] += _filled(name, table) if "{" in name else column(table, name, f"columns.{key}")
     return found, np.array([split != "0" and split_of(split)[0] != "train" for split in found["split"]])
 
 
-def _filled(name: str, rows: list[dict[str, Any]]) -> list[str]:
+def _filled(name: str, table: Table) -> list[str]:
+    """Other columns' values in the place of their names."""
     try:
-        return [name.format_map(row) for row in rows]
+        return [name.format(**dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True)]
     except KeyError as error:
-        raise ValueError(f"`data.columns.image` names {error}, but the columns are {', '.join(rows[0])}.") from error
+        raise ValueError(f"`data.columns.image` names {error}, but the columns are {', '.join(table)}.") from error
 
 
 def _pixels(images: list[Any]) -> Tensor:

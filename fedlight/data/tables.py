@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,26 +138,24 @@ def column(table: Table, name: str, key: str) -> list[Any]:
     return table[name]
 
 
-def coded(values: Sequence[Any], train: Sequence[int], what: str) -> tuple[Tensor, list[str]]:
+def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Tensor, list[str]]:
     """Labels as numbers ``[n]`` int64, and the names of the classes.
 
     Integers from 0 on are what they are; all else is numbered as it sorts.
 
     Args:
         values: the labels of all samples.
-        train: which samples are for training.
+        known: those of training samples.
         what: the key that messages name.
 
     Raises:
-        ValueError: for a label that no training sample has.
+        ValueError: for any other label.
     """
-    words = [str(value) for value in values]
-    known = {words[row] for row in train}
     whole = all(word.isdecimal() and word == str(int(word)) for word in known)
     names = sorted(known, key=int if whole else None)
-    if strange := sorted({*words} - known):
-        raise ValueError(f"{what}: held-out samples have labels that no training sample has: {strange[:5]}.")
     if whole and names[0] == "0":
         names = [str(number) for number in range(int(names[-1]) + 1)]
-    number = {name: i for i, name in enumerate(names)}
+    number, words = {name: i for i, name in enumerate(names)}, [str(value) for value in values]
+    if strange := sorted({*words} - {*names}):
+        raise ValueError(f"{what}: held-out samples have labels that no training sample has: {strange[:5]}.")
     return torch.tensor([number[word] for word in words]), names

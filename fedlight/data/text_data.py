@@ -24,8 +24,8 @@ class TextData(PartitionedDataModule):
     """Texts with labels, or without, as numbers of a fixed length in memory, divided among clients.
 
     Batches are ``(ids [B, L], labels [B])``, with 0 as padding; or with ``as_dict`` ``input_ids``, ``attention_mask``
-    and ``labels``, as models of Hugging Face take them. The vocabulary is made of the training texts alone. Checkpoints
-    hold it, and what is evaluated with one is read with its vocabulary.
+    and ``labels``, as models of Hugging Face take them. The vocabulary is made of the training texts alone.
+    Checkpoints hold it and the labels' names, and what is evaluated with one is read with these.
 
     Args:
         source: a CSV, TSV, JSON or JSON-lines file, or a folder with one for each split; a folder of LEAF; folders
@@ -95,11 +95,16 @@ class TextData(PartitionedDataModule):
         self._names = {"text": text, "label": label, "client": client}
         self.classes: list[str] = []
         self.vocabulary: list[str] = []
+        self._restored = False
 
     def setup(self, stage: str | None = None) -> None:
         """Read the texts, hold out what is for evaluation, and divide the rest among the clients."""
-        if self.partition is not None:
-            return
+        if self.partition is None or self._restored:
+            self._prepare([], [])
+
+    def _prepare(self, words: list[str], classes: list[str]) -> None:
+        """Read and divide the texts; with a vocabulary and names of labels, or those that are found."""
+        self._restored = bool(words or classes)
         table, split = self._read()
         natural, labelled = self._names["client"] is not None, self._names["label"] is not None
         clients, strata = (torch.from_numpy(np.unique(table[k], return_inverse=True)[1]) for k in ("client", "label"))
@@ -116,14 +121,16 @@ class TextData(PartitionedDataModule):
             raise ValueError(f"`data.source`: {len(train)} texts for training and {len(val)} held out are too few.")
         targets = None
         if labelled and not self.next_token:
-            labels, self.classes = coded(table["label"], train.tolist(), "`data.label`")
+            known = classes or {table["label"][row] for row in train.tolist()}
+            labels, self.classes = coded(table["label"], known, "`data.label`")
             targets = labels[train], labels[val]
         groups = (clients[train], clients[val]) if natural else None
         self.divide(len(train), targets and targets[0], len(self.classes), groups and groups[0])
         self.stratify(targets, groups)
-        if not self.vocabulary and self.tokenizer in ("words", "chars"):
+        if not words and self.tokenizer in ("words", "chars"):
             rows = train[torch.cat([self.client_rows(client) for client in draw_clients(self)[0]])]
-            self.vocabulary = vocabulary([table["text"][row] for row in rows], str(self.tokenizer), self.vocab_size)
+            words = vocabulary([table["text"][row] for row in rows], str(self.tokenizer), self.vocab_size)
+        self.vocabulary = words
         numbers = self.tokenizer, self.vocabulary, self.vocab_size
         ids, mask = encode(table["text"], *numbers, self.max_length)
         if not targets:
@@ -152,11 +159,10 @@ class TextData(PartitionedDataModule):
         return {k: list(compress(v, chosen)) for k, v in table.items()}, split[chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """The vocabulary, for checkpoints."""
-        return {"vocabulary": self.vocabulary} if self.vocabulary else {}
+        """The vocabulary and the names of the labels, for checkpoints."""
+        return {"vocabulary": self.vocabulary, "classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the vocabulary of a checkpoint; texts that were read with another one are read anew."""
-        if state_dict.get("vocabulary", self.vocabulary) != self.vocabulary:
-            self.vocabulary, self.partition = state_dict["vocabulary"], None
-            self.setup()
+        """Take a checkpoint's numbers; texts and labels that were read with others are read anew, until next time."""
+        if self.state_dict() != state_dict:
+            self._prepare(state_dict["vocabulary"], state_dict["classes"])

@@ -215,13 +215,18 @@ def test_a_checkpoint_keeps_its_vocabulary_for_other_texts(tmp_path, trained):
     trainer, data, _ = trained
     path = trainer.run_dir / "checkpoints" / "last.ckpt"
     saved = torch.load(path, weights_only=True)
-    assert saved["TextData"] == {"vocabulary": data.vocabulary}
-    others = [{**row, "text": f"hello {row['text']}"} for row in MAILS]
+    assert saved["TextData"] == {"vocabulary": data.vocabulary, "classes": ["ham", "spam"]}
+    others = [{**row, "text": f"hello {row['text']}", "label": "spam"} for row in MAILS]
     other = TextData(jsonl(tmp_path / "other.jsonl", others), client="client", max_length=6, vocab_size=40)
     module = mlp()
     quiet_trainer(tmp_path).validate(module, other, ckpt_path=path, verbose=False)
     assert other.vocabulary == data.vocabulary
-    assert all(text.startswith("? ") for text in read(other, batch(other.test_dataset())[0]))
+    ids, labels = batch(other.test_dataset())
+    assert all(text.startswith("? ") for text in read(other, ids))
+    assert labels.tolist() == [1] * len(labels)
+    other.setup()  # of its own again, as for a new fit
+    assert "hello" in other.vocabulary
+    assert other.classes == ["spam"]
 
 
 def test_a_resume_with_another_tokenizer_is_refused(tmp_path, trained):
