@@ -70,6 +70,8 @@ def test_clients_are_evaluated_on_their_own_data(tmp_path):
     assert found["clients/accuracy_mean"] == pytest.approx(accuracy.mean().item(), abs=1e-7)
     assert found["clients/accuracy_std"] == pytest.approx(accuracy.std(unbiased=False).item(), abs=1e-7)
     assert found["clients/accuracy_p10"] == pytest.approx(accuracy.quantile(0.1).item(), abs=1e-7)
+    assert found["clients/accuracy_p90"] == pytest.approx(accuracy.quantile(0.9).item(), abs=1e-7)
+    assert found["clients/worst_accuracy"] == pytest.approx(accuracy.min().item(), abs=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,8 @@ def test_every_metric_that_a_client_logs_is_kept_under_a_name_of_its_own(tmp_pat
         assert found[f"clients/{name}_std"] == pytest.approx(values.std(unbiased=False).item(), abs=1e-6)
         assert found[f"clients/{name}_min"] == pytest.approx(values.min().item() + offset, abs=1e-6)
         assert found[f"clients/{name}_p10"] == pytest.approx(values.quantile(0.1).item() + offset, abs=1e-6)
+        worst = values.max() if "loss" in names[offset] else values.min()
+        assert found[f"clients/worst_{name}"] == pytest.approx(worst.item() + offset, abs=1e-6)
     clients = [name for name in found if name.startswith("clients/") and name[-4:] in ("mean", "_std", "_min", "_p10")]
     assert len(clients) == 4 * len(names)
 

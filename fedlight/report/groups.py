@@ -1,6 +1,7 @@
 """The runs of one method in one setting, and their statistics over seeds."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -131,6 +132,12 @@ class Study:
     def methods(self) -> list[str]:
         """Labels of the methods, in order."""
         return list(dict.fromkeys(group.label for group in _ordered(self.groups, by_setting=False)))
+
+    def client_metrics(self, setting: str) -> list[str]:
+        """What was measured on the clients' own data, an accuracy first."""
+        keys = {key for group in self.within(setting) for run in group.runs for row in run.rows[-1:] for key in row}
+        found = [m[1] for key in keys if (m := re.fullmatch("clients/(.*)_mean", key))]
+        return sorted(found, key=lambda name: (name != "accuracy", name))
 
     def within(self, setting: str) -> list[Group]:
         """The groups of a setting."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fedlight.report.document import Cell, Table, cells
 from fedlight.report.groups import Group, Stat, Study, gain
@@ -18,6 +19,7 @@ _COLUMNS = {
     "val/accuracy_swa": "swa",
     "val/loss": "loss",
 }
+_HESSIAN = {"λ_max": "lambda_max", "trace": "trace", "λ_max (all)": "lambda_max_all", "trace (all)": "trace_all"}
 _FOLDERS = ("trainer.default_root_dir", "trainer.name", "ckpt_path", "seed_everything")
 
 
@@ -191,24 +193,30 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
 def figures(study: Study, setting: str, metric: str) -> Table | None:
     """What else there is to know of the methods of a setting; None without any of it."""
     columns: list[Column] = [
-        ("λ_max", lambda g: show_wide(g.stat("hessian/lambda_max"))),
-        ("trace", lambda g: show_wide(g.stat("hessian/trace"))),
-        ("λ_max (all)", lambda g: show_wide(g.stat("hessian/lambda_max_all"))),
-        ("trace (all)", lambda g: show_wide(g.stat("hessian/trace_all"))),
-        ("clients: mean", lambda g: show_stat(g.stat("clients/accuracy_mean"), "accuracy")),
-        ("clients: std", lambda g: show_stat(g.stat("clients/accuracy_std"), "accuracy")),
-        ("clients: worst 10 %", lambda g: show_stat(g.stat("clients/accuracy_p10"), "accuracy")),
-        ("clients: worst", lambda g: show_stat(g.stat("clients/accuracy_min"), "accuracy")),
+        *((text, partial(_shown, show_wide, f"hessian/{figure}")) for text, figure in _HESSIAN.items()),
+        *(column for name in study.client_metrics(setting) for column in _spread(name)),
         ("MB", lambda g: _DASH if g.method.is_central else show_wide(g.total(*TRAFFIC))),
         ("s", lambda g: show_wide(g.total("time/round_s"))),
     ]
     note = (
         "λ_max, trace: of the Hessian of the training loss, at the server's model or at the view named. clients:"
-        " accuracy in percent of the server's model on the clients' own held-out data. MB: sent both ways in all"
-        " rounds. s: time of all rounds."
+        " accuracy in percent of the server's model on the clients' own held-out data; the worst has the least, or of"
+        " a loss the most. MB: sent both ways in all rounds. s: time of all rounds."
     )
     table = _of_setting(study, setting, metric, columns, note)
     return table if len(table.header) > 1 else None
+
+
+def _spread(name: str) -> list[Column]:
+    """Mean and deviation over clients of a metric on their own data, and what the worst of them have."""
+    ends = ("p90", "max") if smaller_is_better(name) else ("p10", "min")
+    figures = zip(("mean", "std", "worst 10 %", "worst"), ("mean", "std", *ends), strict=True)
+    whose, show = "clients" if name == "accuracy" else f"clients, {name}", partial(show_stat, metric=name)
+    return [(f"{whose}: {t}", partial(_shown, show, f"clients/{name}_{figure}")) for t, figure in figures]
+
+
+def _shown(show: Callable[[Stat | None], str], metric: str, group: Group) -> str:
+    return show(group.stat(metric))
 
 
 def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Column], note: str) -> Table:

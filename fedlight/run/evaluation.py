@@ -23,6 +23,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
 from fedlight.run.clients_together import together
+from fedlight.run.names import smaller_is_better
 from fedlight.run.rows import as_floats
 from fedlight.seeding import derive_seed
 
@@ -226,12 +227,14 @@ class Evaluator:
 
 
 def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """Mean, standard deviation, minimum and 10th percentile over the clients of each metric that they have."""
+    """The spread over the clients of each metric that they have, and what the worst of them has."""
     out: dict[str, float] = {}
     for name, short in client_names(dict.fromkeys(name for metrics in found.values() for name in metrics)).items():
         each = torch.tensor([metrics[name] for metrics in found.values() if name in metrics], dtype=torch.float64)
-        figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "p10": each.quantile(0.1)}
+        figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "max": each.max()}
+        figures |= {f"p{percent}": each.quantile(percent / 100) for percent in (10, 90)}
         out |= {f"clients/{short}_{figure}": float(value) for figure, value in figures.items()}
+        out[f"clients/worst_{short}"] = out[f"clients/{short}_{'max' if smaller_is_better(name) else 'min'}"]
     return out
 
 

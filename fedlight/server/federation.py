@@ -137,13 +137,15 @@ class Federation:
         weight = 1.0 if private else algorithm.mean_weight(result.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
         message, square = {**reply.message, "update": update}, torch.dot(update, update)
+        bounded = {}
         if private:
-            private.bound(update, [k for k, v in result.buffers.items() if not torch.equal(v, self._buffer(k))])
+            changed = [k for k, v in result.buffers.items() if not torch.equal(v, self._buffer(k))]
+            bounded = private.bound(update, changed)
         if algorithm.keeps_updates:
             row = self.store.get(sender.client, "last_update")
             message["last_update"] = torch.zeros_like(update) if row is None else row["params"].double()
             rows["last_update"] = {"params": update.to(self.state.algorithm["params"].dtype)}
-        terms = dict(algorithm.contribution(message, sender))
+        terms = {**algorithm.contribution(message, sender), **bounded}
         alone = not terms and self.aggregator is None
         terms["update"] = update.mul_(weight) if alone else weight * update  # another long vector costs page faults
         if self.perturbation is not None:
@@ -179,7 +181,7 @@ class Federation:
         if self.privacy and fabric.global_rank == 0:  # once, and exact as all terms are
             self._incoming.flush()
             noise = self.privacy.draw(self.state.round, self.state.algorithm["params"])
-            self._incoming.sums.add({"update": noise[None]})
+            self._incoming.sums.add({name: values[None] for name, values in noise.items()})
         return self._incoming.finish(fabric, stop)
 
     def aggregate(self) -> dict[str, Tensor | float]:
@@ -214,7 +216,7 @@ class Federation:
             sums["clients"] = total["clients"]
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
         if self.privacy:
-            metrics["privacy/epsilon"] = self.privacy.epsilon(old.round + 1)
+            metrics |= self.privacy.finish(old.round + 1, total)
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
         passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,7 @@ _MOVES = (
     " track_running_stats=False; leave out what else moves without a gradient."
 )
 _MOST = 1e4
+_WITHIN = "privacy/within"
 
 
 class Privacy:
@@ -63,21 +64,43 @@ class Privacy:
         if self.noise is None:
             self.noise = _least_noise(settings.epsilon or 0, rounds, *parts)
         self.epsilon = cache(_accounted(self.noise, *parts))  # a round asks twice for the next one's
+        self._adapted, self._scales = (ledger or {}).get("clip", settings.clip), [self.noise]
+        if settings.quantile is not None:  # of the updates, in multiples of the bound, and of the count
+            count = max(self.clients / 20, self.noise)
+            self._scales = [self.noise and (self.noise**-2 - (2 * count) ** -2) ** -0.5, self.noise and count]
 
-    def bound(self, update: Tensor, moved: Sequence[str]) -> None:
-        """Shorten an update ``[P]`` float64, in place; refuse buffers that moved with it."""
+    @property
+    def clip(self) -> float:
+        """The bound of the round."""
+        return float(current(self.settings.clip) if self.settings.quantile is None else self._adapted)
+
+    def bound(self, update: Tensor, moved: Sequence[str]) -> dict[str, Tensor]:
+        """Shorten an update ``[P]`` float64, in place; refuse buffers that moved with it. What is summed beside it."""
         _refuse(moved and _MOVES.format(", ".join(moved[:3])))
-        shrink = current(self.settings.clip) / torch.linalg.vector_norm(update)  # infinite where the update is 0
+        shrink = self.clip / torch.linalg.vector_norm(update)  # infinite where the update is 0
         update.mul_(shrink.clamp(max=1.0))
+        return {} if self.settings.quantile is None else {_WITHIN: torch.where(shrink >= 1, 0.5, -0.5).double()}
 
-    def draw(self, round: int, params: Tensor) -> Tensor:
-        """The noise of a round, ``[P]`` float64."""
+    def draw(self, round: int, params: Tensor) -> dict[str, Tensor]:
+        """The noise of a round in float64: ``[P]`` of the updates, and of how many were within the bound."""
+        size, (scale, *count) = len(params) + len(self._scales) - 1, self._scales
         if self.settings.secure:
-            bits = torch.frombuffer(bytearray(os.urandom(8 * len(params))), dtype=torch.int64).bitwise_and(2**53 - 1)
+            bits = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64).bitwise_and(2**53 - 1)
             normal: Tensor = torch.special.ndtri((bits.double() + 0.5) * 2.0**-53)
         else:
-            normal = torch.randn(len(params), generator=generator(self._seed, "privacy", round), dtype=torch.float64)
-        return normal.mul_(self.noise * current(self.settings.clip)).to(params.device)
+            normal = torch.randn(size, generator=generator(self._seed, "privacy", round), dtype=torch.float64)
+        normal = normal.to(params.device)
+        noise = {"update": normal[: len(params)] * (scale * self.clip)}
+        return noise | ({_WITHIN: normal[-1] * count[0]} if count else {})
+
+    def finish(self, rounds: int, total: Mapping[str, Tensor]) -> dict[str, float]:
+        """The figures of a round, so many having been made; let the bound follow the sums."""
+        if self.settings.quantile is None:
+            return {"privacy/epsilon": self.epsilon(rounds)}
+        figures = {"privacy/epsilon": self.epsilon(rounds), "privacy/clip": self.clip}
+        within = float(total[_WITHIN]) / self.clients + 0.5
+        self._adapted *= math.exp(-self.settings.clip_lr * (within - self.settings.quantile))
+        return figures
 
     def spent(self, rounds: int) -> bool:
         """Whether one round more than these would exceed the target."""
@@ -85,15 +108,15 @@ class Privacy:
 
     def state_dict(self, rounds: int) -> dict[str, Any]:
         """The ledger: so many rounds, all of them alike."""
-        return {"settings": self._held, "noise_multiplier": self.noise, "rounds": rounds}
+        return {"settings": self._held, "noise_multiplier": self.noise, "rounds": rounds, "clip": self.clip}
 
     def phrase(self, rounds: int, views: Sequence[str]) -> str:
         """What is promised when so many rounds are over, and what is not."""
-        settings, secret = self.settings, "" if self.settings.secure else ", from the seed"
+        secret = "" if self.settings.secure else ", from the seed"
         whom = "adding or removing" if self._held["sampler"] == "Bernoulli" else "replacing"
         return (
             f"ε = {self.epsilon(max(1, rounds)):.4g}, δ = {self._held['delta']:.3g} for {whom} a client, after {rounds}"
-            f" rounds; noise {self.noise:.4g} x clip {current(settings.clip):.4g}{secret}."
+            f" rounds; noise {self._scales[0]:.4g} x clip {self.clip:.4g}{secret}."
             f" Not private: train/*, clients/*, {'view all, ' * ('all' in views)}clients.csv, pictures of partition and"
             " clients, what checkpoints keep of clients"
         )

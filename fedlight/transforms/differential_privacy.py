@@ -24,10 +24,16 @@ class DifferentialPrivacy(Transform):
         delta: δ, below 1/N; by default N^-1.1.
         accountant: ``rdp`` for Rényi accounting, or ``pld``, which is tighter and takes ``Bernoulli`` only.
         secure: draw noise and clients from the operating system's generator; such a run cannot be repeated.
+        quantile: let the bound follow this quantile γ of the updates' norms, from ``clip`` on: after each round C ←
+            C·exp(−clip_lr·(b − γ)), b being the part of the clients within the bound, with noise of max(K/20,
+            noise_multiplier) on their number. That of the updates is (noise_multiplier⁻² − (2·this)⁻²)^(−1/2) then, so
+            that ε is the same.
+        clip_lr: how fast.
 
     Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018, algorithm 1 with its
     first estimator; for rounds of fixed size Wang et al., "Subsampled Rényi Differential Privacy and Analytical Moments
-    Accountant", AISTATS 2019.
+    Accountant", AISTATS 2019; the quantile: Andrew et al., "Differentially Private Learning with Adaptive Clipping",
+    NeurIPS 2021, algorithm 1, where the count's noise is K/20.
     """
 
     stage = 3
@@ -41,6 +47,8 @@ class DifferentialPrivacy(Transform):
         delta: float | None = None,
         accountant: Literal["rdp", "pld"] = "rdp",
         secure: bool = False,
+        quantile: float | None = None,
+        clip_lr: float = 0.2,
     ) -> None:
         key = "trainer.transforms"
         if not clip:
@@ -53,5 +61,9 @@ class DifferentialPrivacy(Transform):
         check_number(f"{key}.noise_multiplier", noise_multiplier or 0, at_most=1e4)
         check_number(f"{key}.epsilon", 1.0 if epsilon is None else epsilon, positive=True)
         check_number(f"{key}.delta", 0.5 if delta is None else delta, positive=True, below=1)
+        check_number(f"{key}.quantile", 0.5 if quantile is None else quantile, positive=True, below=1)
+        if quantile is not None and not isinstance(self.clip, float):
+            raise MisconfigurationException(f"{key}.clip follows a schedule or a quantile. Leave one of them.")
+        self.quantile, self.clip_lr = quantile, check_number(f"{key}.clip_lr", clip_lr, positive=True)
         self.noise_multiplier, self.epsilon, self.delta = noise_multiplier, epsilon, delta
         self.accountant, self.secure = accountant, secure

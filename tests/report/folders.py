@@ -80,6 +80,7 @@ def write_study(root: Path) -> Path:
                     settings = config(algorithm, seed, alpha, [MAN] if man else None)
                     name = f"{algorithm}{'-man' if man else ''}-{alpha}"
                     columns = {"clients/accuracy_mean": [0.2, 0.3, last], "clients/accuracy_p10": [0.1, 0.2, last / 2]}
+                    columns |= {"clients/loss_mean": [3, 2, 1 - last], "clients/loss_max": [5, 4, 2 - last]}
                     write_run(root / name / f"version_{seed}", [0.2, 0.4, last], settings, columns)
     write_run(root / "central" / "version_0", [0.5, 0.7, 0.9], config("FedDyn", centralized=True))
     return root

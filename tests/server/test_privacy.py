@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -166,9 +167,67 @@ def test_a_round_without_clients_is_noise_and_the_ledger_is_resumed(tmp_path):
             quiet_trainer(tmp_path, **{**allowed, **change}).fit(Regression(), Clients(), ckpt_path="last")
 
 
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory):
+    """Five rounds of two of four clients, whose bound follows the median; in one go, and interrupted."""
+    root, found = tmp_path_factory.mktemp("adaptive"), []
+    chain = [DifferentialPrivacy(0.3, noise_multiplier=0.4, quantile=0.5, clip_lr=0.9)]
+    for name, rounds in (("whole", [5]), ("half", [2, 5])):
+        for done in rounds:
+            model, algorithm = Regression(), Received()
+            trainer = quiet_trainer(root, algorithm=algorithm, transforms=chain, max_rounds=done, name=name)
+            trainer.fit(model, Clients(), ckpt_path="last" if done > rounds[0] else None)
+        found.append((weights(model), read_metrics(trainer.run_dir / "metrics.csv"), algorithm, trainer))
+    return found
+
+
+def test_the_bound_follows_a_quantile_whose_noise_is_accounted_for(adaptive):
+    """Andrew et al. 2021, algorithm 1, in numpy: noise 0.4 at the count of two clients, max(2/20, 0.4)."""
+    _, rows, algorithm, _ = adaptive[0]
+    scale = (0.4**-2 - 0.8**-2) ** -0.5
+    assert (scale**-2 + (2 * 0.4) ** -2) ** -0.5 == pytest.approx(0.4)  # both together tell as much as noise 0.4 alone
+    clip, updates = 0.3, [update.numpy() for _, update in algorithm.updates[1:]]
+    for round, (row, total) in enumerate(zip(rows, algorithm.totals, strict=True)):
+        pair, normal = (
+            updates[2 * round : 2 * round + 2],
+            torch.randn(5, generator=generator(0, "privacy", round), dtype=torch.float64).numpy(),
+        )
+        assert row["privacy/clip"] == pytest.approx(clip, rel=1e-6)
+        expected = sum(u * min(1.0, clip / np.linalg.norm(u)) for u in pair) + scale * clip * normal[:4]
+        np.testing.assert_allclose(total["update"].numpy(), expected, rtol=0, atol=1e-12)
+        within = (sum(np.linalg.norm(u) <= clip for u in pair) - 1 + 0.4 * normal[4]) / 2 + 0.5
+        clip *= np.exp(-0.9 * (within - 0.5))
+    event = dp.SampledWithoutReplacementDpEvent(4, 2, dp.GaussianDpEvent(0.2))
+    direct = dp.rdp.RdpAccountant(neighboring_relation=RELATION.REPLACE_ONE).compose(event, 5)
+    assert rows[-1]["privacy/epsilon"] == pytest.approx(direct.get_epsilon(4**-1.1), abs=1e-6)
+    assert len({row["privacy/clip"] for row in rows}) == 5
+
+
+def test_the_bound_is_resumed(adaptive):
+    (whole, rows, _, trainer), (resumed, again, _, _) = adaptive
+    assert torch.equal(whole, resumed)
+    assert [row["privacy/clip"] for row in rows] == [row["privacy/clip"] for row in again]
+    chain = [DifferentialPrivacy(0.3, noise_multiplier=0.4, quantile=0.7, clip_lr=0.9)]
+    with pytest.raises(MisconfigurationException, match=r"another \['quantile'\] in their ledger"):
+        quiet_trainer(trainer.default_root_dir, transforms=chain, max_rounds=9, name="whole").fit(
+            Regression(), Clients(), ckpt_path="last"
+        )
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.8])
+def test_without_noise_the_bound_comes_to_the_quantile(quantile):
+    privacy = Privacy(None, DifferentialPrivacy(5.0, 0, quantile=quantile), set_up(Uniform(), 40), 9, 0)
+    for _ in range(400):
+        norms = torch.arange(1, 41, dtype=torch.float64) / 40
+        within = sum(privacy.bound(n[None].clone(), [])["privacy/within"] for n in norms)
+        assert privacy.draw(0, torch.zeros(3))["privacy/within"] == 0
+        privacy.finish(1, {"privacy/within": within})
+    assert privacy.clip == pytest.approx(quantile, abs=0.03)
+
+
 def test_secret_noise_has_the_right_size_and_another_draw_each_time():
     privacy = Privacy(None, DifferentialPrivacy(0.5, 2.0, secure=True), set_up(poisson()), 9, 0)
-    one, other = (privacy.draw(0, torch.zeros(20000)) for _ in range(2))
+    one, other = (privacy.draw(0, torch.zeros(20000))["update"] for _ in range(2))
     assert not torch.equal(one, other)
     both = torch.cat([one, other])
     assert float(both.mean()) == pytest.approx(0, abs=6 / math.sqrt(40000))
@@ -208,6 +267,12 @@ def test_it_bounds_what_other_transforms_leave(tmp_path):
         ({"clip": 1.0, "noise_multiplier": -1}, "transforms.noise_multiplier must be"),
         ({"clip": 1.0, "epsilon": 0}, "transforms.epsilon must be"),
         ({"clip": 1.0, "delta": 1.0}, "transforms.delta must be"),
+        ({"clip": 1.0, "quantile": 1.0}, "transforms.quantile must be"),
+        (
+            {"clip": {"schedule": "linear", "from": 1, "to": 2, "rounds": 3}, "quantile": 0.5},
+            "a schedule or a quantile",
+        ),
+        ({"clip": 1.0, "clip_lr": 0}, "transforms.clip_lr must be"),
         ({"clip": 1.0, "accountant": "prv"}, "must be 'rdp' or 'pld'"),
     ],
 )
