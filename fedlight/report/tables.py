@@ -166,6 +166,10 @@ def default_target(groups: Sequence[Group], metric: str) -> float | None:
 Column = tuple[str, Callable[[Group], str]]
 
 
+def _shown(show: Callable[[Stat | None], str], metric: str, group: Group) -> str:
+    return show(group.stat(metric))
+
+
 def results(study: Study, setting: str, metric: str, target: float | None) -> Table:
     """What the methods of a setting reach, and how soon."""
     columns: list[Column] = [
@@ -203,8 +207,7 @@ def figures(study: Study, setting: str, metric: str) -> Table | None:
         " accuracy in percent of the server's model on the clients' own held-out data; the worst has the least, or of"
         " a loss the most. MB: sent both ways in all rounds. s: time of all rounds."
     )
-    table = _of_setting(study, setting, metric, columns, note)
-    return table if len(table.header) > 1 else None
+    return table if len((table := _of_setting(study, setting, metric, columns, note)).header) > 1 else None
 
 
 def _spread(name: str) -> list[Column]:
@@ -213,10 +216,6 @@ def _spread(name: str) -> list[Column]:
     figures = zip(("mean", "std", "worst 10 %", "worst"), ("mean", "std", *ends), strict=True)
     whose, show = "clients" if name == "accuracy" else f"clients, {name}", partial(show_stat, metric=name)
     return [(f"{whose}: {t}", partial(_shown, show, f"clients/{name}_{figure}")) for t, figure in figures]
-
-
-def _shown(show: Callable[[Stat | None], str], metric: str, group: Group) -> str:
-    return show(group.stat(metric))
 
 
 def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Column], note: str) -> Table:
