@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedlight import engines as engines
     from fedlight import models as models
     from fedlight import penalties as penalties
+    from fedlight import personal as personal
     from fedlight import perturbations as perturbations
     from fedlight import transforms as transforms
     from fedlight.algorithms.base import Algorithm as Algorithm
@@ -63,7 +64,7 @@ _WHERE = {
     "RoundProgress": "callbacks.progress",
 }
 __all__ = [*_WHERE, "algorithms", "callbacks", "data", "engines", "models"]
-__all__ += ["penalties", "perturbations", "sampling", "transforms"]
+__all__ += ["penalties", "personal", "perturbations", "sampling", "transforms"]
 
 # Where modules of 0.1 are: their old paths go on working in YAML files, programs and the settings of checkpoints.
 MOVED = {

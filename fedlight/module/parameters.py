@@ -32,11 +32,6 @@ class ParameterInfo:
         return issubclass(self.owner, _NORMS)
 
     @property
-    def is_batch_norm(self) -> bool:
-        """Whether it belongs to a BatchNorm layer."""
-        return issubclass(self.owner, _BatchNorm)
-
-    @property
     def is_bias(self) -> bool:
         """Whether it is a bias."""
         return self.name.rsplit(".", 1)[-1].startswith("bias")

@@ -99,5 +99,5 @@ class PersonalParts(Personalization):
         some = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
         return (
             f"{len(infos)} of {len(layout.parameters)} tensors, {int(self.entries.sum()):,} of {layout.numel:,}"
-            f" parameters: {some}; {self.train}. The server's model has the mean of the clients'"
+            f" parameters: {some}; {self.train}"
         )

@@ -1,6 +1,7 @@
 """The flat vector in two parts."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,17 +63,14 @@ class Split:
         """That of the whole model: nothing but the gradient moves a client's own entries."""
         if self._whole:
             return objective
-        parts: State = {}
-        for name in ("anchor", "linear", "drift", "frozen"):
-            if (vector := getattr(objective, name)) is not None:
-                parts[name] = self.model(vector, 0.0)
+        given = {name: getattr(objective, name) for name in ("anchor", "linear", "drift", "frozen")}
+        parts: dict[str, Any] = self.padded({name: vector for name, vector in given.items() if vector is not None})
         for name, neutral in (("proximal", 0.0), ("gradient_scale", 1.0)):
             if isinstance(value := getattr(objective, name), Tensor) or value != neutral:
-                filled = objective.start.new_ones(()) * value
-                parts[name] = self.model(filled.expand_as(objective.start), neutral)
-        optimizer, models = self.padded(objective.optimizer), objective.references
-        start, models = self.model(objective.start, own), {k: self.model(v, own) for k, v in models.items()}
-        return replace(objective, start=start, optimizer=optimizer, references=models, **parts)
+                parts[name] = self.model(torch.ones_like(objective.start) * value, neutral)
+        models = {name: self.model(vector, own) for name, vector in objective.references.items()}
+        parts |= {"optimizer": self.padded(objective.optimizer), "references": models}
+        return replace(objective, start=self.model(objective.start, own), **parts)
 
     def result(self, result: ClientResult) -> ClientResult:
         """What the algorithm gets to see of it."""

@@ -41,13 +41,16 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         "method": f"{trainer.method_name}, {rounds} of {work}, batches of {data.batch_size}",
         "clients": clients + spread if len(sizes) > 1 else f"all data in one place; {sum(sizes):,} samples",
         "model": f"{type(run.module).__name__}, {run.layout.numel:,} parameters{f', {frozen:,} frozen' * (frozen > 0)}",
-        **({"personal": phrase} if (phrase := trainer.personal.phrase(run.layout)) else {}),
         "device": f"{name}, {shares}, {trainer.settings['precision']}",
         "engine": f"{type(engine).__name__}: {engine.reason}",
     }
     if new := list(data.new_clients):
         found["new clients"] = f"{len(new)} never train: {', '.join(map(str, new[:20]))}{', ...' * (len(new) > 20)}"
-    if private := run.federation.privacy:
+    private, mean = run.federation.privacy, run.federation.state.personal["mean"]
+    if phrase := trainer.personal.phrase(run.layout):
+        has = "them as they were initialised" if private else "the mean of the clients'"
+        found["personal"] = phrase + f"; the server's model has {has}" * (len(mean) > 0)
+    if private:
         found["privacy"] = private.phrase(trainer.max_rounds, run.federation.views)
     for attack in attacks_by(run.settings["transforms"]):
         who = f"{type(attack).__name__} by {len(attack.attackers)} of {len(sizes)} clients: {sorted(attack.attackers)}"

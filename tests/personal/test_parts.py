@@ -21,7 +21,7 @@ from fedlight.personal.split import Split
 from fedlight.perturbations import ASAM, LESAM, SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.server.sampling import Sampler
-from fedlight.transforms import ClipUpdate, TopK
+from fedlight.transforms import ClipUpdate, DifferentialPrivacy, TopK
 from tests.helpers.tiny import SIZES, Clients, Regression, quiet_trainer
 
 ROUNDS = ((0, 2, 3), (1, 2), (0, 1))
@@ -280,8 +280,18 @@ def test_what_is_shown_of_personal_parts(tmp_path, capsys):
     assert tested["test/loss_all"] != tested["test/loss"]
     trainer.export(Decayed(), Clients(), ckpt_path="last", to=tmp_path / "model.pt")
     assert torch.equal(torch.load(tmp_path / "model.pt")["net.2.bias"], module.net[2].bias.detach())
-    said = "2 of 4 tensors, 5 of 21 parameters: net.2.weight, net.2.bias; together."
+    said = "2 of 4 tensors, 5 of 21 parameters: net.2.weight, net.2.bias; together;"
     assert trainer.facts["personal"].startswith(said)
+
+
+def test_privacy_keeps_the_clients_parts_out_of_the_server_s_model(tmp_path):
+    pytest.importorskip("dp_accounting")
+    settings = {"sampler": None, "clients_per_round": 2, "views": ["server"], "limit_val_batches": 0}
+    private = DifferentialPrivacy(0.2, noise_multiplier=1.0)
+    trainer, module = trained(tmp_path, "head", transforms=[private], **settings)
+    assert torch.equal(flat(module.net[2]), flat(Decayed().net[2]))
+    assert not torch.equal(trainer.federation.store.get(0, "personal")["params"], flat(Decayed().net[2]))
+    assert trainer.facts["personal"].endswith("together; the server's model has them as they were initialised")
 
 
 def test_a_run_from_python_is_run_again_from_its_configuration(tmp_path):
