@@ -20,6 +20,8 @@ class LocalObjective:
 
         gradient_scale·(loss + penalties)(w) + ⟨linear, w⟩ + proximal/2·‖w - anchor‖².
 
+    With ``other``, g is taken at a mixture of two models, share·w + (1 − share)·other.
+
     Attributes:
         start: the parameters that training starts from, ``[P]``.
         anchor: what ``proximal`` pulls towards, ``[P]``; required where ``proximal`` is not 0.
@@ -30,6 +32,8 @@ class LocalObjective:
             (``exp_avg_sq``): ``[P]``, or a scalar for all parameters (``step``); see ``Algorithm.optimizer_state``.
         drift: what each step of the optimizer is followed by: w ← w − lr·drift, ``[P]``, with the first group's rate.
         references: other models that penalties compare the client's with, ``[P]`` each, besides ``start``.
+        other: the model that w is mixed with where the loss is taken, ``[P]``.
+        share: what w has of the mixture.
         frozen: entries that stay as they are, ``[P]`` bool: they have no gradient, nor a part in its norm, they are not
             perturbed, and no step of the optimizer moves them.
     """
@@ -42,15 +46,21 @@ class LocalObjective:
     optimizer: State = field(default_factory=dict)
     drift: Tensor | None = None
     references: State = field(default_factory=dict)
+    other: Tensor | None = None
+    share: float | Tensor = 1.0
     frozen: Tensor | None = None
 
     @classmethod
     def of(cls, start: Tensor, parts: Mapping[str, Any]) -> "LocalObjective":
         """The objective of these :meth:`parts`; what else is there is left out."""
-        names = ("anchor", "proximal", "linear", "gradient_scale", "frozen")
+        names = ("anchor", "proximal", "linear", "gradient_scale", "other", "share", "frozen")
         given = {name: parts[name] for name in names if name in parts}
         models = {name.removeprefix(_MODEL): value for name, value in parts.items() if name.startswith(_MODEL)}
         return cls(start, **given, references=models)
+
+    def point(self, params: Tensor) -> Tensor:
+        """Where the loss is taken, ``[P]``."""
+        return params if self.other is None else self.other + self.share * (params - self.other)
 
     def correct(self, gradient: Tensor, params: Tensor) -> Tensor:
         """The corrected gradient ``[P]`` (a new tensor, or ``gradient`` itself where nothing is to be corrected)."""
@@ -74,6 +84,8 @@ class LocalObjective:
             parts |= {"anchor": self.anchor, "proximal": self.proximal}
         if self.linear is not None:
             parts["linear"] = self.linear
+        if self.other is not None:
+            parts |= {"other": self.other, "share": self.share}
         if not _is_constant(self.gradient_scale, 1.0):
             parts["gradient_scale"] = self.gradient_scale
         # A schedule's number is of float64.
@@ -126,12 +138,13 @@ def local_gradient(
     Returns:
         The gradient ``[P]`` and the perturbation's new state.
     """
+    point = objective.point(params)
     if perturbation is None:
-        g = gradient(params, True)
+        g = gradient(point, True)
     else:
-        first = gradient(params, True) if perturbation.needs_gradient else None
-        epsilon, state = perturbation.epsilon(params, first if first is None else objective.moving(first), state)
-        g = gradient(params + objective.moving(epsilon), not perturbation.needs_gradient)
+        first = gradient(point, True) if perturbation.needs_gradient else None
+        epsilon, state = perturbation.epsilon(point, first if first is None else objective.moving(first), state)
+        g = gradient(point + objective.moving(epsilon), not perturbation.needs_gradient)
     g = objective.correct(g, params)
     return (g if clip is None else clip(g)), state
 

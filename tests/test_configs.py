@@ -86,7 +86,8 @@ def arguments(name, folder):
     chosen = ["-c", str(QUICKSTART), f"--{keys[part]}={path}"] if part in keys else ["-c", path]
     where = [f"--trainer.default_root_dir={folder}", "--trainer.name=run"]
     all_of_them = ["--trainer.clients_per_round=8"] * (part == "aggregator")
-    return [*chosen, *images_for(name, folder), *QUICK, *all_of_them, *where]
+    evaluated = ["--trainer.client_val_every_n_rounds=1"] * (name == "personal/fine_tune.yaml")
+    return [*chosen, *images_for(name, folder), *QUICK, *all_of_them, *where, *evaluated]
 
 
 def is_slow(name):
@@ -98,6 +99,7 @@ def is_slow(name):
     alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
     alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
     alike += ("data/femnist.yaml", "data/inaturalist.yaml", "text/spam.yaml")
+    alike += ("personal/ditto.yaml", "personal/local_only.yaml")
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 

@@ -104,7 +104,7 @@ class ClientTask:
         lrs: the learning rate of each parameter group in this round, where a schedule per round sets it.
         loss_scale: the scale that 16-bit mixed precision starts from.
         stage: what the training is called where a client trains more than once in a round; its draws depend on it.
-        epochs: local epochs of this training, in the place of what all have in common.
+        length: local epochs and steps of this training, one of them None, in the place of what all have in common.
     """
 
     client: int
@@ -116,7 +116,7 @@ class ClientTask:
     lrs: tuple[float, ...] | None = None
     loss_scale: float = 65536.0
     stage: str = ""
-    epochs: int | None = None
+    length: tuple[int | None, int | None] | None = None
 
     def generator(self, seed: int, purpose: str, round: int) -> torch.Generator:
         """The generator of what is drawn for a purpose in this training."""

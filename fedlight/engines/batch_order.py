@@ -78,8 +78,8 @@ class BatchOrder:
 def batch_order(round: int, task: ClientTask, training: LocalTraining) -> BatchOrder:
     """The plan of a client's training, from the generator of (seed, "order", round, client)."""
     size = len(task.dataset)  # type: ignore[arg-type]
-    if task.epochs is not None:
-        training = replace(training, epochs=task.epochs, steps=None)
+    if task.length is not None:
+        training = replace(training, epochs=task.length[0], steps=task.length[1])
     return BatchOrder(size, training, task.generator(training.seed, "order", round))
 
 

@@ -212,7 +212,10 @@ class Hooks:
 
     Attributes:
         audience: each callback, and the trainer as it sees it.
+        quiet: whether the module's own hooks alone are called.
     """
+
+    quiet = False
 
     def __init__(
         self, trainer: Any, module: LightningModule, callbacks: list[Callback], profiler: Profiler | None = None
@@ -233,6 +236,9 @@ class Hooks:
 
     def __call__(self, name: str, *args: Any) -> bool:
         """Call the hook; true if any returned -1, which in Lightning skips the rest of the epoch."""
+        if self.quiet:
+            self.module_only(name, *args)
+            return False
         if self._table.get(name) == []:  # several are called in every local step, and hardly anyone overrides them
             return False
         return any(r == -1 for r in self._call(name, *args) if isinstance(r, int))

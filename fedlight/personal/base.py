@@ -18,14 +18,12 @@ class OwnTraining:
 
     Attributes:
         objective: what is trained; the perturbation and penalties of the run act as well.
-        epochs: local epochs; None for as many epochs or steps as the shared training has.
-        buffers: those that it starts from; None for what the shared training would start from.
+        length: local epochs and steps, one of them None; None for as many as the shared training has.
         continued: whether the shared training starts from the buffers that this one ends with.
     """
 
     objective: LocalObjective
-    epochs: int | None = None
-    buffers: State | None = None
+    length: tuple[int | None, int | None] | None = None
     continued: bool = False
 
 
@@ -40,10 +38,12 @@ class Personalization(Remembers):
             the server, transforms and messages see the vector of all others, ``[P_shared]``.
         buffers: names of the buffers that do.
         trains_apart: whether clients train for themselves before the shared training, as :meth:`before` says.
+        adapts_all: whether every client that is evaluated trains before, as :meth:`adapt` says, and not new ones alone.
     """
 
     entries: Tensor
     trains_apart: bool = False
+    adapts_all: bool = False
     buffers: frozenset[str] = frozenset()
 
     def setup(self, module: LightningModule, layout: ParameterLayout) -> None:
@@ -86,6 +86,21 @@ class Personalization(Remembers):
     def model(self, model: Tensor, own: State) -> Tensor:
         """The client's personal model ``[P]``; ``model`` is the server's with the client's personal entries."""
         return model
+
+    def held(self, own: State) -> State:
+        """The buffers of the client's personal model, where they are others than those of its shared training."""
+        return {}
+
+    def adapt(self, start: Tensor, own: State) -> OwnTraining | None:
+        """What makes the personal model of a client that has never trained where it is evaluated; None for nothing.
+
+        It is forgotten afterwards. The arguments are those of :meth:`before`.
+        """
+        return None
+
+    def adapted(self, start: Tensor, result: ClientResult) -> Tensor:
+        """The personal model ``[P]`` that came of that, with the model ``start`` that was received."""
+        return result.params
 
     def phrase(self, layout: ParameterLayout) -> str:
         """What it comes to, for the lines at the start of a run; empty for nothing."""

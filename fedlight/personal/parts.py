@@ -76,7 +76,12 @@ class PersonalParts(Personalization):
     def before(self, start: Tensor, own: State) -> OwnTraining:
         """Train v_i, with u frozen; the shared training goes on from there."""
         shared = ~self.entries.to(start.device)
-        return OwnTraining(LocalObjective(start, frozen=shared), epochs=self.epochs, continued=True)
+        return OwnTraining(LocalObjective(start, frozen=shared), (self.epochs, None), continued=True)
+
+    def adapt(self, start: Tensor, own: State) -> OwnTraining | None:
+        """Train v_i of a client that has none, with u frozen."""
+        before = self.before(start, own)
+        return before if self.trains_apart else replace(before, length=None)
 
     def objective(self, objective: LocalObjective) -> LocalObjective:
         """With v_i frozen unless both are trained together."""

@@ -10,8 +10,8 @@ from fedlight.run.names import CENTRAL, method_name
 
 SEEDS = ("seed_everything", "data.init_args.seed")
 """Keys in which the runs of one method and setting differ."""
-_METHOD = ("algorithm", "perturbation", "trainer.callbacks", "trainer.centralized", "trainer.aggregator")
-_ADDED = ("perturbation", "trainer.aggregator")
+_ADDED = ("perturbation", "trainer.personal", "trainer.aggregator")
+_METHOD = ("algorithm", "trainer.callbacks", "trainer.centralized", *_ADDED)
 # What changes where a run is kept, how fast it is, or what is measured, but not what is trained.
 _ASIDE = (
     "ckpt_path", "trainer.default_root_dir", "trainer.name", "trainer.logger", "trainer.enable_progress_bar",
@@ -44,9 +44,10 @@ class Method:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.centralized = bool(config.get("trainer.centralized"))
         algorithm = _class(config.get("algorithm.class_path", "?"))
-        added = {
-            key: _class(found) for key in _ADDED[: 2 - self.centralized] if (found := config.get(f"{key}.class_path"))
-        }
+        known = {key: config.get(f"{key}.class_path") for key in (_ADDED[:1] if self.centralized else _ADDED)}
+        if config.get("trainer.personal"):  # names of parts
+            known["trainer.personal"] = "PersonalParts"
+        added = {key: _class(found) for key, found in known.items() if found}
         penalties = _penalties(_callbacks(config))
         names = [name for name, _ in penalties]
         self.name = method_name(algorithm, added.values(), names, self.centralized)

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from fedlight.data.datamodule import FederatedDataModule
+from fedlight.engines.base import Engine
 from fedlight.module.hooks import Hooks
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.module.parameters import ParameterLayout
@@ -45,6 +46,7 @@ class RunContext:
         layout: the order of the trained parameters.
         federation: the server's and the clients' state.
         schedule: learning rates by round, in a fit.
+        engine: executes local trainings, in a fit.
         experiment: what those that continue the run must agree with, in a fit.
         changes: where this run differs from the one that it continues.
         first_round: the round that a fit begins with.
@@ -66,6 +68,7 @@ class RunContext:
     layout: ParameterLayout
     federation: Federation
     schedule: RoundSchedule
+    engine: Engine
     experiment: dict[str, Any]
     changes: dict[str, list[Any]]
     first_round: int

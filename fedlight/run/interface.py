@@ -28,6 +28,7 @@ from fedlight.server.federation import Federation
 from fedlight.server.incoming import Report
 from fedlight.server.sampling import Sampler, Uniform
 
+_ADDED = ("personal", "aggregator")
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
 
 
@@ -111,7 +112,7 @@ class TrainerInterface(LightningNames):
         """What trains, as loggers and reports call it: ``FedDyn+SAM+MAN``."""
         added = None if self.algorithm.perturbation is not None or self.perturbation is None else self.perturbation
         penalties = [type(penalty).__name__ for penalty in self.penalties]
-        parts = [None if part is None else type(part).__name__ for part in (added, self.settings["aggregator"])]
+        parts = [None if part is None else type(part).__name__ for part in (added, *(self.settings[k] for k in _ADDED))]
         return method_name(type(self.algorithm).__name__, parts, penalties, self.settings["centralized"])
 
     @property
@@ -123,7 +124,7 @@ class TrainerInterface(LightningNames):
     def scheduled(self) -> list[Any]:
         """The hyperparameters that follow a schedule: tensors, with its ``key`` and its ``schedule``."""
         own = self.algorithm, self.algorithm.penalty
-        parts = *own, self.perturbation, *self.settings["transforms"], *self.penalties
+        parts = *own, self.personal, self.perturbation, *self.settings["transforms"], *self.penalties
         return scheduled(*(vars(part) for part in parts if part is not None))
 
     @property

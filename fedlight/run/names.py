@@ -17,7 +17,7 @@ def method_name(
 
     Args:
         algorithm: class name of the algorithm.
-        parts: class names of what was added to it, a perturbation and an aggregator, or None.
+        parts: class names of what was added to it, a perturbation, a personal part and an aggregator, or None.
         penalties: class names of the penalties that act.
         centralized: whether the data are pooled, so that the algorithm plays no part.
     """

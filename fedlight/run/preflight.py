@@ -18,7 +18,9 @@ from torch.utils.data import default_collate
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import find_targets
+from fedlight.data.held_out import given_data
 from fedlight.engines.trial import watched
+from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.module.state import untouched
@@ -53,6 +55,7 @@ def preflight(
     for tensor in trainer.scheduled:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
+    _check_client_data(module, datamodule, trainer)
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
     _check_sizes(federation)
@@ -64,6 +67,33 @@ def preflight(
         _try_one_batch(module, datamodule, attempt, *where)
     if whole_epochs:
         _try_batch_of_one(module, datamodule, attempt, federation.sizes)
+
+
+def _check_client_data(module: LightningModule, datamodule: FederatedDataModule, trainer: Any) -> None:
+    """Refuse, or say in a line, that nothing will be seen of what only an evaluation on clients' own data shows."""
+    personal = trainer.settings["personal"]
+    if personal is None and not datamodule.new_clients:
+        return
+    clients = range(datamodule.num_clients + len(datamodule.new_clients))
+    why = next(
+        (
+            f"trainer.{key}=0"
+            for key in ("client_val_every_n_rounds", "limit_val_batches")
+            if trainer.settings[key] == 0
+        ),
+        None,
+    )
+    if why is None and not overrides(module, "validation_step"):
+        why = "the model has no validation_step"
+    if why is None and not any(datamodule.client_val_dataset(client) for client in clients):
+        why = f"{type(given_data(datamodule)).__name__}.client_val_dataset gives no data of a client"
+    if why is not None and personal is not None and personal.adapts_all:
+        name = type(personal).__name__
+        raise MisconfigurationException(
+            f"trainer.personal: {name} is for evaluation alone, and nothing comes of it: {why}."
+        )
+    if why is not None:
+        rank_zero_info(f"clients/personal_*, clients/new_*: no model is evaluated on a client's own data, as {why}.")
 
 
 def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:

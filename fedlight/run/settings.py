@@ -4,7 +4,9 @@ from typing import Any, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.personal.base import Personalization
+from fedlight.personal.local_only import LocalOnly
 from fedlight.personal.parts import PersonalParts
 from fedlight.perturbations.base import Perturbation
 from fedlight.server.aggregators import check_aggregator
@@ -56,6 +58,11 @@ def one_personalization(settings: dict[str, Any]) -> Personalization:
             f"trainer.personal: {type(algorithm).__name__} brings its own. Remove it, or take FedAvg."
         )
     settings["personal"] = found = given if isinstance(given, Personalization) else PersonalParts(given)
+    if isinstance(found, LocalOnly) and (type(algorithm) is not FedAvg or settings["transforms"]):
+        raise MisconfigurationException(
+            "trainer.personal: LocalOnly sends nothing, so algorithm and transforms have nothing to do. Use it with"
+            " algorithm: FedAvg, and without trainer.transforms."
+        )
     return found
 
 

@@ -1,7 +1,8 @@
 """What happens at the clients, before and after their local training."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from fedlight.personal.split import Split
 from fedlight.perturbations.base import Perturbation, State
 from fedlight.seeding import generator
 from fedlight.server.clients import ClientStore
+from fedlight.server.senders import Reply
 from fedlight.server.state import ServerState, num_bytes
 from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Transform, check_messages, send
@@ -26,25 +28,7 @@ from fedlight.transforms.base import Transform, check_messages, send
 Receive = Callable[[ClientResult], None]
 Training = tuple[Receive, Iterator[ClientTask]]
 BufferPolicy = Literal["average", "local", "reset"]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client answers in a round.
-
-    Attributes:
-        message: what the algorithm sends, as the server receives it.
-        beside: what the perturbation sends.
-        rows: the client's own state after the round, by part; it counts only if the server uses the message.
-        num_bytes: size of what crosses.
-        part: the client's personal entries, which do not, ``[P_own]``.
-    """
-
-    message: State
-    beside: State
-    rows: dict[str, State]
-    num_bytes: int
-    part: Tensor
+_NOTHING: tuple[State, State, int] = {}, {}, 0
 
 
 class ClientSide:
@@ -96,12 +80,14 @@ class ClientSide:
             attack.setup(len(sizes), seed, None if counts is None else counts.shape[1])
         self.compared: Sequence[str] = ()
 
-    def begin(self, server: ServerState, received: State) -> None:
-        """Begin a round in which every client receives these tensors, and the server's buffers."""
-        self._server, self._received = server, received
+    def begin(self, server: ServerState) -> State:
+        """Begin a round, or an evaluation: what every client receives of this server, besides its buffers."""
+        beside = {} if self._perturbation is None else self._perturbation.broadcast(server.perturbation)
+        self._server, self._received = server, {**self._algorithm.broadcast(server.algorithm), **beside}
         self._held: list[ClientResult] = []
         self._apart: dict[int, OwnTraining] = {}
-        self._trained: dict[int, tuple[State, State]] = {}
+        self._trained: dict[int, tuple[State, State, int]] = {}
+        return self._received
 
     def trainings(self, clients: Sequence[int], lrs: tuple[float, ...] | None, receive: Receive) -> Iterator[Training]:
         """What clients do in this round, one training after the other, each with what takes its results.
@@ -112,31 +98,62 @@ class ClientSide:
             receive: takes the results of the shared training.
         """
         if self._personal.trains_apart:
-            yield self._keep, (self._task_apart(client, lrs) for client in clients)
+            yield self._keep, (self._before(client, lrs) for client in clients)
         yield receive, (self.task(client, lrs) for client in clients)
 
-    def _task_apart(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
-        start = self._split.model(self._received["params"], self._part(client))
-        own = self._apart[client] = self._personal.before(start, self.own(client))
+    def _before(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
+        own = self._apart[client] = self._personal.before(self._model(client), self.own(client))
+        return self._task_apart(client, own, lrs, "personal ")
+
+    def adapting(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask | None:
+        """What a client trains before it is evaluated, and forgets afterwards; None where that is nothing."""
+        own = self._personal.adapt(self._model(client), self.own(client))
+        if own is None or not self._size(client) or not (self._personal.adapts_all or client >= len(self._sizes)):
+            return None
+        return self._task_apart(client, own, lrs, "evaluation ")
+
+    def adapted(self, result: ClientResult) -> State:
+        """Model and buffers of a client that has done so."""
+        return {"": self._personal.adapted(self._model(result.client), result), **result.buffers}
+
+    def personal_model(self, client: int, server: Tensor) -> State:
+        """A client's own model, under the name "", and its buffers, where the server's model is this one ``[P]``."""
+        own = self.own(client)
+        model = self._personal.model(self._split.model(self._split.shared(server), self._part(client)), own)
+        return {"": model, **self._buffers(client), **self._personal.held(own)}
+
+    def _model(self, client: int) -> Tensor:
+        """What a client has received, with its own entries, ``[P]``."""
+        return self._split.model(self._received["params"], self._part(client))
+
+    def _size(self, client: int) -> int:
+        return int(self._sizes[client]) if client < len(self._sizes) else self._data.client_size(client)
+
+    def _task_apart(self, client: int, own: OwnTraining, lrs: tuple[float, ...] | None, stage: str) -> ClientTask:
         task, start = self.task(client, lrs), own.objective.start
         references = {k: start if k == "start" else v for k, v in task.objective.references.items()}
         return replace(
             task,
             objective=replace(own.objective, references=references),
             perturbation=self._begin_perturbation(client, start),
-            buffers=task.buffers if own.buffers is None else own.buffers,
-            stage="personal ",
-            epochs=own.epochs,
+            buffers=task.buffers if self._policy == "reset" else task.buffers | self._personal.held(self.own(client)),
+            stage=stage,
+            length=own.length,
         )
 
     def _keep(self, result: ClientResult) -> None:
         client = result.client
         moved = result.buffers if self._apart.pop(client).continued else {}
-        self._trained[client] = self._personal.trained(self.own(client), result), moved
+        own = self._personal.trained(self.own(client), result)
+        if not moved and not all(bool(value.isfinite().all()) for value in own.values()):
+            where = f"round {self._server.round + 1}, client {client}"
+            warnings.warn(f"{where}: its own model is not finite, and it keeps the one before.", stacklevel=2)
+            own = self.own(client)
+        self._trained[client] = own, moved, result.num_steps
 
     def task(self, client: int, lrs: tuple[float, ...] | None, honest: bool = False) -> ClientTask:
         """What a client has to do in this round; ``honest`` if there were no attack."""
-        weight = float(self._sizes[client]) / self._mean_size
+        weight = float(self._size(client)) / self._mean_size
         kept = self._own(client)
         objective = self._algorithm.objective(self._received, kept, weight)
         if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
@@ -179,7 +196,8 @@ class ClientSide:
         rows["buffers"] = {k: v for k, v in result.buffers.items() if self.is_local(k)}
         rows["personal"] = self._personal.client_update(self.own(client), whole)
         part = self._personal.part(rows["personal"], self.initial)
-        return Reply(message, beside, rows, crossed + num_bytes(beside), part)
+        steps = self._trained.get(client, _NOTHING)[2]
+        return Reply(message, beside, rows, crossed + num_bytes(beside), steps, part)
 
     def holds(self, result: ClientResult) -> bool:
         """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
@@ -268,13 +286,12 @@ class ClientSide:
         """Its state at the start of a training; it sees the whole model, and of the server's 0 at personal entries."""
         if self._perturbation is None:
             return {}
-        model = self._split.model(self._received["params"], self._part(client))
-        received = {**self._split.padded(self._received), "params": model}
+        received = {**self._split.padded(self._received), "params": self._model(client)}
         own = {**self._split.padded(self._own(client)), **self._own_perturbation(client)}
         return self._perturbation.begin(received, own, start)
 
     def _buffers(self, client: int) -> State:
-        local = (self._store.get(client, "buffers") or {}) | self._trained.get(client, ({}, {}))[1]
+        local = (self._store.get(client, "buffers") or {}) | self._trained.get(client, _NOTHING)[1]
         if self._policy == "average":
             initial = {k: v for k, v in self.initial_buffers.items() if self.is_local(k)}
             return {**self._server.buffers, **initial, **local}

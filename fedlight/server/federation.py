@@ -116,12 +116,8 @@ class Federation:
 
     def begin(self) -> None:
         """Begin a round: what the clients will receive."""
-        received = dict(self.algorithm.broadcast(self.state.algorithm))
-        if self.perturbation is not None:
-            received |= self.perturbation.broadcast(self.state.perturbation)
-        self._start = received["params"].double()
-        self._received, self._incoming = received, Incoming(self.store.put_row)
-        self.clients.begin(self.state, received)
+        self._received, self._incoming = self.clients.begin(self.state), Incoming(self.store.put_row)
+        self._start = self._received["params"].double()
 
     def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
         """A client's work in the next round, to try things out with."""
@@ -158,7 +154,7 @@ class Federation:
         moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
-        report = Report.of(result, weight, square, reply.num_bytes + self.clients.buffer_bytes)
+        report = Report.of(result, weight, square, reply.num_bytes + self.clients.buffer_bytes, reply.steps_apart)
         kept = {"params": reply.message["params"]} if algorithm.collects else None
         kept = kept if self.aggregator is None else {"update": update, **moves}
         self._incoming.add(Entry(report, terms, counters, rows, kept))
@@ -220,7 +216,7 @@ class Federation:
         metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6
         metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
         passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
-        metrics["clients/gradients"] = passes * sum(report.num_steps for report in incoming.reports)
+        metrics["clients/gradients"] = passes * sum(r.num_steps + r.steps_apart for r in incoming.reports)
         views, latest, personal = self.algorithm.evaluated(algorithm, self._received, total), {}, old.personal
         dtype = old.algorithm["params"].dtype
         if "personal" in total:
@@ -234,7 +230,6 @@ class Federation:
             views["all"] = latest["params"].to(dtype)
         swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
         views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
-        scales = [report.loss_scale for report in used if report.loss_scale is not None]
         self.state = ServerState(
             round=old.round + 1,
             global_step=old.global_step + sum(report.num_steps for report in used),
@@ -245,7 +240,7 @@ class Federation:
             latest_mean=latest,
             swa=swa,
             personal=personal,
-            loss_scale=min(scales, default=old.loss_scale),
+            loss_scale=min((r.loss_scale for r in used if r.loss_scale is not None), default=old.loss_scale),
         )
         return metrics
 

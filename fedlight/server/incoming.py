@@ -33,6 +33,7 @@ class Report:
         square: ‖Δ_i‖².
         num_samples: n_i.
         num_steps: local steps that it took.
+        steps_apart: those of a training for itself, before.
         up_bytes: size of its message.
         loss_scale: the scale that 16-bit mixed precision ended with.
         metrics: logged sums, as ``name -> (weighted sum, weight)``.
@@ -45,15 +46,16 @@ class Report:
     square: Any
     num_samples: int
     num_steps: int
+    steps_apart: int
     up_bytes: int
     loss_scale: float | None
     metrics: Mapping[str, tuple[Any, Any]]
     reductions: Mapping[str, str]
 
     @classmethod
-    def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int) -> "Report":
+    def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int, apart: int = 0) -> "Report":
         """The report of a result."""
-        counts = result.client, True, weight, square, result.num_samples, result.num_steps, up_bytes
+        counts = result.client, True, weight, square, result.num_samples, result.num_steps, apart, up_bytes
         return cls(*counts, result.loss_scale, result.metrics, result.reductions)
 
     @property

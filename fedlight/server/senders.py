@@ -1,6 +1,8 @@
-"""What the server knows of a client besides its message."""
+"""What a client answers in a round, and what the server knows of it besides."""
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,3 +22,24 @@ class Sender:
     weight: float
     num_steps: int
     lr_sum: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers in a round.
+
+    Attributes:
+        message: what the algorithm sends, as the server receives it.
+        beside: what the perturbation sends.
+        rows: the client's own state after the round, by part; it counts only if the server uses the message.
+        num_bytes: size of what crosses.
+        steps_apart: steps that the client took for itself.
+        part: the client's personal entries, which do not, ``[P_own]``.
+    """
+
+    message: dict[str, Tensor]
+    beside: dict[str, Tensor]
+    rows: dict[str, dict[str, Tensor]]
+    num_bytes: int
+    steps_apart: int
+    part: Tensor

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
-from fedlight.personal import PersonalParts
+from fedlight.personal import APFL, FineTune, PersonalParts
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.server.sampling import Bernoulli
@@ -105,6 +105,16 @@ CASES: dict[str, dict[str, Any]] = {
     "all models at once": {"algorithm": lambda: Middle(), "clients_per_round": 3},
     "resumed": {"resume": 2, "max_rounds": 4, "personal": lambda: PersonalParts(["BatchNorm", "head"], "alternating")},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
+    "own models, new clients": {
+        "personal": lambda: APFL(0.4),
+        "data": lambda: Own(SIZES, held_out_clients=1),
+        "resume": 2,
+    },
+    "fine-tuned": {
+        "personal": lambda: FineTune(steps=2),
+        "data": lambda: Own(SIZES, held_out_clients=1),
+        "max_rounds": 2,
+    },
 }
 
 if find_spec("dp_accounting"):  # of five rounds one is empty, and of two processes one has no client in most
