@@ -181,7 +181,7 @@ class ClientResult:
     optimizer: State = field(default_factory=dict)
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reductions: dict[str, str] = field(default_factory=dict)
-    loss_scale: float | None = None
+    loss_scale: Tensor | None = None
 
     @property
     def sender(self) -> Sender:

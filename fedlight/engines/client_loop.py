@@ -149,7 +149,7 @@ class ClientLoop:
             optimizer=self.optimizer_state.read(self.optimizer),
             metrics=(sums := self.log.sums()),
             reductions={name: self.log.reduction(name) for name in sums},
-            loss_scale=None if self._scaler is None else float(self._scaler.get_scale()),
+            loss_scale=None if self._scaler is None else self._scaler.scale(torch.ones((), device=self.device)),
         )
 
     def _epochs(self, round: int, task: ClientTask, plan: BatchOrder) -> Iterator[Iterator[list[IndexedBatch]]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from torch import nn
 from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
@@ -30,6 +31,9 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
         raise cannot(engine, "the algorithm has clients drift beside their optimizer's steps")
     for reason in _reasons(training, engine):
         raise cannot(engine, reason)
+    for name, layer in training.module.named_modules() if engine == "cuda_graph" else ():
+        if isinstance(layer, nn.RNNBase) and layer.dropout and layer.num_layers > 1:
+            raise cannot(engine, f"{name} draws its dropout in cuDNN, which has one state for all that a device trains")
 
 
 def cannot(engine: str, reason: str) -> MisconfigurationException:

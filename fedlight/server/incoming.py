@@ -48,7 +48,7 @@ class Report:
     num_steps: int
     steps_apart: int
     up_bytes: int
-    loss_scale: float | None
+    loss_scale: Any
     metrics: Mapping[str, tuple[Any, Any]]
     reductions: Mapping[str, str]
 
@@ -183,12 +183,17 @@ class Incoming:
 
 def _as_numbers(reports: Sequence[Report]) -> list[Report]:
     """Reports whose figures are Python numbers, brought from the device together."""
-    tensors = [v for r in reports for v in (r.square, *(x for pair in r.metrics.values() for x in pair))]
+    scales = [() if r.loss_scale is None else (r.loss_scale,) for r in reports]
+    pairs = [(x for pair in r.metrics.values() for x in pair) for r in reports]
+    tensors = [v for r, scale, own in zip(reports, scales, pairs, strict=True) for v in (r.square, *scale, *own)]
     numbers = iter(torch.stack([torch.as_tensor(v).double().reshape(()) for v in tensors]).tolist())
-    return [
-        replace(r, square=next(numbers), metrics={name: (next(numbers), next(numbers)) for name in r.metrics})
-        for r in reports
-    ]
+
+    def of(report: Report) -> Report:
+        square, scale = next(numbers), None if report.loss_scale is None else next(numbers)
+        metrics = {name: (next(numbers), next(numbers)) for name in report.metrics}
+        return replace(report, square=square, loss_scale=scale, metrics=metrics)
+
+    return [of(report) for report in reports]
 
 
 def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict[str, Tensor | float]:

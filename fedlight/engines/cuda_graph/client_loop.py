@@ -1,5 +1,6 @@
 """A slot whose local steps are recorded, and replayed on other batches."""
 
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,11 @@ from fedlight.module.logs import collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
+
+_WORTH = 8
+"""So many steps are done anew before a piece is recorded: to record one takes as long as replays of it save."""
+_MOST = 64
+"""A slot keeps at most so many recordings; other pieces are done anew."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,9 @@ class RecordedLoop(ClientLoop):
         self._objective: dict[str, Tensor] = {}
         self._state: State = {}
         self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._prepared = False
         self._recordings: dict[tuple[Any, ...], _Recording] = {}
+        self._asked: Counter[tuple[Any, ...]] = Counter()
 
     def takes(self, dataset: ArrayDataset) -> bool:
         """Whether a client's samples are in the pool, or there is room for them."""
@@ -94,11 +102,15 @@ class RecordedLoop(ClientLoop):
         ``fresh`` is what ``configure_optimizers`` gives in this round, which saves asking for every client.
         """
         job = Job(self, round, task, fresh)
-        job.recordings = [self._recording(task, piece) for piece in job.pieces]
+        job.recordings = [self._recording(task, piece, not self._prepared) for piece in job.pieces]
+        self._prepared = True
         return job
 
     def rehearse(self, task: ClientTask) -> None:
-        """Run a step as it will be recorded, the second time with an error where it waits for the device."""
+        """Run a step as it will be recorded, the second time with an error where it waits for the device.
+
+        All of the process gets that error, threads that write checkpoints included: only before training.
+        """
         piece = replace(Job(self, 0, task).pieces[0], steps=1)
         work, *_ = self._work(task, piece)
         self.recorder.begin()
@@ -109,15 +121,19 @@ class RecordedLoop(ClientLoop):
                 work()
         self.recorder.end()
 
-    def _recording(self, task: ClientTask, piece: Segment) -> "_Recording":
-        """The recorded steps for a piece of a client's round."""
+    def _recording(self, task: ClientTask, piece: Segment, first: bool) -> "_Recording":
+        """The steps for a piece of a client's round: recorded, where that is worth it or comes first."""
         parts = task.objective.parts()
         fixed = [{name: value for name, value in group.items() if name != "lr"} for group in piece.values]
         key = (tuple(parts), tuple(task.perturbation), piece.sizes, piece.steps, repr(fixed))
-        if key not in self._recordings:
-            work, rows, draws = self._work(task, piece)
-            # All steps of a piece are alike: to warm up, one is as good as many.
-            self._recordings[key] = _Recording(self.recorder.record(work, partial(work, 1)), rows, draws)
+        if key in self._recordings:
+            return self._recordings[key]
+        self._asked[key] += piece.steps
+        work, rows, draws = self._work(task, piece)
+        if not first and (self._asked[key] < _WORTH or len(self._recordings) >= _MOST):
+            return _Recording(self.recorder.anew(work), rows, draws)
+        # All steps of a piece are alike: to warm up, one is as good as many.
+        self._recordings[key] = _Recording(self.recorder.record(work, partial(work, 1)), rows, draws)
         return self._recordings[key]
 
     def _make_room(self, task: ClientTask) -> LocalObjective:

@@ -1,6 +1,7 @@
 """The engine that records local steps once, and replays them for several clients side by side."""
 
 import copy
+import gc
 from collections.abc import Callable, Generator, Iterable, Sequence
 
 import torch
@@ -79,9 +80,9 @@ class CudaGraph(Engine):
         tasks = list(tasks)
         with preserved_global_rng():
             if is_outdated(self._training, self._values) and self._slots:
-                self._slots.clear()
+                self._drop_slots()
                 assert self._training.example is not None
-                self._make_slots(self._training.example)
+                self._make_slots(self._training.example, rehearse=False)
             jobs = self._jobs(round, tasks)
             results: dict[int, ClientResult] = {}
             for slot in self._slots:
@@ -104,10 +105,17 @@ class CudaGraph(Engine):
             self._plain.release()
             self._plain = None
 
-    def _make_slots(self, example: ClientTask) -> None:
+    def _drop_slots(self) -> None:
+        """Give the memory of all slots back, which Python's cycles (a module and its penalized step) would keep."""
+        self._slots.clear()
+        gc.collect()
+        self._free_memory()
+
+    def _make_slots(self, example: ClientTask, rehearse: bool = True) -> None:
         self._compiled = CompiledStep(self._training) if self._training.compile else None
+        _pool(example, self._device)  # all slots share the data: no part of what one takes
         before = _free(self._device)
-        self._slots = [self._first_slot(example)]
+        self._slots = [self._first_slot(example, rehearse)]
         after = _free(self._device)
         more = plan_slots(self._training.clients, after, before - after)
         if self._wanted is not None:
@@ -122,12 +130,13 @@ class CudaGraph(Engine):
                 rank_zero_warn(f"trainer.engine=cuda_graph: device memory suffices for {len(self._slots)} slots.")
                 break
 
-    def _first_slot(self, example: ClientTask) -> RecordedLoop:
+    def _first_slot(self, example: ClientTask, rehearse: bool) -> RecordedLoop:
         """A slot in which a step has been run as it will be recorded, and recorded: so what is in the way is found."""
         module = self._training.module
         try:
             slot = self._new_slot(example)
-            slot.rehearse(example)
+            if rehearse:
+                slot.rehearse(example)
             slot.prepare(0, example)
             return slot
         except MisconfigurationException:
@@ -140,10 +149,7 @@ class CudaGraph(Engine):
     def _new_slot(self, example: ClientTask) -> RecordedLoop:
         module = copy.deepcopy(self._training.module)
         module.trainer = self._training.module._trainer
-        assert isinstance(example.dataset, ArrayDataset)
-        data = example.dataset
-        # Where not all data fits on the device, a slot has room for the largest client, which the example is.
-        pool = data.to(self._device).pooled() if data.fits(self._device) else data.near(self._device)
+        pool = _pool(example, self._device)
         return RecordedLoop(self._training, module, pool, self._recorder(self._device), self._compiled)
 
     def _jobs(self, round: int, tasks: Sequence[ClientTask]) -> list[list[Job]]:
@@ -181,8 +187,7 @@ class CudaGraph(Engine):
             f"trainer.engine=cuda_graph: device memory ran out in round {round + 1} while client {task.client} trained"
             " without a graph. From here on all clients do, as with trainer.engine=eager."
         )
-        self._slots.clear()
-        self._free_memory()
+        self._drop_slots()
         return self._plain.train(round, task)
 
     def _free_memory(self) -> None:
@@ -202,6 +207,13 @@ def _check_optimizer(module: LightningModule, device: torch.device) -> None:
         raise cannot("cuda_graph", f"a step of {type(optimizer).__name__} cannot be recorded; those of {names} can")
     if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
         raise cannot("cuda_graph", "SGD with dampening treats its first step differently")
+
+
+def _pool(example: ClientTask, device: torch.device) -> ArrayDataset:
+    """All data; where it does not fit on the device, room for the largest client, which the example is."""
+    data = example.dataset
+    assert isinstance(data, ArrayDataset)
+    return data.to(device).pooled() if data.fits(device) else data.near(device)
 
 
 def _free(device: torch.device) -> int:

@@ -29,16 +29,20 @@ class Recorder:
             work: what is recorded; it may be done, too.
             warm_up: the same with less to do, which prepares libraries and memory as well; by default the work itself.
         """
+        self.anew(work)()
+        return self.anew(work)
 
-        def replay() -> None:
+    def anew(self, work: Work) -> Work:
+        """What does the work as a recording would, with the slot's random numbers, but step by step."""
+
+        def run() -> None:
             before = torch.get_rng_state()
             torch.set_rng_state(self._random_state)
             work()
             self._random_state = torch.get_rng_state()
             torch.set_rng_state(before)
 
-        replay()
-        return replay
+        return run
 
     def seed(self, seed: int) -> None:
         """Seed the random numbers that replays draw."""
@@ -98,6 +102,15 @@ class CudaRecorder(Recorder):
         self._pool = graph.pool()
         torch.cuda.synchronize(self._device)
         return graph.replay
+
+    def anew(self, work: Work) -> Work:
+        """Do the work with the slot's random state, in which replays leave off."""
+
+        def run() -> None:
+            with self._own_random_state():
+                work()
+
+        return run
 
     def seed(self, seed: int) -> None:
         """Seed the slot's random state, which its graphs have captured."""
