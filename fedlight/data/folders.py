@@ -20,21 +20,17 @@ _NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS am
 
 
 @dataclass(frozen=True)
-class File:
-    """A file of a tree, and what its folders tell: ``label`` and ``domain``."""
-
+class _File:
     path: Path
     folders: tuple[str, ...]  # those that it lies in; in the end (class,) or (domain, class)
     split: str = ""
 
     @property
     def label(self) -> str:
-        """The innermost folder."""
         return self.folders[-1]
 
     @property
     def domain(self) -> str:
-        """The folder around that of the label, or nothing."""
         return self.folders[0] if len(self.folders) > 1 else ""
 
 
@@ -77,7 +73,7 @@ def load_folder(
 
 def read_tree(
     root: Path, suffixes: Collection[str], test_domains: list[str] | None = None, test_fraction: float = 0.2
-) -> tuple[list[File], list[File], str]:
+) -> tuple[list[_File], list[_File], str]:
     """The files of a tree that end so, for training and for the test, and how it was read; as :func:`load_folder`."""
     files, test_files, said = _split(root, suffixes)
     everything = files + test_files
@@ -98,15 +94,16 @@ def read_tree(
     return files, test_files, said
 
 
-def _split(root: Path, suffixes: Collection[str]) -> tuple[list[File], list[File], str]:
+def _split(root: Path, suffixes: Collection[str]) -> tuple[list[_File], list[_File], str]:
     """The files for training and for the test, which are none where the tree does not tell; and how it was read."""
     files = _without_splits(root, _walk(root, suffixes))
     labelled = [f for f in files if f.folders]
     if not any(f.split in ("", "train") for f in labelled):
         splits = ", ".join(sorted({f.split for f in files if f.split}))
+        kind = "image" if ".png" in suffixes else "text"
         raise ValueError(
-            f"`data.source` ({root}) is a folder, but there is no image in <class>/, <domain>/<class>/ or "
-            f"train/<class>/ below it; it holds {len(files)} images{f' and the splits {splits}' if splits else ''}."
+            f"`data.source` ({root}) is a folder, but there is no {kind} in <class>/, <domain>/<class>/ or "
+            f"train/<class>/ below it; it holds {len(files)} {kind}s{f' and the splits {splits}' if splits else ''}."
         )
     depth = max(len(f.folders) for f in labelled)
     told = [i for i in range(depth) if i == depth - 1 or len({f.folders[i : i + 1] for f in labelled}) > 1]
@@ -127,9 +124,9 @@ def _split(root: Path, suffixes: Collection[str]) -> tuple[list[File], list[File
     return train, test, said + (f"; {left} images of another split or in no class folder are left out" if left else "")
 
 
-def _walk(root: Path, suffixes: Collection[str]) -> list[File]:
+def _walk(root: Path, suffixes: Collection[str]) -> list[_File]:
     """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
-    files: list[File] = []
+    files: list[_File] = []
     for place, inner, names in os.walk(root, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith(_NOT_DATA))
         path = Path(place)
@@ -138,11 +135,11 @@ def _walk(root: Path, suffixes: Collection[str]) -> list[File]:
         rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
         labels = {row[0]: row[1:2] for row in rows}
         chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in suffixes]
-        files += [File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
+        files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
     return files
 
 
-def _without_splits(root: Path, files: list[File]) -> list[File]:
+def _without_splits(root: Path, files: list[_File]) -> list[_File]:
     """The level of folders that are called as splits are becomes ``split``, wherever it is.
 
     A class may be called ``train``, too: its folder holds images itself, and no neighbour is called as another split.
@@ -169,7 +166,7 @@ def _without_splits(root: Path, files: list[File]) -> list[File]:
     return files
 
 
-def _labels(files: list[File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
+def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
     """Class and domain of each file, as numbers."""
     y = torch.from_numpy(np.searchsorted(classes, [f.label for f in files]))
     return y, torch.from_numpy(np.searchsorted(domains, [f.domain for f in files])) if domains else None

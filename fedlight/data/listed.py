@@ -100,6 +100,8 @@ def _pixels(images: list[Any]) -> Tensor:
     """LEAF's numbers in [0, 1] as square images ``[n, 1, H, W]``: as bytes where they were bytes."""
     x = np.stack(images)
     side, whole = math.isqrt(x.shape[1]), np.rint(x * 255)
+    if side**2 != x.shape[1]:
+        raise ValueError(f"`data.source`: samples of {x.shape[1]} numbers are no square images.")
     exact = np.abs(x * 255 - whole).max() < 1e-3 and x.min() >= 0 and x.max() <= 1
     return torch.from_numpy(whole.astype(np.uint8) if exact else x).view(-1, 1, side, side)
 

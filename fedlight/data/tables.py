@@ -55,14 +55,18 @@ def _texts(root: Path, test_fraction: float) -> dict[str, Table]:
     """The files of ``<label>/*.txt`` and ``<client>/<label>/*.txt``, with and without splits."""
     train, test, said = read_tree(root, {".txt"}, None, test_fraction)
     rank_zero_info(f"`data.source` ({root}): {said}.")
-    return {
-        split: {
-            "text": [file.path.read_text(encoding="utf-8") for file in files],
-            "label": [file.label for file in files],
-            "client": [file.domain for file in files],
-        }
-        for split, files in (("train", train), ("test", test))
-    }
+    tables: dict[str, Table] = {}
+    for split, files in (("train", train), ("test", test)):
+        tables[split] = {"text": [_text(f.path) for f in files], "label": [f.label for f in files]}
+        tables[split] |= {"client": [f.domain for f in files]} if any(f.domain for f in files) else {}
+    return tables
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"`data.source`: {path} is not readable as UTF-8: {error}") from error
 
 
 def read_table(source: Any) -> Table:
@@ -73,8 +77,8 @@ def read_table(source: Any) -> Table:
     """
     if is_hf(source):
         return {name: list(source.with_format(None)[name]) for name in source.column_names}
+    text = _text(source)
     try:
-        text = source.read_text(encoding="utf-8-sig")
         if source.suffix in (".csv", ".tsv"):
             csv.field_size_limit(sys.maxsize)  # texts are longer than the csv module expects
             delimiter = "\t" if source.suffix == ".tsv" else ","
@@ -82,7 +86,7 @@ def read_table(source: Any) -> Table:
         else:
             rows = json.loads("[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]")
         names = dict.fromkeys(name for row in rows for name in row.keys())  # noqa: SIM118
-    except (OSError, AttributeError, csv.Error, ValueError, TypeError) as error:
+    except (AttributeError, csv.Error, ValueError, TypeError) as error:
         raise ValueError(
             f"`data.source` ({source}) is no table, with an object or row for each sample: {error}"
         ) from error

@@ -108,5 +108,8 @@ def test_missing_columns_labels_and_images_are_named(tmp_path):
     users.with_name("test.csv").write_text("image_id,class\na0,5\n")
     with pytest.raises(ValueError, match=r"held-out samples have labels that no training sample has: \['5'\]"):
         load_source(str(users), root=tmp_path)
+    layouts.leaf(tmp_path / "synthetic", "train", 0, {"f0": ([[0.5] * 60] * 5, [0] * 5)})
+    with pytest.raises(ValueError, match="samples of 60 numbers are no square images"):
+        load_source(str(tmp_path / "synthetic"))
     with pytest.raises(ValueError, match="`data.columns` is for a `data.source` that is a CSV file, not for 'digits'"):
         load_source("digits", columns=layouts.WILDS)

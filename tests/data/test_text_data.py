@@ -179,8 +179,18 @@ def test_other_files_that_cannot_be_read(tmp_path):
     (tmp_path / "rows.jsonl").write_text("3\n")
     with pytest.raises(ValueError, match="is no table, with an object or row for each sample"):
         ready(str(tmp_path / "rows.jsonl"))
-    with pytest.raises(ValueError, match=r"nowhere.csv\) is no table.*No such file"):
+    with pytest.raises(ValueError, match=r"nowhere.csv is not readable as UTF-8: .*No such file"):
         ready(str(tmp_path / "nowhere.csv"))
+    (tmp_path / "texts" / "good").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"there is no text in <class>/.*it holds 0 texts"):
+        ready(str(tmp_path / "texts"))
+    for i in range(5):
+        (tmp_path / "texts" / "good" / f"{i}.txt").write_text("fine")
+    with pytest.raises(ValueError, match="`data.client` is 'client', but the columns of `data.source` are text, label"):
+        ready(str(tmp_path / "texts"), client="client")
+    (tmp_path / "texts" / "good" / "5.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"5.txt is not readable as UTF-8"):
+        ready(str(tmp_path / "texts"))
     with pytest.raises(ValueError, match=r"needs one table for training.*\['test'\]"):
         ready({"test": datasets.Dataset.from_dict({"text": ["a"]})})
     new = [{"text": "a", "label": "eggs", "client": "ann"}]
