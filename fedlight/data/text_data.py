@@ -1,12 +1,16 @@
 """Texts in memory, divided among clients."""
 
-from collections.abc import Callable
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info
+from torch import Tensor
 
 from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset
@@ -16,8 +20,10 @@ from fedlight.data.label_skew import DirichletClients
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
 from fedlight.data.tables import Table, coded, column, read_tables
-from fedlight.data.tokens import encode, vocabulary
 from fedlight.seeding import generator
+
+_UNKNOWN = 1
+"""The number of what is not in the vocabulary; 0 is padding."""
 
 
 class TextData(PartitionedDataModule):
@@ -87,8 +93,8 @@ class TextData(PartitionedDataModule):
             raise ValueError(f"`data.vocab_size` must be at least 3: padding and unknown are two. Found {vocab_size}.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"`data.val_fraction` must be at least 0 and below 1, got {val_fraction}.")
-        if next_token and (label is None or tokenizer == "hash"):
-            raise ValueError("`data.next_token` needs `data.label`, and a tokenizer with a vocabulary.")
+        if next_token and (label is None or tokenizer not in ("words", "chars")):
+            raise ValueError("`data.next_token` needs `data.label`, and `data.tokenizer` words or chars.")
         self.source, self.tokenizer, self.vocab_size = source, tokenizer, vocab_size
         self.next_token, self.as_dict, self.min_samples = next_token, as_dict, min_samples
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
@@ -129,12 +135,12 @@ class TextData(PartitionedDataModule):
         self.stratify(targets, groups)
         if not words and self.tokenizer in ("words", "chars"):
             rows = train[torch.cat([self.client_rows(client) for client in draw_clients(self)[0]])]
-            words = vocabulary([table["text"][row] for row in rows], str(self.tokenizer), self.vocab_size)
+            words = _most_frequent([table["text"][row] for row in rows], str(self.tokenizer), self.vocab_size)
         self.vocabulary = words
         numbers = self.tokenizer, self.vocabulary, self.vocab_size
-        ids, mask = encode(table["text"], *numbers, self.max_length)
+        ids, mask = _encoded(table["text"], *numbers, self.max_length)
         if not targets:
-            labels = encode(table["label"], *numbers, 1)[0][:, 0] if labelled else ids.where(mask, -100)
+            labels = _encoded(table["label"], *numbers, 1)[0][:, 0] if labelled else ids.where(mask, -100)
         batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
         stored = ArrayDataset.of(batch) if self.as_dict else ArrayDataset(ids, labels)
         self._train, self._val, self._test = (stored.view(rows, None) for rows in (train, val, test))
@@ -166,3 +172,38 @@ class TextData(PartitionedDataModule):
         """Take a checkpoint's numbers; texts and labels that were read with others are read anew, until next time."""
         if self.state_dict() != state_dict:
             self._prepare(state_dict["vocabulary"], state_dict["classes"])
+
+
+def _pieces(text: str, kind: str) -> Sequence[str]:
+    """Characters; or words and signs, in lower case."""
+    return text if kind == "chars" else re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def _most_frequent(texts: Sequence[str], kind: str, size: int) -> list[str]:
+    """The most frequent pieces, ``size`` − 2 of them; those as frequent as they sort."""
+    counts = Counter(piece for text in texts for piece in _pieces(text, kind))
+    return sorted(counts, key=lambda piece: (-counts[piece], piece))[: size - 2]
+
+
+def _encoded(
+    texts: Sequence[str], tokenizer: str | Callable[..., Any], known: Sequence[str], size: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """The numbers of texts ``[n, L]`` int64, cut or padded, and which are text and not padding, ``[n, L]`` bool."""
+    number, padding = {piece: i for i, piece in enumerate(known, start=2)}, 0
+
+    def numbers(text: str) -> Any:
+        if tokenizer == "hash":
+            return [2 + zlib.crc32(piece.encode()) % (size - 2) for piece in _pieces(text, "words")[:longest]]
+        if isinstance(tokenizer, str):
+            return [number.get(piece, _UNKNOWN) for piece in _pieces(text, tokenizer)[:longest]]
+        found = tokenizer(text, **cut)
+        return (found["input_ids"] if hasattr(found, "keys") else found)[:longest]
+
+    cut: dict[str, Any] = {}
+    if hasattr(tokenizer, "pad_token_id"):
+        padding, cut = tokenizer.pad_token_id or 0, {"truncation": True, "max_length": longest}
+    ids, mask = torch.full((len(texts), longest), padding), torch.zeros(len(texts), longest, dtype=torch.bool)
+    for i, text in enumerate(texts):
+        row = torch.as_tensor(numbers(text), dtype=torch.int64)
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    return ids, mask

@@ -1,29 +1,11 @@
-"""Networks that classify texts, given as numbers of words or characters with 0 as padding."""
+"""Networks that classify texts ``[B, L]``, given as numbers of words or characters with 0 as padding."""
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from fedlight.written import Remembers
 
 
-class _Text(Remembers, nn.Module):
-    """Vectors of the pieces of a text."""
-
-    def __init__(self, vocab_size: int, embedding_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embedding_dim)
-
-    def vectors(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors ``[B, L, D]`` of texts ``[B, L]``, and which are no padding, ``[B, L, 1]``."""
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise MisconfigurationException(
-                f"`model.net`: {type(self).__name__} takes integers [batch, length], but the batch is {ids.dtype}"
-                f" {list(ids.shape)}. TextData has such batches."
-            )
-        return self.embedding(ids), (ids != 0).unsqueeze(2)
-
-
-class CharLSTM(_Text):
+class CharLSTM(Remembers, nn.Module):
     """The network for Shakespeare of LEAF and of McMahan et al. (AISTATS 2017): which character comes next?
 
     An embedding, LSTM layers, and a dense layer on what the last of them says at the end of the text. 819,920
@@ -40,20 +22,20 @@ class CharLSTM(_Text):
     def __init__(
         self, num_classes: int, vocab_size: int, embedding_dim: int = 8, hidden_size: int = 256, num_layers: int = 2
     ) -> None:
-        super().__init__(vocab_size, embedding_dim)
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
         self.lstm = nn.LSTM(embedding_dim, hidden_size, num_layers, batch_first=True)
         self.fc = nn.Linear(hidden_size, num_classes)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of texts ``[B, L]``."""
-        vectors, is_text = self.vectors(ids)
-        said: Tensor = self.lstm(vectors)[0]
-        last = (is_text.sum(1, keepdim=True) - 1).clamp(min=0).expand(-1, -1, said.shape[2])
+        said: Tensor = self.lstm(self.embedding(ids))[0]
+        last = ((ids != 0).sum(1) - 1).clamp(min=0)[:, None, None].expand(-1, -1, said.shape[2])
         logits: Tensor = self.fc(said.gather(1, last)[:, 0])
         return logits
 
 
-class TextMLP(_Text):
+class TextMLP(Remembers, nn.Module):
     """A dense network on the mean of a text's vectors (Iyyer et al., ACL 2015), for labels of words.
 
     Args:
@@ -64,14 +46,14 @@ class TextMLP(_Text):
     """
 
     def __init__(self, num_classes: int, vocab_size: int, embedding_dim: int = 64, hidden_size: int = 64) -> None:
-        super().__init__(vocab_size, embedding_dim)
-        self.fc1 = nn.Linear(embedding_dim, hidden_size)
-        self.relu1 = nn.ReLU()
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.fc1, self.relu1 = nn.Linear(embedding_dim, hidden_size), nn.ReLU()
         self.fc2 = nn.Linear(hidden_size, num_classes)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of texts ``[B, L]``."""
-        vectors, is_text = self.vectors(ids)
-        mean = (vectors * is_text).sum(1) / is_text.sum(1).clamp(min=1)
+        is_text = (ids != 0).unsqueeze(2)
+        mean = (self.embedding(ids) * is_text).sum(1) / is_text.sum(1).clamp(min=1)
         logits: Tensor = self.fc2(self.relu1(self.fc1(mean)))
         return logits

@@ -201,11 +201,3 @@ def test_the_text_network_takes_the_mean_of_what_is_no_padding():
             layer.weight.copy_(torch.eye(2))
             layer.bias.zero_()
     assert net(torch.tensor([[1, 2, 0], [1, 0, 0], [0, 0, 0]])).tolist() == [[2, 2], [1, 0], [0, 0]]
-
-
-@pytest.mark.parametrize("net", [CharLSTM(2, 5), TextMLP(2, 5)])
-def test_networks_of_texts_refuse_other_batches(net):
-    with pytest.raises(
-        MisconfigurationException, match=r"takes integers \[batch, length\], but the batch is torch.float32"
-    ):
-        net(torch.zeros(2, 3))
