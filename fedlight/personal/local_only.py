@@ -24,4 +24,4 @@ class LocalOnly(PersonalParts):
 
     def phrase(self, layout: ParameterLayout) -> str:
         """What it is."""
-        return "every client trains alone; the server's model is the mean of those that trained in the round"
+        return "every client trains alone"

@@ -44,9 +44,10 @@ class Method:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.centralized = bool(config.get("trainer.centralized"))
         algorithm = _class(config.get("algorithm.class_path", "?"))
+        if parts := config.get("trainer.personal"):  # names alone
+            whole = {"class_path": "PersonalParts", "init_args.parts": [parts] if isinstance(parts, str) else parts}
+            config = {**config, **{f"trainer.personal.{key}": value for key, value in whole.items()}}
         known = {key: config.get(f"{key}.class_path") for key in (_ADDED[:1] if self.centralized else _ADDED)}
-        if config.get("trainer.personal"):  # names of parts
-            known["trainer.personal"] = "PersonalParts"
         added = {key: _class(found) for key, found in known.items() if found}
         penalties = _penalties(_callbacks(config))
         names = [name for name, _ in penalties]

@@ -72,6 +72,15 @@ def test_labels_hold_what_differs_and_no_more():
     assert study.settings == ["alpha=0.3", "alpha=0.6", "alpha=0.6, local_epochs=5"]
 
 
+def test_names_of_personal_parts_tell_methods_apart():
+    alternating = {"class_path": "PersonalParts", "init_args": {"parts": ["head"], "train": "alternating"}}
+    given = "head", ["head"], ["body", "bias"], alternating, None
+    study = group_runs([run([0.1], personal=parts) for parts in given])
+    told = "(parts=[head])", "(parts=[body, bias])", "(parts=[head], train=alternating)"
+    assert sorted(study.methods) == sorted(["FedAvg", *(f"FedAvg+PersonalParts {said}" for said in told)])
+    assert len(study.settings) == 1
+
+
 def test_a_run_that_was_made_twice_counts_once():
     study = group_runs([run([0.1], seed=0), run([0.2], seed=0), run([0.4], seed=1)])
     assert study.groups[0].stat("val/accuracy").mean == pytest.approx(0.3)
