@@ -167,6 +167,7 @@ class ClientResult:
         metrics: logged sums, as ``name -> (weighted sum, weight)``.
         reductions: how each logged name is combined (mean, sum, min, max).
         loss_scale: the scale that 16-bit mixed precision ended with; None in other precisions.
+        loss: of the model that it started from on all its data, where the algorithm ``needs_loss``.
     """
 
     client: int
@@ -182,6 +183,7 @@ class ClientResult:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reductions: dict[str, str] = field(default_factory=dict)
     loss_scale: Tensor | None = None
+    loss: float = 0.0
 
     @property
     def sender(self) -> Sender:

@@ -189,6 +189,7 @@ class FederatedTrainer(Commands):
         with clock("train"):
             mine = federation.rows.bring(shares)
             federation.begin()
+            session.views.find_losses(mine)
             for receive, tasks in federation.clients.trainings(mine, session.schedule.lrs, federation.receive):
                 for result in session.engine.train(round, tasks):
                     receive(result)

@@ -41,6 +41,8 @@ class Algorithm(Remembers):
         personal: what stays with each client, where that belongs to the method, or None.
         buffers: the buffer policy that the method requires, or None.
         needs_lr: whether the method divides by the local learning rate, so that an optimizer must have one.
+        needs_loss: whether ``result.loss`` is to be that of the broadcast model on the client's data, which takes
+            one more pass over them.
         lr_factors: a method that gives, from the number S of a client's local steps, a factor of the learning rate for
             each of them; None where the rate is the optimizer's.
         optimizer_state: names of what a client sends, or keeps, of its optimizer's state, as they are in torch
@@ -61,6 +63,7 @@ class Algorithm(Remembers):
     personal: Personalization | None = None
     buffers: Literal["average", "local", "reset"] | None = None
     needs_lr: bool = False
+    needs_loss: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
     optimizer_state: tuple[str, ...] = ()
     optimizers: tuple[type[Optimizer], ...] = ()

@@ -19,9 +19,10 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import named
 from fedlight.engines.batch_order import num_batches
-from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
+from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
 from fedlight.run.names import smaller_is_better
 from fedlight.run.rows import as_floats
@@ -112,6 +113,19 @@ class Evaluator:
 
     def _prepare(self, batch: Any) -> Any:
         return self._fabric.strategy.precision.convert_input(self.transfer(batch))
+
+    def loss(self, dataset: Dataset[Any]) -> float:
+        """The mean of what ``training_step`` returns over a dataset, without penalties, in evaluation mode."""
+        log, size = LogCollector(self._fabric.device), 0
+        quiet = [step] if (step := penalized_step(self._module)) else []
+        total = torch.zeros((), dtype=torch.float64)
+        alone = with_attributes(quiet, {"model": "start"})
+        with self._untouched(), evaluating(self._module), collecting_logs(self._module, log), alone, torch.no_grad():
+            for index, batch in self._batches(dataset, self._num_batches(dataset, None), share=False):
+                output, samples = self._step("training", batch, index), batch_size(batch)
+                found = output["loss"] if isinstance(output, Mapping) else output
+                total, size = total + samples * found.double().cpu(), size + samples
+        return float(total / size)
 
     def _step(self, stage: str, batch: Any, index: int) -> Any:
         with self._fabric.strategy.precision.forward_context():

@@ -1,5 +1,6 @@
 """Evaluation of the weights that are of interest after a round: the server's, the selected clients', all clients'."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -52,6 +53,17 @@ class Views:
             source = self._run.checkpoint_path if self._run.resumed else "a module as it is"
             raise MisconfigurationException(f"view={view!r}: {source} has the views {known}.")
         self.load(view)
+
+    def find_losses(self, clients: Sequence[int]) -> None:
+        """Let clients know the loss of the model that they start from, where the algorithm needs it."""
+        run, side = self._run, self._run.federation.clients
+        if not run.trainer.algorithm.needs_loss:
+            return
+        side.losses = {}
+        for task in (side.task(client, None) for client in clients):
+            load_flat_parameters(run.module, task.objective.start, run.layout)
+            load_tensors(run.module, task.buffers)
+            side.losses[task.client] = run.evaluator.loss(task.dataset)
 
     @property
     def due(self) -> bool:

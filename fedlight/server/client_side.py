@@ -51,6 +51,7 @@ class ClientSide:
         initial: the personal entries before the first round, ``[P_own]``.
         read: whether datasets are read into memory, for an engine that takes no others.
         compared: names of the models that penalties compare the clients' with.
+        losses: of the models that clients start from in this round, if the algorithm needs them.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ClientSide:
         for attack in attacks_by(transforms):
             attack.setup(len(sizes), seed, None if counts is None else counts.shape[1])
         self.compared: Sequence[str] = ()
+        self.losses: dict[int, float] | None = None
 
     def begin(self, server: ServerState) -> State:
         """Begin a round, or an evaluation: what every client receives of this server, besides its buffers."""
@@ -180,7 +182,7 @@ class ClientSide:
     def reply(self, result: ClientResult) -> Reply:
         """The message of a client that has trained."""
         client, rows, beside, whole = result.client, dict[str, State](), State(), result
-        result = self._split.result(whole)
+        result = self._split.result(whole if self.losses is None else replace(whole, loss=self.losses[client]))
         rows["algorithm"], message = self._algorithm.client_update(self._received, self._own(client), result)
         crossed = num_bytes(message)
         if self._transforms:

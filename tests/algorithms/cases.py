@@ -58,6 +58,7 @@ CASES = {
     "FedLESAM_D": (lambda: algorithms.FedLESAM_D(0.1, 0.3), lambda p: twins.feddyn(p, Lesam(p, 0.1), 0.3)),
     "FedACG": (lambda: algorithms.FedACG(0.6, 0.3), lambda p: newer.fedacg(p, Plain(p), 0.6, 0.3)),
     "FedExP": (lambda: algorithms.FedExP(1e-4), lambda p: newer.fedexp(p, Plain(p), 1e-4)),
+    "QFedAvg": (lambda: algorithms.QFedAvg(1.7), lambda p: newer.qfedavg(p, Plain(p), 1.7)),
     "FedVARP": (lambda: algorithms.FedVARP(0.7), lambda p: newer.fedvarp(p, Plain(p), 0.7)),
     "FedInit": (lambda: algorithms.FedInit(0.3), lambda p: newer.fedinit(p, Plain(p), 0.3)),
     "FedNSAM": (lambda: algorithms.FedNSAM(0.1, 0.6), lambda p: newer.fedacg(p, Sam(p, 0.1), 0.6, 0.0)),
@@ -88,6 +89,7 @@ NETWORKS = {
 
 
 SETTINGS = {
+    "QFedAvg, q below 1": (lambda: algorithms.QFedAvg(0.4, 0.2), lambda p: newer.qfedavg(p, Plain(p), 0.4, 5.0)),
     "FedOpt, plain mean": (
         lambda: algorithms.FedOpt(partial(torch.optim.RMSprop, lr=0.05, alpha=0.9, eps=1e-3), weighted=False),
         lambda p: twins.fedopt(p, Plain(p), twins.rmsprop(0.05, 0.9, 1e-3), weighted=False),
@@ -196,6 +198,7 @@ SOURCES = {
     "FedLESAM_D": "paper: Fan 2024, eq. 10, on FedDyn",
     "FedACG": "code: the authors'; beta has the paper's factor 1/2",
     "FedExP": "code: the authors', in alg. 1's form",
+    "QFedAvg": "paper: Li 2020, alg. 2; p_i as weights is ours",
     "FedVARP": "code: public code's statement of alg. 1",
     "FedInit": "code: the authors' FL-Simulator",
     "FedNSAM": "code: the authors' (FedSWA repository)",

@@ -108,4 +108,5 @@ class Driver:
             num_steps=problem.steps[i],
             lr_sum=sum(lrs),
             perturbation=kept,
+            loss=float((d := objective.start - self.centers[i]) @ self.hessians[i] @ d) / 2,
         )

@@ -43,6 +43,25 @@ def fednsam_along_momentum(problem, gamma):
     return rounds(problem, Plain(problem), play)
 
 
+def qfedavg(problem, oracle, q, lipschitz=None):
+    """The paper's algorithm 2 with L = 1/lr, clients weighed by p_i."""
+    w = problem.start
+
+    def play(t, selected, lr):
+        nonlocal w
+        top, bottom, scale = np.zeros(PARAMS), 0.0, lipschitz or 1 / lr
+        for i in selected:
+            d = w - problem.centers[i]
+            loss = d @ problem.hessians[i] @ d / 2 + 1e-10
+            dw = scale * (w - local(problem, oracle, i, w, lr))
+            top = top + problem.weights[i] * loss**q * dw
+            bottom = bottom + problem.weights[i] * (q * loss ** (q - 1) * norm(dw) ** 2 + scale * loss**q)
+        w = w - top / bottom
+        return w
+
+    return rounds(problem, oracle, play)
+
+
 def fedexp(problem, oracle, eps):
     """The paper's algorithm 1, in its form with Δ_i = w − w_i."""
     w = problem.start
