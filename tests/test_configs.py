@@ -98,7 +98,8 @@ def is_slow(name):
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
     alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
     alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
-    alike += ("data/femnist.yaml", "data/inaturalist.yaml", "data/camelyon17.yaml", "text/spam.yaml")
+    alike += ("data/femnist.yaml", "data/inaturalist.yaml", "data/camelyon17.yaml")
+    alike += ("text/shakespeare.yaml", "text/spam.yaml")
     alike += ("personal/ditto.yaml", "personal/local_only.yaml")
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
