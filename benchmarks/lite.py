@@ -30,14 +30,18 @@ class LiteCNN(nn.Sequential):
 
     Args:
         num_classes: logits.
+        norm: put a BatchNorm before the ReLU of both convolutions.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, norm: bool = False) -> None:
+        norms = [OrderedDict({f"bn{i}": nn.BatchNorm2d(16 * i)}) if norm else {} for i in (1, 2)]
         super().__init__(
             OrderedDict(
                 conv1=nn.Conv2d(3, 16, kernel_size=4, stride=2, padding=1),
+                **norms[0],
                 relu1=nn.ReLU(),
                 conv2=nn.Conv2d(16, 32, kernel_size=4, stride=2, padding=1),
+                **norms[1],
                 relu2=nn.ReLU(),
                 flatten=nn.Flatten(),
                 fc1=nn.Linear(32 * (SIZE // 4) ** 2, 64),

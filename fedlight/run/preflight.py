@@ -75,25 +75,17 @@ def _check_client_data(module: LightningModule, datamodule: FederatedDataModule,
     if personal is None and not datamodule.new_clients:
         return
     clients = range(datamodule.num_clients + len(datamodule.new_clients))
-    why = next(
-        (
-            f"trainer.{key}=0"
-            for key in ("client_val_every_n_rounds", "limit_val_batches")
-            if trainer.settings[key] == 0
-        ),
-        None,
-    )
-    if why is None and not overrides(module, "validation_step"):
-        why = "the model has no validation_step"
-    if why is None and not any(datamodule.client_val_dataset(client) for client in clients):
+    keys = [k for k in ("client_val_every_n_rounds", "limit_val_batches") if trainer.settings[k] == 0]
+    if keys or not overrides(module, "validation_step"):
+        why = f"trainer.{keys[0]}=0" if keys else "the model has no validation_step"
+    elif any(datamodule.client_val_dataset(client) for client in clients):
+        return
+    else:
         why = f"{type(given_data(datamodule)).__name__}.client_val_dataset gives no data of a client"
-    if why is not None and personal is not None and personal.adapts_all:
-        name = type(personal).__name__
-        raise MisconfigurationException(
-            f"trainer.personal: {name} is for evaluation alone, and nothing comes of it: {why}."
-        )
-    if why is not None:
-        rank_zero_info(f"clients/personal_*, clients/new_*: no model is evaluated on a client's own data, as {why}.")
+    if personal is not None and personal.adapts_all:
+        what = f"trainer.personal: {type(personal).__name__} is for evaluation alone, and nothing comes of it"
+        raise MisconfigurationException(f"{what}: {why}.")
+    rank_zero_info(f"clients/personal_*, clients/new_*: no model is evaluated on a client's own data, as {why}.")
 
 
 def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fedlight.algorithms import SCAFFOLD, FedDyn
 from fedlight.callbacks import ClientMetrics
+from fedlight.engines.cuda_graph import CudaGraph
 from fedlight.penalties.man import MAN
 from fedlight.personal.apfl import APFL
 from fedlight.personal.ditto import Ditto
@@ -16,6 +17,7 @@ from fedlight.personal.local_only import LocalOnly
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
+from tests.engines.tape import Tape
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SIZES, LR, ROUNDS = (5, 12, 8, 3), 0.1, 3
@@ -218,9 +220,13 @@ def test_it_goes_with_algorithm_perturbation_and_penalty_in_every_engine_and_res
     run("parts", max_rounds=1)
     resumed, again = run("parts", ckpt_path="last")
     batched, _ = run("batched", engine="vmap")
+    recorded, last = run("recorded", engine=CudaGraph(slots=2, recorder=Tape))
+    rounding = {"rtol": 1e-5, "atol": 1e-6}  # there a learning rate is of float32
+    torch.testing.assert_close(weights(last), weights(model), **rounding)
     assert torch.equal(weights(model), weights(again))
     for client in trainer.federation.store.clients():
         assert torch.equal(own(trainer, client), own(resumed, client))
+        torch.testing.assert_close(own(recorded, client), own(trainer, client), **rounding)
         torch.testing.assert_close(own(trainer, client), own(batched, client))
     metrics = [t.callback_metrics["clients/personal_loss_mean"] for t in (trainer, resumed, batched)]
     assert metrics[0] == metrics[1]
