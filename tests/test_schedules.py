@@ -91,9 +91,9 @@ def test_a_schedule_that_makes_no_sense_is_refused_by_key(make, message):
 
 
 def hyperparameters(module, name):
-    """What takes a schedule, with its default: all numbers but those that say what something begins with."""
+    """What takes a schedule, with its default: all numbers but those that say what something begins with, or who."""
     parameters = inspect.signature(getattr(module, name)).parameters.values()
-    return {p.name: p.default for p in parameters if "dict[str" in str(p.annotation)}
+    return {p.name: p.default or 1.0 for p in parameters if "dict[str" in str(p.annotation)}
 
 
 METHODS = [(module, name) for module in (algorithms, perturbations, transforms) for name in module.__all__]
@@ -106,7 +106,7 @@ METHODS = [
 def test_every_hyperparameter_can_follow_and_is_found(module, name):
     defaults = hyperparameters(module, name)
     numbers = {p.name for p in inspect.signature(getattr(module, name)).parameters.values() if type(p.default) is float}
-    assert numbers - defaults.keys() == {"FedWMSAM": {"alpha"}}.get(name, numbers & {"initial_accumulator"})
+    assert numbers - defaults.keys() == {"FedWMSAM": {"alpha"}}.get(name, numbers & {"initial_accumulator", "clients"})
     made = getattr(module, name)(**{key: constant(value) for key, value in defaults.items()})
     inner = [vars(part) for key in ("perturbation", "penalty") if (part := getattr(made, key, None)) is not None]
     found = {tensor.key.rsplit(".", 1)[1] for tensor in scheduled(vars(made), *inner)}
@@ -119,7 +119,7 @@ def test_every_hyperparameter_can_follow_and_is_found(module, name):
 )
 def test_a_constant_schedule_changes_no_bit_of_an_algorithm(name):
     cls, defaults = getattr(algorithms, name), hyperparameters(algorithms, name)
-    one = Driver(cls()).run()
+    one = Driver(cls(**defaults)).run()
     other = Driver(cls(**{key: constant(value) for key, value in defaults.items()})).run()
     assert all((a == b).all() for a, b in zip(one, other, strict=True))
 

@@ -99,7 +99,7 @@ class Privacy:
             return {"privacy/epsilon": self.epsilon(rounds)}
         figures = {"privacy/epsilon": self.epsilon(rounds), "privacy/clip": self.clip}
         within = float(total[_WITHIN]) / self.clients + 0.5
-        self._adapted *= math.exp(-self.settings.clip_lr * (within - self.settings.quantile))
+        self._adapted *= math.exp(-current(self.settings.clip_lr) * (within - self.settings.quantile))
         return figures
 
     def spent(self, rounds: int) -> bool:

@@ -48,7 +48,7 @@ class DifferentialPrivacy(Transform):
         accountant: Literal["rdp", "pld"] = "rdp",
         secure: bool = False,
         quantile: float | None = None,
-        clip_lr: float = 0.2,
+        clip_lr: Number = 0.2,
     ) -> None:
         key = "trainer.transforms"
         if not clip:
@@ -64,6 +64,6 @@ class DifferentialPrivacy(Transform):
         check_number(f"{key}.quantile", 0.5 if quantile is None else quantile, positive=True, below=1)
         if quantile is not None and not isinstance(self.clip, float):
             raise MisconfigurationException(f"{key}.clip follows a schedule or a quantile. Leave one of them.")
-        self.quantile, self.clip_lr = quantile, check_number(f"{key}.clip_lr", clip_lr, positive=True)
+        self.quantile, self.clip_lr = quantile, check_hyperparameter(f"{key}.clip_lr", clip_lr, positive=True)
         self.noise_multiplier, self.epsilon, self.delta = noise_multiplier, epsilon, delta
         self.accountant, self.secure = accountant, secure

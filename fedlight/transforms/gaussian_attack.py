@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_number
+from fedlight.checks import Number, check_hyperparameter, current
 from fedlight.transforms.attack import Attack
 
 
@@ -18,10 +18,10 @@ class GaussianAttack(Attack):
     section 5, with std = 200.
     """
 
-    def __init__(self, std: float = 1.0, clients: list[int] | float = 0.2) -> None:
+    def __init__(self, std: Number = 1.0, clients: list[int] | float = 0.2) -> None:
         super().__init__(clients)
-        self.std = check_number("trainer.transforms.std", std, positive=True)
+        self.std = check_hyperparameter("trainer.transforms.std", std, positive=True)
 
     def forge(self, vector: Tensor, rng: torch.Generator) -> Tensor:
         """Noise."""
-        return (self.std * torch.randn(vector.shape, generator=rng, dtype=vector.dtype)).to(vector.device)
+        return (current(self.std) * torch.randn(vector.shape, generator=rng, dtype=vector.dtype)).to(vector.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_number
+from fedlight.checks import Number, check_hyperparameter, current
 from fedlight.transforms.attack import Attack
 
 
@@ -18,10 +18,10 @@ class SignFlip(Attack):
     Datasets", AAAI 2019, section 5.
     """
 
-    def __init__(self, scale: float = 1.0, clients: list[int] | float = 0.2) -> None:
+    def __init__(self, scale: Number = 1.0, clients: list[int] | float = 0.2) -> None:
         super().__init__(clients)
-        self.scale = check_number("trainer.transforms.scale", scale, positive=True)
+        self.scale = check_hyperparameter("trainer.transforms.scale", scale, positive=True)
 
     def forge(self, vector: Tensor, rng: torch.Generator) -> Tensor:
         """The flipped update."""
-        return vector * -self.scale
+        return vector * -current(self.scale)
