@@ -1,6 +1,7 @@
 """QFedAvg."""
 
 from fedlight.algorithms.base import Algorithm, Message, Number, Sender, State, check_hyperparameter
+from fedlight.checks import check_number
 from fedlight.local import ClientResult
 
 
@@ -23,9 +24,9 @@ class QFedAvg(Algorithm):
 
     needs_loss = True
 
-    def __init__(self, q: Number = 1.0, lr: Number | None = None) -> None:
+    def __init__(self, q: Number = 1.0, lr: float | None = None) -> None:
         self.q = check_hyperparameter("algorithm.q", q)
-        self.lr = None if lr is None else check_hyperparameter("algorithm.lr", lr, positive=True)
+        self.lr = None if lr is None else check_number("algorithm.lr", lr, positive=True)
         self.needs_lr = lr is None
 
     def client_update(self, received: State, client: State, result: ClientResult) -> tuple[State, Message]:

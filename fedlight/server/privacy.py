@@ -56,7 +56,9 @@ class Privacy:
             and "trainer.sampler.redraw: no accountant covers rounds that are drawn again. Set it to false.",
         )
         held = {"delta": delta, "clients_per_round": self.clients, "of": n, "sampler": name}
-        self._held = {k: v for k, v in vars(settings).items() if k != "clip"} | held  # noise is in multiples of clip
+        self._held = {
+            k: v for k, v in vars(settings).items() if not k.startswith("clip")
+        } | held  # noise is in multiples of clip
         changed = [k for k, v in self._held.items() if ledger is not None and v != ledger["settings"].get(k)]
         _refuse(changed and f"ckpt_path: its rounds had another {changed} in their ledger. Set it back, or start anew.")
         self.noise: Any = settings.noise_multiplier if ledger is None else ledger["noise_multiplier"]
