@@ -96,7 +96,7 @@ def is_slow(name):
     others = name.startswith(("algorithm/", "perturbation/", "aggregator/")) and name not in kept
     large = "tinyimagenet" in name or name == "model/resnet18gn.yaml"
     alike = ("lite/pacs.yaml", "data/cifar100_iid.yaml", "data/cifar100_dirichlet06.yaml", "model/cifar100_cnn.yaml")
-    alike += ("transforms/sign_flip.yaml", "transforms/gaussian_attack.yaml", "transforms/alie.yaml")
+    alike += tuple(f"transforms/{n}.yaml" for n in ("sign_flip", "gaussian_attack", "alie", "quantize", "clip_update"))
     alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
     alike += ("data/femnist.yaml", "data/inaturalist.yaml", "data/camelyon17.yaml")
     alike += ("text/shakespeare.yaml", "text/spam.yaml")

@@ -41,7 +41,7 @@ def test_views_keep_leading_dimensions():
 
 def test_masks_by_kind():
     layout = ParameterLayout.of(network())
-    sizes = {"is_norm": 8 + 8, "is_batch_norm": 8, "is_bias": 4 + 4 + 4}
+    sizes = {"is_norm": 8 + 8, "is_bias": 4 + 4 + 4}
     for kind, size in sizes.items():
         assert int(layout.mask(lambda info, kind=kind: getattr(info, kind)).sum()) == size
     mask = layout.mask(lambda info: info.name == "3.weight")
