@@ -109,10 +109,11 @@ def _check_enough(trainer: Any, federation: Federation) -> None:
         check_enough(len(clients), *parts, "trainer.sampler draws {} in some round")
     hostile = {client for attack in attacks_by(trainer.settings["transforms"]) for client in attack.attackers}
     more = [len(hostile.intersection(clients)) > aggregator.tolerates(len(clients)) for clients in drawn]
+    own = [f"raise its `{key}`, " for key in ("attackers", "trim") if hasattr(aggregator, key)]
     text = (
         f"trainer.aggregator: {type(aggregator).__name__} tolerates {aggregator.tolerates(sampler.clients_per_round)}"
-        f" attackers among {sampler.clients_per_round} clients, and {sum(more)} of {len(more)} rounds have more. Use"
-        " another, or lower `clients` of the attack."
+        f" attackers among {sampler.clients_per_round} clients, and {sum(more)} of {len(more)} rounds have more. To go"
+        f" on, {''.join(own)}use another, or lower `clients` of the attack."
     )
     if 2 * sum(more) > len(more):
         raise MisconfigurationException(text)
