@@ -31,7 +31,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- (parsed only|first)\b:?(.*?)-->\n)|^```(\w*)([^\n]*)\n(.*?)^```$", re.M | re.S)
 QUICK = {
     "max_rounds": 1, "limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1, "devices": 1,
-    "client_val_every_n_rounds": 0, "accelerator": "cpu", "enable_progress_bar": "false",
+    "client_val_every_n_rounds": 1, "accelerator": "cpu", "enable_progress_bar": "false",
 }  # fmt: skip
 TRAINED = ("trainer", "model", "data", "algorithm", "perturbation", "seed_everything")
 
