@@ -101,6 +101,7 @@ class ClientSide:
         """
         if self._personal.trains_apart:
             yield self._keep, (self._before(client, lrs) for client in clients)
+            self._drop_unsound()
         yield receive, (self.task(client, lrs) for client in clients)
 
     def _before(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
@@ -146,12 +147,21 @@ class ClientSide:
     def _keep(self, result: ClientResult) -> None:
         client = result.client
         moved = result.buffers if self._apart.pop(client).continued else {}
-        own = self._personal.trained(self.own(client), result)
-        if not moved and not all(bool(value.isfinite().all()) for value in own.values()):
-            where = f"round {self._server.round + 1}, client {client}"
-            warnings.warn(f"{where}: its own model is not finite, and it keeps the one before.", stacklevel=2)
-            own = self.own(client)
-        self._trained[client] = own, moved, result.num_steps
+        self._trained[client] = self._personal.trained(self.own(client), result), moved, result.num_steps
+
+    def _drop_unsound(self) -> None:
+        """Let clients keep what they had where a model of their own is not finite; one look at all of them.
+
+        What the shared training goes on from is looked at when that is over.
+        """
+        apart = {c: list(own.values()) for c, (own, moved, _) in self._trained.items() if own and not moved}
+        sound = [torch.stack([value.isfinite().all() for value in values]).all() for values in apart.values()]
+        for client, good in zip(apart, torch.stack(sound).tolist() if sound else (), strict=True):
+            if not good:
+                where = f"round {self._server.round + 1}, client {client}"
+                warnings.warn(f"{where}: its own model is not finite, and it keeps the one before.", stacklevel=2)
+                _, moved, steps = self._trained.pop(client)
+                self._trained[client] = self.own(client), moved, steps
 
     def task(self, client: int, lrs: tuple[float, ...] | None, honest: bool = False) -> ClientTask:
         """What a client has to do in this round; ``honest`` if there were no attack."""
@@ -203,7 +213,7 @@ class ClientSide:
 
     def holds(self, result: ClientResult) -> bool:
         """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
-        if waits := bool(attacks_by(self._transforms, result.client)):
+        if waits := any(attack.colludes for attack in attacks_by(self._transforms, result.client)):
             self._held.append(result)
         return waits
 
@@ -215,7 +225,8 @@ class ClientSide:
             shared, own = self._split.result(result), self._own(result.client)
             _, message = self._algorithm.client_update(self._received, own, shared)
             mine[result.client] = (message["params"] - self._received["params"]).cpu()
-        if (attacks := attacks_by(self._transforms)) and fabric.world_size > 1:
+        attacks = [attack for attack in attacks_by(self._transforms) if attack.colludes]
+        if attacks and fabric.world_size > 1:
             torch.distributed.all_gather_object(everyone, mine)
         updates = {client: update for part in (mine, *everyone) for client, update in part.items()}
         for attack in attacks:

@@ -213,10 +213,7 @@ class Federation:
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
         if self.privacy:
             metrics |= self.privacy.finish(old.round + 1, total)
-        metrics["comm/down_mb"] = len(incoming.reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6
-        metrics["comm/up_mb"] = sum(report.up_bytes for report in incoming.reports) / 1e6
-        passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
-        metrics["clients/gradients"] = passes * sum(r.num_steps + r.steps_apart for r in incoming.reports)
+        metrics |= self._costs(incoming.reports)
         views, latest, personal = self.algorithm.evaluated(algorithm, self._received, total), {}, old.personal
         dtype = old.algorithm["params"].dtype
         if "personal" in total:
@@ -243,6 +240,15 @@ class Federation:
             loss_scale=min((r.loss_scale for r in used if r.loss_scale is not None), default=old.loss_scale),
         )
         return metrics
+
+    def _costs(self, reports: Sequence[Report]) -> dict[str, float]:
+        """What a round has cost: megabytes in either direction, and gradients."""
+        passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
+        return {
+            "comm/down_mb": len(reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6,
+            "comm/up_mb": sum(report.up_bytes for report in reports) / 1e6,
+            "clients/gradients": passes * sum(report.num_steps + report.steps_apart for report in reports),
+        }
 
     @property
     def spent(self) -> bool:

@@ -21,6 +21,7 @@ class ALIE(Attack):
     """
 
     update_only = True
+    colludes = True
     _sent: Tensor | None = None
 
     def __init__(self, z: Number = 1.5, clients: list[int] | float = 0.2) -> None:

@@ -22,10 +22,12 @@ class Attack(Transform):
         clients: who attacks: indices, or a part of all clients, drawn by (seed, "attack"), for all attacks the same.
 
     Attributes:
+        colludes: whether attackers wait for one another (:meth:`meet`) before they send.
         attackers: who attacks; set by :meth:`setup`, as ``num_classes`` is, C or None.
     """
 
     stage = -1
+    colludes: bool = False
     attackers: frozenset[int] = frozenset()
     num_classes: int | None = None
 
@@ -51,7 +53,7 @@ class Attack(Transform):
         return dataset
 
     def meet(self, updates: Tensor) -> None:
-        """Called in each round, before it sends anything, with what its attackers have trained, ``[A, P]``."""
+        """Called in each round where it :attr:`colludes`, before they send, with what they have trained, ``[A, P]``."""
 
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """What :meth:`forge` makes of it."""

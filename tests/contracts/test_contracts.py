@@ -1,10 +1,5 @@
 """What every algorithm must do, whatever it is combined with. New plugins are found by themselves."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -12,9 +7,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight.perturbations import SAM
 from fedlight.trainer import FederatedTrainer
 from tests.contracts.combinations import ALGORITHMS, ROUNDS, SIZES, Clients, combinations, model_for, outcome, run
+from tests.helpers.pair import in_pair
 
 COMBINATIONS = combinations()
-REPOSITORY = Path(__file__).parents[2]
 
 every_combination = pytest.mark.parametrize(
     "combination",
@@ -56,19 +51,7 @@ def in_two_processes(request, tmp_path_factory):
     folder, test = tmp_path_factory.mktemp("pair"), "test_two_processes_give_the_same_bits_as_one"
     tested = [item for item in request.session.items if getattr(item, "originalname", None) == test]
     names = sorted({str(item.callspec.params["combination"]) for item in tested if "combination" in item.fixturenames})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [*command, "-m", "tests.contracts.two_processes", str(folder), *names],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_pair("tests.contracts.two_processes", folder, *names)
 
 
 def assert_same_bits(one, other):

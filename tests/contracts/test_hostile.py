@@ -1,33 +1,18 @@
 """Aggregators and attacks give the same bits in two processes as in one, and after an interruption."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.contracts.hostile import CASES, run
-from tests.contracts.test_contracts import REPOSITORY, _one_thread, assert_same_bits  # noqa: F401
+from tests.contracts.test_contracts import _one_thread, assert_same_bits  # noqa: F401
+from tests.helpers.pair import in_pair
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.contracts.hostile", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_pair("tests.contracts.hostile", tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("name", CASES)

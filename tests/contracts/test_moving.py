@@ -1,17 +1,14 @@
 """State that steps move besides trained parameters belongs to the round, whoever trains before or beside."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.cuda_graph.engine import CudaGraph
 from tests.contracts.moving import MODULES, run
-from tests.contracts.test_contracts import REPOSITORY, _one_thread, assert_same_bits  # noqa: F401
+from tests.contracts.test_contracts import _one_thread, assert_same_bits  # noqa: F401
 from tests.engines.tape import Tape
+from tests.helpers.pair import in_pair
 
 every_module = pytest.mark.parametrize("name", MODULES)
 THREE = ((0, 2, 3), (1, 3), (2, 0))
@@ -31,19 +28,7 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "tests.contracts.moving", str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return in_pair("tests.contracts.moving", tmp_path_factory.mktemp("pair"))
 
 
 @every_module

@@ -104,6 +104,17 @@ class Net(LightningModule):
         }
 
 
+class Recurrent(Net):
+    """With dropout between two recurrent layers, which cuDNN draws."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.rnn = nn.LSTM(6, 6, num_layers=2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.rnn(x[:, 0])[0][:, None])
+
+
 def train(root: Path, engine, net: dict | None = None, data: dict | None = None, **settings):
     """Train for two rounds in float64; all that the server knows afterwards, and the rows of ``metrics.csv``."""
     defaults = {

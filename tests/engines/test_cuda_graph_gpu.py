@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from torch import nn, optim
+from torch import optim
 
 from fedlight.engines.cuda_graph import engine
 from fedlight.engines.cuda_graph.client_loop import RecordedLoop
@@ -171,15 +171,7 @@ def test_old_slots_give_their_memory_back(tmp_path):
 
 
 def test_dropout_between_recurrent_layers_leads_to_eager(tmp_path, monkeypatch):
-    class Recurrent(cases.Net):
-        def __init__(self, **settings):
-            super().__init__(**settings)
-            self.rnn = nn.LSTM(6, 6, num_layers=2, dropout=0.5, batch_first=True)
-
-        def forward(self, x):
-            return super().forward(self.rnn(x[:, 0])[0][:, None])
-
-    monkeypatch.setattr(cases, "Net", Recurrent)
+    monkeypatch.setattr(cases, "Net", cases.Recurrent)
     with pytest.warns(UserWarning, match="engine=auto is eager.*rnn draws its dropout in cuDNN"):
         train(tmp_path, "auto", **{**GPU, "precision": "32-true"})
 

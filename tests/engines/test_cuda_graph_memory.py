@@ -7,7 +7,6 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from torch import nn
 
 from fedlight.data.arrays import _Storage
 from fedlight.engines.cuda_graph import client_loop, engine
@@ -132,14 +131,6 @@ def test_the_scale_of_16_mixed_is_not_waited_for(tmp_path, monkeypatch):
 
 
 def test_recurrent_dropout_is_refused_by_name(tmp_path, monkeypatch):
-    class Recurrent(cases.Net):
-        def __init__(self, **settings):
-            super().__init__(**settings)
-            self.rnn = nn.LSTM(6, 6, num_layers=2, dropout=0.5, batch_first=True)
-
-        def forward(self, x):
-            return super().forward(self.rnn(x[:, 0])[0][:, None])
-
-    monkeypatch.setattr(cases, "Net", Recurrent)
+    monkeypatch.setattr(cases, "Net", cases.Recurrent)
     with pytest.raises(MisconfigurationException, match="cuda_graph: rnn draws its dropout in cuDNN"):
         train(tmp_path, CudaGraph(recorder=Tape))
