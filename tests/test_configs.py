@@ -88,7 +88,7 @@ def arguments(name, folder):
     all_of_them = ["--trainer.clients_per_round=8"] * (part == "aggregator")
     evaluated = ["--trainer.client_val_every_n_rounds=1"] * (name == "personal/fine_tune.yaml")
     optimizer = {"algorithm/fedadamw.yaml": "AdamW", "algorithm/fedmuon.yaml": "fedlight.algorithms.fedmuon.Muon"}
-    stepping = [f"--model.optimizer={optimizer[name]}"] * (name in optimizer)  # which its comment asks for
+    stepping = [f"--model.optimizer={optimizer[name]}"] if name in optimizer else []  # which its comment asks for
     return [*chosen, *stepping, *images_for(name, folder), *QUICK, *all_of_them, *where, *evaluated]
 
 
