@@ -1,4 +1,4 @@
-"""The commands that train and evaluate, and ``study`` and ``report`` about many runs."""
+"""The commands that train and evaluate, ``study`` and ``report`` about many runs, ``deploy``."""
 
 import importlib
 import json
@@ -40,8 +40,9 @@ COMMANDS = {
     "study": "fedlight.studies.command",
     "report": "fedlight.report.command",
     "check-fidelity": "fedlight.cli.fidelity",
+    "deploy": "fedlight.flower.deploy",
 }
-"""Commands that take no configuration, so that nothing has to be built for them."""
+"""Commands of their own, which read their arguments themselves."""
 
 
 class FederatedArgumentParser(LightningArgumentParser):

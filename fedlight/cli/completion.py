@@ -41,4 +41,5 @@ def script(args: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser]) 
     for name, key in (("configs", "config"), ("check-fidelity", "algorithm")):
         below.add_parser(name, help=name).add_argument("name", choices=values[key])
     below.add_parser("new", help="new")
+    below.add_parser("deploy", help="deploy").add_argument("target", choices=["flower"])
     return str(shtab.complete(parser, args[0]))

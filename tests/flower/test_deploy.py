@@ -1,0 +1,138 @@
+"""`fedlight deploy flower`: what it writes, and what it refuses."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fedlight
+from fedlight.cli.command import main
+
+QUICK = ["--trainer.accelerator=cpu", "--trainer.name=mine"]
+NET = """
+from lightning.pytorch import LightningModule
+from mine.layers import Head
+from helper import WIDTH
+
+class Net(LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__()
+        self.net, self.lr = Head(64, WIDTH), lr
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """What is imported from the folder is forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("mine", "helper", "unused", "test_net"):
+            del sys.modules[name]
+
+
+def deploy(*args):
+    with pytest.raises(SystemExit) as stop:
+        main(["deploy", *args])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """An app of the quickstart, and what was printed, with overrides."""
+    out = tmp_path_factory.mktemp("deploy") / "My app_1"
+    overrides = ["--trainer.max_rounds", "7", "--seed_everything=5", "--algorithm", "FedProx", "--algorithm.mu=0.3"]
+    assert deploy("flower", "-c", "quickstart", *QUICK, *overrides, "-o", str(out), "--publisher", 'a "b"') == 0
+    return out
+
+
+def test_an_app_is_what_flower_asks_for(app):
+    project = tomllib.loads((app / "pyproject.toml").read_text())
+    flower = project["tool"]["flwr"]["app"]
+    assert project["project"]["name"] == "My-app-1"
+    assert project["project"]["license"] == {"file": "LICENSE"}
+    assert (app / "LICENSE").is_file()
+    extras = tomllib.loads((Path(fedlight.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["project"]["dependencies"] == [
+        f"fedlight[flower]=={fedlight.__version__}", *extras["optional-dependencies"]["flower"],
+    ]  # fmt: skip
+    assert flower["publisher"] == 'a "b"'
+    assert flower["config"] == {
+        "rounds": 7, "seed": 5, "min-results": 1, "timeout": 3600, "folder": "", "resume": "", "data": "experiment",
+    }  # fmt: skip
+    for side, component in flower["components"].items():
+        module, name = component.split(":")
+        code = (app / f"{module.replace('.', '/')}.py").read_text()
+        function = side.replace("app", "_app")
+        assert f"from fedlight.flower import {function}\n\n{name} = {function}(__file__)\n" in code
+    folder = module.split(".")[0]
+    assert {p.relative_to(app).as_posix() for p in app.rglob("*") if p.is_file()} == {
+        "pyproject.toml", "LICENSE",
+        *(f"{folder}/{name}" for name in ("__init__.py", "client_app.py", "server_app.py", "config.yaml")),
+    }  # fmt: skip
+
+
+def test_the_configuration_is_complete_and_is_read_again(app, capsys):
+    config = app / "fedlight_app" / "config.yaml"
+    found = yaml.safe_load(config.read_text())
+    assert (found["seed_everything"], found["trainer"]["max_rounds"], found["trainer"]["name"]) == (5, 7, "mine")
+    assert found["algorithm"]["class_path"].endswith(".FedProx")
+    assert found["algorithm"]["init_args"]["mu"] == 0.3
+    assert found["trainer"]["limit_val_batches"] is None
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config), "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == found
+
+
+def test_a_folder_that_holds_something_is_refused(app, capsys):
+    before = (app / "pyproject.toml").read_bytes()
+    assert deploy("flower", "-c", "quickstart", "-o", str(app)) == 2
+    assert f"{app} is there already" in capsys.readouterr().err
+    assert (app / "pyproject.toml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["flower", "-o", "app"], "deploy flower -c quickstart -o app"),
+        (["flwr", "-c", "quickstart", "-o", "app"], "no 'flwr'"),
+        (["flower", "-c", "quickstart", "-o", "app", "--trainer.max_round=3"], "did you mean 'trainer.max_rounds'"),
+        (["flower", "-c", "quickstart", "-o", "app", "--algorithm=FedProx", "--algorithm.mu=-1"], "mu"),
+        (["flower", "-c", "quickstart", "-o", "app", "--ckpt_path=last"], "resume"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(args, said, capsys):
+    assert deploy(*args) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("app").exists()
+
+
+def test_code_that_is_not_installed_travels_and_sites_are_told_what_to_allow(modules, capsys):
+    Path("helper.py").write_text("WIDTH = 10\n")
+    Path("unused.py").write_text("")
+    Path("mine").mkdir()
+    Path("mine/__init__.py").write_text("")
+    Path("mine/layers.py").write_text("from torch.nn import Linear as Head\n")
+    Path("mine/later.py").write_text("")
+    Path("mine/test_layers.py").write_text("")
+    Path("mine/net.py").write_text(NET)
+    model = ["--model=mine.net.Net", "--model.lr=0.2"]
+    Path("plain.yaml").write_text("data: {class_path: ImageData, init_args: {source: digits, num_clients: 4}}\n")
+    assert deploy("flower", "-c", "plain.yaml", *QUICK, *model, "-o", "app") == 0
+    assert 'allow="mine"' in capsys.readouterr().out
+    assert {p.relative_to("app").as_posix() for p in Path("app").rglob("*.py")} == {
+        "helper.py", "mine/__init__.py", "mine/layers.py", "mine/later.py", "mine/net.py",
+        *(f"fedlight_app/{name}.py" for name in ("__init__", "client_app", "server_app")),
+    }  # fmt: skip
+    Path("mine/net.py").rename("test_net.py")
+    assert deploy("flower", "-c", "plain.yaml", *QUICK, "--model=test_net.Net", "-o", "app2") == 2
+    assert "test_net.py would not travel" in capsys.readouterr().err
+    assert not Path("app2").exists()
