@@ -33,19 +33,11 @@ from fedlight.server.incoming import check_enough
 from fedlight.transforms.attack import attacks_by
 
 
-def preflight(
-    module: LightningModule,
-    fabric: Fabric,
-    datamodule: FederatedDataModule,
-    federation: Federation,
-    schedule: RoundSchedule,
-    transfer: Callable[[Any], Any],
-    whole_epochs: bool = True,
-) -> None:
-    """Refuse what would fail in the first round.
+def check_methods(module: LightningModule, fabric: Fabric, federation: Federation, schedule: RoundSchedule) -> None:
+    """Refuse methods, optimizer and clients that do not fit together; no data are looked at.
 
     Raises:
-        MisconfigurationException: naming the keys that do not fit together.
+        MisconfigurationException: naming the keys.
     """
     trainer: Any = module.trainer
     check_schedules(module, federation.sizes.tolist(), trainer)
@@ -55,11 +47,26 @@ def preflight(
     for tensor in trainer.scheduled:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
-    _check_client_data(module, datamodule, trainer)
-    labels = _extreme_labels(datamodule)
-    _check_labels(module, labels)
     _check_sizes(federation)
     _check_enough(trainer, federation)
+
+
+def check_data(
+    module: LightningModule,
+    fabric: Fabric,
+    datamodule: FederatedDataModule,
+    federation: Federation,
+    transfer: Callable[[Any], Any],
+    whole_epochs: bool = True,
+) -> None:
+    """Refuse data that model and settings cannot be trained with.
+
+    Raises:
+        MisconfigurationException: naming the keys that do not fit together.
+    """
+    _check_client_data(module, datamodule, module.trainer)
+    labels = _extreme_labels(datamodule)
+    _check_labels(module, labels)
     _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
     attempt = partial(_attempt, module, fabric, transfer)

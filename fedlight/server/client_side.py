@@ -3,93 +3,30 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm
 from fedlight.data.arrays import in_memory
-from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import ClientTask, named
 from fedlight.local import ClientResult
-from fedlight.personal.base import OwnTraining, Personalization
-from fedlight.personal.split import Split
-from fedlight.perturbations.base import Perturbation, State
+from fedlight.personal.base import OwnTraining
+from fedlight.perturbations.base import State
 from fedlight.seeding import generator
-from fedlight.server.clients import ClientStore
+from fedlight.server.client_states import NOTHING, ClientStates
+from fedlight.server.client_states import BufferPolicy as BufferPolicy
 from fedlight.server.senders import Reply
-from fedlight.server.state import ServerState, num_bytes
 from fedlight.transforms.attack import attacks_by, chain_of
-from fedlight.transforms.base import Transform, check_messages, send
+from fedlight.transforms.base import Packed, check_messages, pack, unpack
 
 Receive = Callable[[ClientResult], None]
 Training = tuple[Receive, Iterator[ClientTask]]
-BufferPolicy = Literal["average", "local", "reset"]
-_NOTHING: tuple[State, State, int] = {}, {}, 0
 
 
-class ClientSide:
-    """Makes tasks of what clients receive, and messages of what they have trained.
-
-    Args:
-        algorithm: how clients are corrected; set up.
-        perturbation: where gradients are taken, or None; set up.
-        personal: what clients have for themselves; set up.
-        split: which part of the model they share: all that the algorithm sees.
-        datamodule: the clients' data.
-        store: the clients' rows.
-        buffer_policy: what happens to the module's buffers.
-        transforms: what a message goes through before it is sent.
-        seed: of the transforms' random draws.
-        sizes: samples of every client, ``[N]``.
-
-    Attributes:
-        initial_buffers: the buffers before the first round.
-        initial: the personal entries before the first round, ``[P_own]``.
-        read: whether datasets are read into memory, for an engine that takes no others.
-        compared: names of the models that penalties compare the clients' with.
-        losses: of the models that clients start from in this round, if the algorithm needs them.
-    """
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        perturbation: Perturbation | None,
-        personal: Personalization,
-        split: Split,
-        datamodule: FederatedDataModule,
-        store: ClientStore,
-        buffer_policy: BufferPolicy,
-        transforms: Sequence[Transform],
-        seed: int,
-        sizes: Tensor,
-    ) -> None:
-        self._algorithm, self._perturbation = algorithm, perturbation
-        self._personal, self._split = personal, split
-        self._data, self._store, self._policy = datamodule, store, buffer_policy
-        self._transforms, self._seed = transforms, seed
-        self._sizes = sizes.numpy()  # reads one entry in a fraction of the time
-        self._mean_size = float(sizes.double().mean())
-        self.initial_buffers: State = {}
-        self.initial: Tensor
-        self.read = False
-        counts = datamodule.partition_counts()
-        for attack in attacks_by(transforms):
-            attack.setup(len(sizes), seed, None if counts is None else counts.shape[1])
-        self.compared: Sequence[str] = ()
-        self.losses: dict[int, float] | None = None
-
-    def begin(self, server: ServerState) -> State:
-        """Begin a round, or an evaluation: what every client receives of this server, besides its buffers."""
-        beside = {} if self._perturbation is None else self._perturbation.broadcast(server.perturbation)
-        self._server, self._received = server, {**self._algorithm.broadcast(server.algorithm), **beside}
-        self._held: list[ClientResult] = []
-        self._apart: dict[int, OwnTraining] = {}
-        self._trained: dict[int, tuple[State, State, int]] = {}
-        return self._received
+class ClientSide(ClientStates):
+    """Makes tasks of what clients receive, and messages of what they have trained."""
 
     def trainings(self, clients: Sequence[int], lrs: tuple[float, ...] | None, receive: Receive) -> Iterator[Training]:
         """What clients do in this round, one training after the other, each with what takes its results.
@@ -118,19 +55,6 @@ class ClientSide:
     def adapted(self, result: ClientResult) -> State:
         """Model and buffers of a client that has done so."""
         return {"": self._personal.adapted(self._model(result.client), result), **result.buffers}
-
-    def personal_model(self, client: int, server: Tensor) -> State:
-        """A client's own model, under the name "", and its buffers, where the server's model is this one ``[P]``."""
-        own = self.own(client)
-        model = self._personal.model(self._split.model(self._split.shared(server), self._part(client)), own)
-        return {"": model, **self._buffers(client), **self._personal.held(own)}
-
-    def _model(self, client: int) -> Tensor:
-        """What a client has received, with its own entries, ``[P]``."""
-        return self._split.model(self._received["params"], self._part(client))
-
-    def _size(self, client: int) -> int:
-        return int(self._sizes[client]) if client < len(self._sizes) else self._data.client_size(client)
 
     def _task_apart(self, client: int, own: OwnTraining, lrs: tuple[float, ...] | None, stage: str) -> ClientTask:
         task, start = self.task(client, lrs), own.objective.start
@@ -165,7 +89,7 @@ class ClientSide:
 
     def task(self, client: int, lrs: tuple[float, ...] | None, honest: bool = False) -> ClientTask:
         """What a client has to do in this round; ``honest`` if there were no attack."""
-        weight = float(self._size(client)) / self._mean_size
+        weight = float(self._size(client)) / self.mean_size
         kept = self._own(client)
         objective = self._algorithm.objective(self._received, kept, weight)
         if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
@@ -194,13 +118,14 @@ class ClientSide:
         client, rows, beside, whole = result.client, dict[str, State](), State(), result
         result = self._split.result(whole if self.losses is None else replace(whole, loss=self.losses[client]))
         rows["algorithm"], message = self._algorithm.client_update(self._received, self._own(client), result)
-        crossed = num_bytes(message)
+        packed = Packed(message)
         if self._transforms:
             rng = generator(self._seed, "transform", self._server.round, client)
             kept = self._store.get(client, "transforms") or {}
             with named(self._server.round, client):
                 chain = chain_of(self._transforms, client)
-                message, crossed, rows["transforms"] = send(chain, self._received, message, kept, rng)
+                packed, rows["transforms"] = pack(chain, self._received, message, kept, rng)
+                message = unpack(chain, self._received, packed)
         if self._perturbation is not None:
             own = self._own_perturbation(client)
             rows["perturbation"], beside = self._perturbation.client_update(own, whole.perturbation, whole.start)
@@ -208,8 +133,8 @@ class ClientSide:
         rows["buffers"] = {k: v for k, v in result.buffers.items() if self.is_local(k)}
         rows["personal"] = self._personal.client_update(self.own(client), whole)
         part = self._personal.part(rows["personal"], self.initial)
-        steps = self._trained.get(client, _NOTHING)[2]
-        return Reply(message, beside, rows, crossed + num_bytes(beside), steps, part)
+        steps = self._trained.get(client, NOTHING)[2]
+        return Reply(message, beside, rows, steps, part, packed)
 
     def holds(self, result: ClientResult) -> bool:
         """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
@@ -244,68 +169,20 @@ class ClientSide:
             )
         for attack in attacks_by(self._transforms):
             self.task(min(attack.attackers), None)
-        if not self._transforms:
-            return
+        if self._transforms:
+            check_messages(self._transforms, name, self._received, *self.example_message())
+
+    def example_message(self) -> tuple[State, State]:
+        """What any client will send of algorithm and perturbation, but for the values."""
         params = self._server.algorithm["params"]
         own = self._algorithm.init_client(params)
         start = self._algorithm.objective(self._received, own, 1.0).start
         optimizer = dict.fromkeys(self._algorithm.optimizer_state, torch.zeros_like(start))
         result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
         _, sent = self._algorithm.client_update(self._received, own, result)
-        beside: State = {}
-        if self._perturbation is not None:
-            own |= self._perturbation.init_client(params)
-            _, beside = self._perturbation.client_update(
-                own, self._perturbation.begin(self._received, own, start), start
-            )
-        check_messages(self._transforms, name, self._received, sent, beside)
-
-    @property
-    def buffer_bytes(self) -> int:
-        """What buffers add to a message in either direction."""
-        if self._policy != "average":
-            return 0
-        return num_bytes({k: v for k, v in self._server.buffers.items() if not self.is_local(k)})
-
-    def is_local(self, buffer: str) -> bool:
-        """Whether a buffer stays with each client."""
-        return self._policy == "local" or buffer in self._personal.buffers
-
-    def own(self, client: int) -> State:
-        """What a client has for itself."""
-        if client in self._trained:
-            return self._trained[client][0]
-        state = self._store.get(client, "personal")
-        return self._personal.init_client(self._first) if state is None else state
-
-    @property
-    def _first(self) -> Tensor:
-        """The server's model with the personal entries that a client begins with, ``[P]``."""
-        return self._split.model(self._server.algorithm["params"], self.initial)
-
-    def _part(self, client: int) -> Tensor:
-        return self._personal.part(self.own(client), self.initial)
-
-    def _own(self, client: int) -> State:
-        state = self._store.get(client, "algorithm")
-        return self._algorithm.init_client(self._server.algorithm["params"]) if state is None else state
-
-    def _own_perturbation(self, client: int) -> State:
-        assert self._perturbation is not None
-        state = self._store.get(client, "perturbation")
-        return self._perturbation.init_client(self._first) if state is None else state
-
-    def _begin_perturbation(self, client: int, start: Tensor) -> State:
-        """Its state at the start of a training; it sees the whole model, and of the server's 0 at personal entries."""
         if self._perturbation is None:
-            return {}
-        received = {**self._split.padded(self._received), "params": self._model(client)}
-        own = {**self._split.padded(self._own(client)), **self._own_perturbation(client)}
-        return self._perturbation.begin(received, own, start)
-
-    def _buffers(self, client: int) -> State:
-        local = (self._store.get(client, "buffers") or {}) | self._trained.get(client, _NOTHING)[1]
-        if self._policy == "average":
-            initial = {k: v for k, v in self.initial_buffers.items() if self.is_local(k)}
-            return {**self._server.buffers, **initial, **local}
-        return {**self.initial_buffers, **local}
+            return sent, {}
+        whole = self._split.model(start, self.initial)
+        begun = self._begin_perturbation(-1, whole)
+        beside = self._perturbation.client_update(self._own_perturbation(-1), begun, whole)[1]
+        return sent, self._split.restricted(beside)

@@ -22,7 +22,7 @@ from fedlight.server.aggregators import Aggregator, in_place_of_sums
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
 from fedlight.server.client_side import ClientSide
 from fedlight.server.clients import reweighed
-from fedlight.server.incoming import Entry, Incoming, Report, check_enough, round_metrics
+from fedlight.server.incoming import Entry, Incoming, Report, check_enough, round_costs, round_metrics
 from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
@@ -55,6 +55,7 @@ class Federation:
 
     privacy: Privacy | None = None  # bounds what is summed, and adds noise to it
     aggregator: Aggregator | None = None  # takes the place of the mean
+    client_side: type[ClientSide] = ClientSide  # what clients do, here or elsewhere
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Federation:
         if perturbation is not None:
             perturbation.setup(layout)
         parts = algorithm, perturbation, personal, self.split, datamodule, self.store, buffer_policy
-        self.clients = ClientSide(*parts, transforms, seed, self.sizes)
+        self.clients = self.client_side(*parts, transforms, seed, self.sizes)
         weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
         self._total_weight = math.fsum(weights)
         self._shares = torch.tensor(weights, dtype=torch.float64) / self._total_weight
@@ -196,8 +197,8 @@ class Federation:
         if not self.privacy:
             check_enough(len(used), self.algorithm, self.aggregator, f"round {old.round + 1} has {{}} that can be used")
         total = incoming.sums.totals()
-        sizes = (math.fsum(report.weight for report in used), len(used))
-        sizes = 2 * (self.privacy.clients,) if self.privacy else sizes  # which does not depend on who was there
+        # With privacy what sums are divided by does not depend on who was there.
+        sizes = 2 * (self.privacy.clients,) if self.privacy else (math.fsum(r.weight for r in used), len(used))
         total["weight"], total["clients"] = total["update"].new_tensor(sizes).unbind()
         metrics = round_metrics(incoming.reports, None if self.privacy else mean_update(total))
         kept = list(incoming.kept.values())
@@ -213,11 +214,18 @@ class Federation:
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
         if self.privacy:
             metrics |= self.privacy.finish(old.round + 1, total)
-        metrics |= self._costs(incoming.reports)
-        views, latest, personal = self.algorithm.evaluated(algorithm, self._received, total), {}, old.personal
-        dtype = old.algorithm["params"].dtype
+        down = num_bytes(self._received) + self.clients.buffer_bytes
+        metrics |= round_costs(
+            incoming.reports, down, twice=bool(self.perturbation and self.perturbation.needs_gradient)
+        )
+        views, latest, dtype = (
+            self.algorithm.evaluated(algorithm, self._received, total),
+            {},
+            old.algorithm["params"].dtype,
+        )
+        personal = dict(old.personal)
         if "personal" in total:
-            personal = {**personal, "mean": (total["personal"] / total["weight"]).to(dtype)}
+            personal["mean"] = (total["personal"] / total["weight"]).to(dtype)
         views = {view: self.split.model(params.to(dtype), personal["mean"]) for view, params in views.items()}
         if torch.equal(views["server"], views["selected"]):
             views["selected"] = views["server"]  # one vector, one evaluation
@@ -241,15 +249,6 @@ class Federation:
         )
         return metrics
 
-    def _costs(self, reports: Sequence[Report]) -> dict[str, float]:
-        """What a round has cost: megabytes in either direction, and gradients."""
-        passes = 1 if self.perturbation is None or not self.perturbation.needs_gradient else 2
-        return {
-            "comm/down_mb": len(reports) * (num_bytes(self._received) + self.clients.buffer_bytes) / 1e6,
-            "comm/up_mb": sum(report.up_bytes for report in reports) / 1e6,
-            "clients/gradients": passes * sum(report.num_steps + report.steps_apart for report in reports),
-        }
-
     @property
     def spent(self) -> bool:
         """Whether another round would exceed the privacy budget."""
@@ -257,8 +256,8 @@ class Federation:
 
     def num_bytes(self) -> int:
         """Size of what a checkpoint holds at least."""
-        tensors = {id(v): v for part in vars(self.state).values() if isinstance(part, dict) for v in part.values()}
-        return num_bytes(tensors)
+        parts = (part for part in vars(self.state).values() if isinstance(part, dict))
+        return num_bytes({id(v): v for part in parts for v in part.values()})
 
     def state_dict(self) -> dict[str, Any]:
         """Server state and client rows, in plain tensors and Python values."""

@@ -215,6 +215,21 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
     return {**_reduced(used), **figures}
 
 
+def round_costs(reports: Sequence[Report], down_bytes: int, twice: bool) -> dict[str, float]:
+    """What a round has cost: megabytes in either direction, and gradients.
+
+    Args:
+        reports: of every client of the round.
+        down_bytes: what each of them received.
+        twice: whether a step takes two gradients.
+    """
+    return {
+        "comm/down_mb": len(reports) * down_bytes / 1e6,
+        "comm/up_mb": sum(report.up_bytes for report in reports) / 1e6,
+        "clients/gradients": (1 + twice) * sum(report.num_steps + report.steps_apart for report in reports),
+    }
+
+
 def check_enough(clients: int, algorithm: Algorithm, aggregator: Aggregator | None, found: str) -> None:
     """Refuse a round with fewer clients than algorithm or aggregator need."""
     for key, part in (("algorithm", algorithm), ("trainer.aggregator", aggregator)):

@@ -1,6 +1,6 @@
 """What a client answers in a round, and what the server knows of it besides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,19 @@ class Sender:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A client's message as it crosses.
+
+    Attributes:
+        tensors: by name; of a vector that a chain has changed, what it handed on and what lies beside that.
+        lengths: of such vectors, the entries that each link was handed.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Reply:
     """What a client answers in a round.
 
@@ -32,14 +45,19 @@ class Reply:
         message: what the algorithm sends, as the server receives it.
         beside: what the perturbation sends.
         rows: the client's own state after the round, by part; it counts only if the server uses the message.
-        num_bytes: size of what crosses.
         steps_apart: steps that the client took for itself.
-        part: the client's personal entries, which do not, ``[P_own]``.
+        part: the client's personal entries, which do not cross, ``[P_own]``.
+        packed: the algorithm's message as it crosses.
     """
 
     message: dict[str, Tensor]
     beside: dict[str, Tensor]
     rows: dict[str, dict[str, Tensor]]
-    num_bytes: int
     steps_apart: int
     part: Tensor
+    packed: Packed
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of what crosses."""
+        return sum(v.nbytes for tensors in (self.packed.tensors, self.beside) for v in tensors.values())

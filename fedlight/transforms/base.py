@@ -8,7 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.perturbations.base import State
-from fedlight.server.state import num_bytes
+from fedlight.server.senders import Packed as Packed
 
 
 class Transform:
@@ -100,7 +100,8 @@ def check_messages(
             )
     for name, value in sent.items():
         try:
-            send(transforms, received, {name: value}, {}, torch.Generator())
+            packed, _ = pack(transforms, received, {name: value}, {}, torch.Generator())
+            unpack(transforms, received, packed)
         except Exception as error:
             raise MisconfigurationException(
                 f"trainer.transforms: {[type(t).__name__ for t in transforms]} cannot take {name} of {who}, which is"
@@ -108,10 +109,10 @@ def check_messages(
             ) from error
 
 
-def send(
+def pack(
     transforms: Sequence[Transform], received: State, message: State, own: Mapping[str, Tensor], rng: torch.Generator
-) -> tuple[State, int, State]:
-    """Send a client's message.
+) -> tuple[Packed, State]:
+    """On the client: a message as it crosses, and what the client keeps.
 
     Args:
         transforms: the chain.
@@ -119,39 +120,38 @@ def send(
         message: what it would send, with the ``params`` that it ended with.
         own: what the client keeps for the chain.
         rng: where random numbers come from.
-
-    Returns:
-        The message as the server receives it, the bytes that crossed, and what the client keeps.
     """
-    arrived, crossed, kept = dict(message), 0, dict[str, Tensor]()
+    packed, kept = Packed({}), State()
     for name in sorted(message):
-        start = received["params"] if name == "params" else None
-        vector = message[name] if start is None else message[name] - start
-        state = {k.removeprefix(f"{name}/"): v for k, v in own.items() if k.startswith(f"{name}/")}
-        sent, size, state = _through(transforms, vector, state, rng)
-        if sent.shape != vector.shape:
-            raise ValueError(f"{name}, {list(vector.shape)}, arrives as {list(sent.shape)}")
-        crossed += size
-        kept |= {f"{name}/{k}": v for k, v in state.items()}
-        if sent is not vector:
-            arrived[name] = sent if start is None else start + sent
-    return arrived, crossed, kept
+        vector = message[name] - received["params"] if name == "params" else message[name]
+        sent, tensors, lengths = vector, State(), []
+        for position, transform in enumerate(transforms):
+            key = f"{name}/{position}/"
+            lengths.append(sent.numel())
+            state = {k.removeprefix(key): v for k, v in own.items() if k.startswith(key)}
+            sent, beside, state = transform.encode(sent, state or transform.init_client(sent), rng)
+            kept |= {key + k: v for k, v in state.items()}
+            tensors |= {key + k: v for k, v in beside.items()}
+        if sent is vector and not tensors:
+            packed.tensors[name] = message[name]
+        else:
+            packed.tensors.update({**tensors, name: sent})
+            packed.lengths[name] = lengths
+    return packed, kept
 
 
-def _through(
-    transforms: Sequence[Transform], vector: Tensor, own: Mapping[str, Tensor], rng: torch.Generator
-) -> tuple[Tensor, int, State]:
-    """What arrives of a vector ``[n]`` (itself where no link changed it), the bytes, and what the client keeps."""
-    sent, crossed, kept, steps = vector, 0, dict[str, Tensor](), []
-    for position, transform in enumerate(transforms):
-        prefix = f"{position}/"
-        state = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
-        length = sent.numel()
-        sent, beside, state = transform.encode(sent, state or transform.init_client(sent), rng)
-        kept |= {prefix + k: v for k, v in state.items()}
-        crossed += num_bytes(beside)
-        steps.append((transform, beside, length))
-    crossed += num_bytes({"": sent})
-    for transform, beside, length in reversed(steps):
-        sent = transform.decode(sent, beside, length)
-    return sent, crossed, kept
+def unpack(transforms: Sequence[Transform], received: State, packed: Packed) -> State:
+    """On the server: the message that crossed so."""
+    message, beside = State(), State()
+    for name, value in packed.tensors.items():
+        (beside if any(name.startswith(f"{changed}/") for changed in packed.lengths) else message)[name] = value
+    for name, lengths in packed.lengths.items():
+        for position, transform in reversed(list(enumerate(transforms))):
+            key = f"{name}/{position}/"
+            own = {k.removeprefix(key): v for k, v in beside.items() if k.startswith(key)}
+            message[name] = transform.decode(message[name], own, lengths[position])
+        if (found := list(message[name].shape)) not in ([lengths[0]], [] if lengths[0] == 1 else None):
+            raise ValueError(f"{name}, {[lengths[0]]}, arrives as {found}")
+        if name == "params":
+            message[name] = received["params"] + message[name]
+    return message

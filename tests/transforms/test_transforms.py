@@ -9,8 +9,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight import algorithms
 from fedlight.algorithms import SCAFFOLD, FedAvg, FedDC, FedDyn, FedSMOO
 from fedlight.run.loggers import read_metrics
-from fedlight.transforms import ClipUpdate, Quantize, TopK, Transform
-from fedlight.transforms.base import check_chain, send
+from fedlight.server.state import num_bytes
+from fedlight.transforms import ClipUpdate, Quantize, TopK, Transform, base
+from fedlight.transforms.base import check_chain
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 
 # What the perturbation of FedSMOO sends is no update; that is refused, see below. Others need classes, or an optimizer.
@@ -25,8 +26,9 @@ def vector(*numbers):
 def sent(transforms, update, own=None, seed=0):
     """An update after a chain, the bytes that crossed, and what the client keeps."""
     zero, rng = torch.zeros_like(update), torch.Generator().manual_seed(seed)
-    message, size, kept = send(transforms, {"params": zero}, {"params": update}, own or {}, rng)
-    return message["params"], size, kept
+    packed, kept = base.pack(transforms, {"params": zero}, {"params": update}, own or {}, rng)
+    message = base.unpack(transforms, {"params": zero}, packed)
+    return message["params"], num_bytes(packed.tensors), kept
 
 
 def test_a_long_update_is_shortened_and_a_short_one_is_not():
