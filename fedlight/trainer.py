@@ -98,6 +98,8 @@ class FederatedTrainer(Commands):
         trainer.fit(MyLightningModule(), ImageData("digits", num_clients=20))
     """
 
+    session_class: type[Session] = Session
+
     def __init__(
         self,
         algorithm: Algorithm | None = None,
@@ -168,7 +170,7 @@ class FederatedTrainer(Commands):
             FloatingPointError: if the updates of all clients of a round are not finite.
         """
         self.config = config_yaml(self, model, datamodule)
-        with Session(self, model, datamodule, "fit", ckpt_path) as self._session:
+        with self.session_class(self, model, datamodule, "fit", ckpt_path) as self._session:
             self._session.start_fit()
             self.should_stop = self.should_stop or self._session.federation.spent
             while self.current_round < self.max_rounds and not self.should_stop:

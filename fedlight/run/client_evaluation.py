@@ -10,14 +10,15 @@ from fedlight.run.context import RunContext
 from fedlight.run.evaluation import client_names
 
 
-def evaluate_clients(run: RunContext) -> dict[int, dict[str, float]]:
-    """What validation logs on each client's own data, by client.
+def evaluate_clients(run: RunContext, clients: Sequence[int] | None = None) -> dict[int, dict[str, float]]:
+    """What validation logs on each client's own data, by client; of all by default.
 
     The server's model, which the module holds, gives what is logged its own names. With the client's own model
     ``val/accuracy`` is ``personal_accuracy``, and ``new_accuracy`` for a client that never trains.
     """
     count, limit = run.federation.num_clients, run.settings["limit_val_batches"]
-    found = run.evaluator.client_metrics(range(count + len(run.datamodule.new_clients)), limit)
+    clients = range(count + len(run.datamodule.new_clients)) if clients is None else clients
+    found = run.evaluator.client_metrics(clients, limit)
     names = client_names(dict.fromkeys(name for metrics in found.values() for name in metrics))
     own = {client: metrics for client, metrics in found.items() if client >= count}
     if type(run.trainer.personal) is not Personalization:

@@ -148,7 +148,12 @@ class Views:
             every = 1 if count <= 200 else rounds + 1
         if rounds % every and not self.is_last:
             return {}
-        self.load("server")
-        self.clients = evaluate_clients(run)
-        self.load("server")
+        self.clients = self.on_clients()
         return {**over_clients(self.clients)}
+
+    def on_clients(self) -> dict[int, dict[str, float]]:
+        """What validation logs on each client's own data, by client."""
+        self.load("server")
+        found = evaluate_clients(self._run)
+        self.load("server")
+        return found

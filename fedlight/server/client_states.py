@@ -72,24 +72,28 @@ class ClientStates:
         self.compared: Sequence[str] = ()
         self.losses: dict[int, float] | None = None
 
-    def begin(self, server: ServerState, received: State | None = None) -> State:
-        """Begin a round, or an evaluation: what every client receives of this server, besides its buffers.
-
-        Where it has been ``received`` already, no more than the model is known of the server.
-        """
-        if received is None:
-            beside = {} if self._perturbation is None else self._perturbation.broadcast(server.perturbation)
-            received = {**self._algorithm.broadcast(server.algorithm), **beside}
-        self._server, self._received = server, received
+    def begin(self, server: ServerState) -> State:
+        """Begin a round, or an evaluation: what every client receives of this server, besides its buffers."""
+        self._server, self._received = server, self.broadcast(server)
         self._held: list[ClientResult] = []
         self._apart: dict[int, OwnTraining] = {}
         self._trained: dict[int, tuple[State, State, int]] = {}
         return self._received
 
+    def broadcast(self, server: ServerState) -> State:
+        """What algorithm and perturbation send to every client."""
+        beside = {} if self._perturbation is None else self._perturbation.broadcast(server.perturbation)
+        return {**self._algorithm.broadcast(server.algorithm), **beside}
+
+    @property
+    def sends_buffers(self) -> bool:
+        """Whether buffers cross, but for those of personal parts."""
+        return self._policy == "average"
+
     @property
     def buffer_bytes(self) -> int:
         """What buffers add to a message in either direction."""
-        if self._policy != "average":
+        if not self.sends_buffers:
             return 0
         return num_bytes({k: v for k, v in self._server.buffers.items() if not self.is_local(k)})
 

@@ -1,0 +1,229 @@
+"""What a site does with a message: it trains, or evaluates, and answers. Its process may be a new one each time."""
+
+import platform
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from fedlight.callbacks._rounds import RoundCallback
+from fedlight.flower.config import build, check_allowed
+from fedlight.flower.data import OwnData
+from fedlight.flower.messages import Parcel, part
+from fedlight.flower.state import SiteState
+from fedlight.local import ClientResult
+from fedlight.penalties.numbers import follow
+from fedlight.perturbations.base import State
+from fedlight.run.client_evaluation import evaluate_clients
+from fedlight.run.context import RunContext
+from fedlight.run.preflight import check_data, check_methods
+from fedlight.run.processors import choose_threads
+from fedlight.run.session import Session
+from fedlight.run.setup import use_threads
+from fedlight.run.snapshot import package_version
+from fedlight.server.client_side import ClientSide
+from fedlight.server.federation import Federation
+from fedlight.server.senders import Reply
+from fedlight.server.state import ServerState
+from fedlight.trainer import FederatedTrainer
+
+
+class _AtSite(ClientSide):
+    received: State | None = None
+
+    def broadcast(self, server: ServerState) -> State:
+        """What the message brought."""
+        return super().broadcast(server) if self.received is None else self.received
+
+
+class _SiteFederation(Federation):
+    client_side = _AtSite
+
+
+class SiteTrainer(FederatedTrainer):
+    """A trainer for what one message asks for; of the callbacks those that act on rounds have no part in it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.callbacks = [c for c in self.callbacks if not isinstance(c, RoundCallback)]
+
+
+def clients_of(node: Mapping[str, Any]) -> list[int]:
+    """The clients that live at a node, by its ``partition-ids`` or ``partition-id``.
+
+    Raises:
+        MisconfigurationException: if there are none.
+    """
+    given = str(node.get("partition-ids", node.get("partition-id", ""))).replace(",", " ").split()
+    if not given or not all(number.isdecimal() for number in given) or len({*given}) < len(given):
+        raise MisconfigurationException(
+            f"node-config: partition-ids={' '.join(given)!r} must be the clients that live here, as '0 3'."
+        )
+    return [int(number) for number in given]
+
+
+def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
+    """Do what a message asks for.
+
+    Args:
+        job: the message.
+        config: the app's ``config.yaml``.
+        node: the node-config.
+
+    Returns:
+        The answer; of kind ``refused`` with the reason where there is none.
+    """
+    started = time.perf_counter()
+    try:
+        check_allowed(yaml.safe_load(config.read_text()), str(node.get("allow", "")))
+        cli = build(config, SiteTrainer, {**job.info.get("options", {}), **node}, site=True)
+        data, mine = cli.datamodule, clients_of(node)
+        if node.get("source") or node.get("own-data"):
+            if len(mine) > 1:
+                raise MisconfigurationException("node-config: a site with its own data is one client (partition-id).")
+            data = OwnData(data, mine[0], job.info["num_clients"] or mine[0] + 1)
+        session = SiteSession(cli.trainer, cli.model, data, "fit", None)
+        session.node = node
+        with session:
+            found: Parcel = getattr(session, f"on_{job.kind}")(job, mine)
+    except (MisconfigurationException, ValueError, TypeError, OSError, FloatingPointError) as error:
+        return Parcel("refused", {"why": f"{type(error).__name__}: {error}"})
+    found.info["seconds"] = time.perf_counter() - started
+    return found
+
+
+def facts(run: RunContext) -> dict[str, Any]:
+    """What server and sites must have in common: versions, the order of parameters, and what nobody sends."""
+    layout, module = run.layout, run.module
+    sent = {info.name for info, own in zip(layout.parameters, _personal(run), strict=True) if not own}
+    buffers = dict(module.named_buffers())
+    if run.federation.clients.sends_buffers:
+        sent |= {name for name in buffers if not run.federation.clients.is_local(name)}
+    held = {k: v for k, v in {**dict(module.named_parameters()), **buffers}.items() if k not in sent}
+    return {
+        "fedlight": package_version(),
+        "torch": torch.__version__.partition("+")[0],
+        "parameters": [[info.name, list(info.shape)] for info in layout.parameters],
+        "initial values of what is not sent": {name: _checksum(value) for name, value in sorted(held.items())},
+        "num_classes": getattr(module, "num_classes", None),
+    }
+
+
+def _personal(run: RunContext) -> list[bool]:
+    entries = run.trainer.personal.entries
+    return [bool(view.any()) for view in run.layout.views(entries).values()]
+
+
+def _checksum(value: Tensor) -> int:
+    return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class SiteSession(Session):
+    """One message at a site."""
+
+    federation_class = _SiteFederation
+    node: Mapping[str, Any]
+
+    def _open_folder(self) -> None:
+        return None
+
+    def on_query(self, job: Parcel, mine: list[int]) -> Parcel:
+        """Who lives here, with how many samples, and what the server has to have in common with us."""
+        if beyond := [client for client in mine if client >= self.federation.num_clients]:
+            raise MisconfigurationException(
+                f"node-config: there is no client {beyond[0]} among {self.federation.num_clients}, as `data` has them."
+            )
+        if not self.node.get("state"):
+            raise MisconfigurationException("node-config: `state` must be the folder that keeps the clients' state.")
+        check_methods(self.module, self.fabric, self.federation, self.schedule)
+        check_data(self.module, self.fabric, self.datamodule, self.federation, self.evaluator.transfer)
+        sizes = {client: self.datamodule.client_size(client) for client in mine}
+        own = self.datamodule.client_val_dataset(mine[0]) is not None
+        found = {"sizes": sizes, "num_clients": self.federation.num_clients, "facts": facts(self), "evaluates": own}
+        return Parcel("query", {**found, "batch_size": self.datamodule.batch_size, "host": platform.node()})
+
+    def _receive(self, job: Parcel, clients: list[int]) -> None:
+        """Be where the server is, with the clients' own state."""
+        info, side, device = job.info, self.federation.clients, self.fabric.device
+        received = {name: value.to(device) for name, value in job.part("received").items()}
+        server = {name: value.to(device) for name, value in job.part("server").items()}
+        buffers = {name: value.to(device) for name, value in job.part("buffers").items()}
+        state = self.federation.state
+        self.movers.join(sorted(buffers.keys() - state.buffers.keys()))
+        self.federation.state = ServerState(
+            round=info["round"],
+            algorithm={"params": server.get("params", received["params"])},
+            buffers={**state.buffers, **buffers},
+            views={"server": server.get("model", received["params"])},
+            personal=state.personal,
+            loss_scale=info["loss_scale"],
+        )
+        assert isinstance(side, _AtSite)
+        side.received, side.mean_size = received, info["mean_size"]
+        for group, lr in zip(self.schedule.optimizer.param_groups, info["lrs"] or (), strict=False):
+            group["lr"] = lr
+        follow(self.trainer.scheduled, info["round"], device)
+        for client in clients:
+            self.federation.store.put_row(client, self._kept(job, client).load(info["since"][str(client)]))
+        self.federation.begin()
+
+    def _kept(self, job: Parcel, client: int) -> SiteState:
+        return SiteState(Path(str(self.node["state"])), job.info["experiment"], client)
+
+    def _begin(self, job: Parcel) -> list[int]:
+        use_threads(choose_threads(self), self._cleanup)
+        self.start_training()
+        self.hooks("on_train_start")
+        clients: list[int] = job.info["clients"]
+        self._receive(job, clients)
+        return clients
+
+    def on_train(self, job: Parcel, mine: list[int]) -> Parcel:
+        """Train the clients that the message names, and keep their new state beside the old one."""
+        clients, side = self._begin(job), self.federation.clients
+        self.hooks("on_round_start")
+        self.views.find_losses(clients)
+        figures, tensors = dict[int, Any](), dict[str, Tensor]()
+
+        def receive(result: ClientResult) -> None:
+            reply = side.reply(result)
+            figures[result.client] = _figures(result, reply)
+            sent = side.sends_buffers
+            buffers = {k: v for k, v in result.buffers.items() if sent and not side.is_local(k)}
+            for name, values in (("message", reply.packed.tensors), ("beside", reply.beside), ("buffers", buffers)):
+                tensors.update(part(f"{result.client}/{name}", values))
+            before = {name: self.federation.store.get(result.client, name) for name in reply.rows}
+            row = {name: state or before[name] or {} for name, state in reply.rows.items()}
+            self._kept(job, result.client).save(job.info["round"], row, job.info["keep"][str(result.client)])
+
+        for take, tasks in side.trainings(clients, self.schedule.lrs, receive):
+            for result in self.engine.train(job.info["round"], tasks):
+                take(result)
+        return Parcel("train", {"clients": figures}, tensors)
+
+    def on_evaluate(self, job: Parcel, mine: list[int]) -> Parcel:
+        """Evaluate the model that the message brings, and the clients' own, on the clients' held-out data."""
+        clients = self._begin(job)
+        self.views.load("server")
+        found = evaluate_clients(self, clients)
+        sizes = {c: len(d) if (d := self.datamodule.client_val_dataset(c)) is not None else 0 for c in clients}  # type: ignore[arg-type]
+        return Parcel("evaluate", {"clients": found, "sizes": sizes})
+
+
+def _figures(result: ClientResult, reply: Reply) -> dict[str, Any]:
+    return {
+        "num_samples": result.num_samples,
+        "num_steps": result.num_steps,
+        "lr_sum": result.lr_sum,
+        "steps_apart": reply.steps_apart,
+        "lengths": reply.packed.lengths,
+        "loss_scale": None if result.loss_scale is None else float(result.loss_scale),
+        "metrics": {name: [float(v), float(w)] for name, (v, w) in result.metrics.items()},
+        "reductions": result.reductions,
+    }

@@ -1,0 +1,80 @@
+"""An app's configuration, where it is run: read, checked and changed as options say."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedlight.trainer import FederatedTrainer
+
+ALLOWED = ("fedlight", "torch", "torchvision", "torchmetrics", "lightning")
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_QUIET = {"logger": False, "enable_progress_bar": False, "enable_plots": False, "enable_checkpointing": False}
+
+
+def check_allowed(config: Any, allowed: str = "") -> None:
+    """Refuse a configuration that names classes or functions outside the packages that a site allows.
+
+    A class path is code: it is imported and called with what the configuration gives it.
+
+    Args:
+        config: the configuration, as YAML has it.
+        allowed: import paths that are allowed besides fedlight's, torch's and Lightning's.
+
+    Raises:
+        MisconfigurationException: naming what is refused.
+    """
+    known = (*ALLOWED, *allowed.split())
+    paths = {path for path in _paths(config) if not any(path == k or path.startswith(f"{k}.") for k in known)}
+    if paths:
+        raise MisconfigurationException(
+            f"config.yaml names {', '.join(sorted(paths))}, and this site allows {', '.join(known)} alone. If it is"
+            " yours to trust, start the node with `allow` in its node-config."
+        )
+
+
+def _paths(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, inside in value.items():
+            yield from _paths(inside, str(name))
+    elif isinstance(value, list):
+        for inside in value:
+            yield from _paths(inside, key)
+    elif isinstance(value, str) and (key == "class_path" or _PATH.fullmatch(value)):
+        yield value
+
+
+def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Any:
+    """Trainer, module and data of an app's configuration; see :class:`~fedlight.cli.command.FederatedCLI`.
+
+    Args:
+        config: ``config.yaml``.
+        trainer_class: the trainer.
+        options: the run's options, and the node's.
+        site: whether a site runs it, which writes nothing and shows nothing.
+    """
+    from fedlight.cli.command import FederatedCLI
+
+    class Parts(FederatedCLI):
+        def _run_subcommand(self, subcommand: str) -> None:
+            """Nothing is run yet."""
+
+    given: dict[str, Any] = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
+    if site:
+        given |= {f"trainer.{key}": value for key, value in _QUIET.items()}
+    if options.get("rounds"):
+        given["trainer.max_rounds"] = options["rounds"]
+    if int(options.get("seed", -1)) >= 0:
+        given["seed_everything"] = options["seed"]
+    if options.get("folder") and not site:
+        given["trainer.default_root_dir"] = options["folder"]
+    arguments = ["fit", "-c", str(config)]
+    if site and options.get("source"):
+        given |= {"data.init_args.source": options["source"], "data.init_args.num_clients": 1}
+    elif site and options.get("own-data"):
+        arguments.append(f"--data={options['own-data']}")
+    arguments += [f"--{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in given.items()]
+    return Parts(arguments, trainer_class=trainer_class)

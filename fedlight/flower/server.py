@@ -1,0 +1,239 @@
+"""The server of a federation of sites: :class:`FederatedTrainer`, with sites in the place of local training."""
+
+import json
+import math
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
+
+from fedlight.callbacks._rounds import RoundCallback
+from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.engines.base import Engine, LocalTraining
+from fedlight.flower.client import facts
+from fedlight.flower.config import build
+from fedlight.flower.data import RemoteData
+from fedlight.flower.messages import Transport, part
+from fedlight.flower.remote import RemoteClients
+from fedlight.flower.sites import Sites
+from fedlight.local import ClientResult
+from fedlight.personal.base import Personalization
+from fedlight.run.evaluation import Stage, over_clients
+from fedlight.run.experiment import differences
+from fedlight.run.preflight import check_methods
+from fedlight.run.session import Session
+from fedlight.run.views import Row, Views
+from fedlight.server.federation import Federation
+from fedlight.trainer import FederatedTrainer
+from fedlight.transforms.attack import attacks_by
+
+
+class _ServerFederation(Federation):
+    client_side = RemoteClients
+    clients: RemoteClients
+
+
+class SiteEngine(Engine):
+    """Lets the sites train."""
+
+    reason = "local training happens at the sites"
+
+    def __init__(self, session: "ServerSession") -> None:
+        self._session = session
+
+    def setup(self, training: LocalTraining) -> None:
+        """Nothing is trained here."""
+
+    def train(self, round: int, tasks: Iterable[Any]) -> Iterator[ClientResult]:
+        """Ask the sites of these clients, and hand out what each of them sends."""
+        session = self._session
+        side, sites, clients = session.federation.clients, session.trainer.sites, [int(c) for c in tasks]
+        sites.down_bytes = sites.up_bytes = 0
+        for parcel in sites.ask("train", clients, session.figures(), side.tensors(), session.stamps):
+            for client, figures in parcel.info["clients"].items():
+                try:
+                    result = side.result(int(client), figures, parcel, session.fabric.device)
+                except (ValueError, KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
+                    sites.missing[int(client)] = f"its message is refused, as {error}"
+                else:
+                    yield result
+        sites.name_missing(round + 1, len(clients), required=True)
+
+
+class SiteViews(Views):
+    """Evaluates the server's model here, if there are data for it, and at the sites."""
+
+    _run: "ServerSession"
+
+    def find_losses(self, clients: Sequence[int]) -> None:
+        """The sites do."""
+
+    def on_clients(self) -> dict[int, dict[str, float]]:
+        """What validation logs at the sites, by client."""
+        run, found = self._run, dict[int, dict[str, float]]()
+        sites, side, clients = run.trainer.sites, run.federation.clients, range(run.federation.num_clients)
+        side.begin(run.federation.state)
+        tensors, model = side.tensors(), run.federation.state.views["server"]
+        if type(run.trainer.personal) is Personalization:  # then nothing but the model is of interest
+            tensors = part("received", {"params": model}) | part("buffers", run.federation.state.buffers)
+        elif not torch.equal(model, tensors["received/params"]):
+            tensors |= part("server", {"model": model})
+        self.sizes: dict[int, int] = {}
+        for parcel in sites.ask("evaluate", clients, run.figures(), tensors, run.stamps):
+            found |= {int(client): metrics for client, metrics in parcel.info["clients"].items()}
+            self.sizes |= {int(client): size for client, size in parcel.info["sizes"].items()}
+        sites.name_missing(run.trainer.current_round)
+        return dict(sorted(found.items()))
+
+    def _evaluate(self, stage: Stage) -> Row:
+        if not isinstance(self._run.datamodule, RemoteData) or stage != "validation":
+            return super()._evaluate(stage)
+        self.clients, logged = self.on_clients(), dict[str, list[tuple[float, int]]]()
+        for client, metrics in self.clients.items():
+            for name, value in metrics.items():
+                if not name.startswith(("personal_", "new_")):
+                    logged.setdefault(name, []).append((value, self.sizes[client]))
+        self.logged = list(logged)
+        return {name: math.fsum(v * n for v, n in each) / sum(n for _, n in each) for name, each in logged.items()}
+
+    def _evaluate_clients(self) -> Row:
+        if isinstance(self._run.datamodule, RemoteData):  # they have been asked already
+            return {**over_clients(self.clients)}
+        return super()._evaluate_clients()
+
+
+class _Crossed(RoundCallback):
+    """Says what really crossed, and how many clients did not answer."""
+
+    def on_round_trained(self, trainer: Any, pl_module: Any) -> None:
+        self._missing = len(trainer.sites.missing)
+
+    def on_round_metrics(self, trainer: Any, pl_module: Any) -> dict[str, float]:
+        sites = trainer.sites
+        crossed = {"sites/down_mb": sites.down_bytes / 1e6, "sites/up_mb": sites.up_bytes / 1e6}
+        return {"sites/missing": float(self._missing), **crossed}
+
+
+class ServerSession(Session):
+    """A fit whose clients live at sites."""
+
+    federation_class, views_class = _ServerFederation, SiteViews
+    trainer: "ServerTrainer"
+    federation: _ServerFederation
+    _durable: dict[int, int]
+    _written: dict[int, int]
+
+    def check(self) -> None:
+        """Refuse what would fail, and sites that are not like the server."""
+        check_methods(self.module, self.fabric, self.federation, self.schedule)
+        mine, sites = json.loads(json.dumps(facts(self))), self.trainer.sites
+        for client, found in sorted(sites.found.items()):
+            n, here = found["sizes"][str(client)], int(self.federation.sizes[client])
+            other = differences({**mine, "samples": here}, {**found["facts"], "samples": n})
+            if other:
+                text = "; ".join(f"{key}: {there} there, {own} here" for key, (own, there) in other.items())
+                raise MisconfigurationException(f"client {client} on {found['host']} is not like the server: {text}")
+        self._durable, self._written, self.id = {}, {}, uuid.uuid4().hex
+        if self.folder is not None:
+            path = self.folder.path / "sites.json"
+            if path.exists():
+                self.id = json.loads(path.read_text())["id"]
+            hosts = {client: found["host"] for client, found in sorted(sites.found.items())}
+            self.folder.write_json(path.name, {"id": self.id, "hosts": hosts})
+
+    def make_engine(self) -> Engine:
+        """The sites."""
+        return SiteEngine(self)
+
+    def figures(self) -> dict[str, Any]:
+        """What every site is told of the round."""
+        state, side = self.federation.state, self.federation.clients
+        return {
+            "experiment": self.id,
+            "round": state.round,
+            "lrs": self.schedule.lrs,
+            "loss_scale": state.loss_scale,
+            "mean_size": side.mean_size,
+        }
+
+    def stamps(self, clients: list[int]) -> dict[str, Any]:
+        """Which of their states counts, by client, and which they must keep."""
+        since = {client: self.federation.clients.round_of(client) for client in clients}
+        keeps = self.folder is not None and any(isinstance(c, Checkpoint) for c in self.trainer.callbacks)
+        return {"since": since, "keep": {c: self._durable.get(c, -1) if keeps else r for c, r in since.items()}}
+
+    def save_checkpoint(self, path: Path, content: dict[str, Any], wait: bool = True) -> None:
+        """Write a snapshot. Only when another one is begun is it sure to be on disk."""
+        super().save_checkpoint(path, content, wait)
+        if path.stem == "last":
+            rounds = {client: self.federation.clients.round_of(client) for client in range(self.federation.num_clients)}
+            self._durable, self._written = self._written, rounds
+
+
+class ServerTrainer(FederatedTrainer):
+    """A trainer whose clients live at sites.
+
+    Attributes:
+        sites: the sites.
+    """
+
+    session_class = ServerSession
+    sites: Sites
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.callbacks.append(_Crossed())
+
+
+def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule) -> None:
+    """Refuse what only a simulation can do.
+
+    Raises:
+        MisconfigurationException: naming the key.
+    """
+    settings = trainer.settings
+    colluding = [type(attack).__name__ for attack in attacks_by(settings["transforms"]) if attack.colludes]
+    for key in (key for key in ("centralized", "fast_dev_run") if settings[key]):
+        raise MisconfigurationException(f"trainer.{key}=true has no clients at sites. Set it to false.")
+    if colluding:
+        raise MisconfigurationException(
+            f"trainer.transforms: attackers of {colluding[0]} know one another's updates, which sites do not. Leave it"
+            " to simulations."
+        )
+    if datamodule.held_out_clients:
+        raise MisconfigurationException(
+            "data.held_out_clients: clients that never train have no site. Set it to 0; new sites may come at any time."
+        )
+
+
+def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> ServerTrainer:
+    """Run the server of an app.
+
+    Args:
+        config: the app's ``config.yaml``.
+        options: the run's: ``rounds``, ``seed``, ``folder``, ``resume``, ``timeout``, ``wait``, ``min-results``;
+            ``data``, which is ``experiment`` where clients are parts of the configuration's data, and ``sites`` where
+            sites have their own, of so many ``clients``.
+        transport: the way to the sites.
+
+    Raises:
+        MisconfigurationException: for what cannot be honoured, before training.
+        ConnectionError: if too few sites answer.
+    """
+    cli = build(config, ServerTrainer, options, site=False)
+    trainer: ServerTrainer = cli.trainer
+    data: FederatedDataModule = cli.datamodule
+    check_deployable(trainer, data)
+    trainer.sites = Sites(transport, options)
+    trainer.sites.gather()
+    found = trainer.sites.found
+    if options.get("data") == "sites":
+        data = RemoteData([found[c]["sizes"][str(c)] for c in sorted(found)], found[0]["batch_size"])
+    rank_zero_info(f"sites: {len(set(trainer.sites.homes.values()))} nodes with {len(found)} clients.")
+    trainer.fit(cli.model, data, ckpt_path=options.get("resume") or None)
+    return trainer

@@ -1,0 +1,167 @@
+"""The same experiment at sites: what a simulation computes, bit for bit, and what happens when answers are lost."""
+
+import csv
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fedlight.cli.command import FederatedCLI
+from fedlight.flower.server import serve
+from fedlight.flower.sites import Sites
+from tests.flower.fake import FakeTransport, nodes
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+METHODS = {
+    "FedDyn": ["--algorithm=FedDyn"],
+    "SCAFFOLD+SAM": ["--algorithm=SCAFFOLD", "--perturbation=SAM"],
+    "FedSMOO": ["--algorithm=FedSMOO"],
+    "FedACG": ["--algorithm=FedACG"],
+    "FedVARP": ["--algorithm=FedVARP"],
+    "FedAdamW": ["--algorithm=FedAdamW", "--model.optimizer=AdamW"],
+    "QFedAvg": ["--algorithm=QFedAvg"],
+    "FedPer": ["--trainer.personal=head"],
+    "Ditto+FedACG": ["--algorithm=FedACG", "--trainer.personal=Ditto"],
+    "FineTune": ["--trainer.personal=FineTune"],
+    "TopK, Quantize": ["--trainer.transforms+=TopK", "--trainer.transforms+=Quantize"],
+    "Median": ["--trainer.aggregator=Median", "--trainer.transforms+=SignFlip"],
+    "FedDC": ["--algorithm=FedDC"],
+}
+
+
+def simulated(folder, *arguments, rounds=2):
+    """A simulation, and its configuration as an app's."""
+    given = [
+        *("fit", "-c", str(CONFIGS / "quickstart.yaml"), f"--trainer.default_root_dir={folder / 'simulated'}"),
+        *(f"--trainer.max_rounds={rounds}", "--data.num_clients=4", "--trainer.clients_per_round=3"),
+        *("--trainer.enable_progress_bar=false", "--trainer.enable_plots=false", "--trainer.devices=1"),
+        *("--model.init_args.net.init_args.hidden=[8]", *arguments),
+    ]
+    trainer = FederatedCLI(given).trainer
+    config = yaml.safe_load((trainer.run_dir / "config.yaml").read_text())
+    config.pop("ckpt_path", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return trainer
+
+
+def rows(trainer):
+    with (trainer.run_dir / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if not k.startswith(("time/", "sites/"))} for row in csv.DictReader(file)]
+
+
+def assert_same(trainer, other):
+    assert rows(trainer) == rows(other)
+    mine, theirs = trainer.federation.state, other.federation.state
+    for part in ("algorithm", "perturbation", "buffers", "views"):
+        assert getattr(mine, part).keys() == getattr(theirs, part).keys()
+        for name, value in getattr(mine, part).items():
+            assert torch.equal(value, getattr(theirs, part)[name]), (part, name)
+
+
+@pytest.mark.parametrize("method", [m if m == "FedDyn" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_sites_compute_what_a_simulation_computes(tmp_path, method):
+    simulation = simulated(tmp_path, *METHODS[method], "--trainer.client_val_every_n_rounds=2")
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["2 0", "1 3"]))
+    trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
+    if simulation.personal.entries.any():  # which never leave their site
+        assert rows(simulation)[-1].keys() == rows(trainer)[-1].keys()
+        own = [k for k in rows(trainer)[-1] if k.startswith("clients/personal_")]
+        assert own
+        assert [r[k] for r in rows(simulation) for k in own] == [r[k] for r in rows(trainer) for k in own]
+        shared = simulation.federation.state.algorithm["params"]
+        assert torch.equal(shared, trainer.federation.state.algorithm["params"])
+    else:
+        assert_same(simulation, trainer)
+    crossed = [v.nbytes for _, parcel in transport.asked for name, v in parcel.tensors.items()]
+    assert sum(crossed) > 0
+
+
+@pytest.mark.slow
+def test_lost_answers_and_killed_nodes_leave_a_sound_state(tmp_path):
+    """Σ c_i = N·c of SCAFFOLD, with answers lost at random, and nodes that are new ones from then on."""
+    simulated(tmp_path, "--algorithm=SCAFFOLD", "--algorithm.server_lr=1.0", rounds=1)
+    rng = random.Random(3)
+
+    def lose(node, parcel):
+        return "the answer was lost" if parcel.kind == "train" and rng.random() < 0.4 else None
+
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1", "2", "3"]), lose=lose)
+    transport.rng = rng
+    options = {"folder": str(tmp_path / "server"), "rounds": 6}
+    with pytest.warns(UserWarning, match="goes on without clients .*: the answer was lost"):
+        trainer = serve(tmp_path / "config.yaml", options, transport)
+    side, state = trainer.federation.clients, trainer.federation.state
+    total = torch.zeros_like(state.algorithm["control"], dtype=torch.float64)
+    for client in range(4):
+        (path,) = (tmp_path / f"site{client}").glob("*/client_*")
+        if (used := side.round_of(client)) >= 0:
+            total += torch.load(path / f"round_{used}.pt", weights_only=True)["algorithm"]["control"].double()
+    torch.testing.assert_close(total / 4, state.algorithm["control"].double(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_again_goes_on_with_the_same_bits(tmp_path):
+    simulation = simulated(tmp_path, "--algorithm=FedDyn", rounds=4)
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1", "2 3"]))
+    calls = 0
+
+    def stop(node, parcel):
+        nonlocal calls
+        calls += parcel.kind == "train" and parcel.info["round"] == 2
+        if calls == 2:
+            raise KeyboardInterrupt
+        return None
+
+    transport.lose = stop
+    options = {"folder": str(tmp_path / "server")}
+    with pytest.raises(KeyboardInterrupt):
+        serve(tmp_path / "config.yaml", options, transport)
+    transport.lose = lambda node, parcel: None
+    trainer = serve(tmp_path / "config.yaml", {**options, "resume": "last"}, transport)
+    assert_same(simulation, trainer)
+
+
+BAD = {
+    "another shape": (lambda p: {"0/message/params": torch.zeros(3)}, {}, "is torch.float32 \\[3\\], and not"),
+    "another type": (lambda p: {k: v.double() for k, v in p.tensors.items()}, {}, "is torch.float64"),
+    "another name": (lambda p: {"0/message/other": torch.zeros(3)}, {}, "it has \\['other', 'params'\\]"),
+    "other samples": (lambda p: {}, {"num_samples": 10**6}, "it counts 1000000 samples"),
+    "endless steps": (lambda p: {}, {"lr_sum": float("nan")}, "steps .*nan"),
+    "no figures": (lambda p: {}, {"lengths": None}, "its message is refused"),
+    "not finite": (lambda p: {k: v * float("nan") for k, v in p.tensors.items() if "0/" in k}, {}, "left out clients"),
+}
+
+
+class Spoiling(FakeTransport):
+    """Hands out all bad answers of client 0, one after the other, and notes what the server says of each."""
+
+    def exchange(self, parcels, timeout):
+        self.said = getattr(self, "said", [])
+        for node, parcel in super().exchange(parcels, timeout):
+            if parcel.kind != "train" or "0" not in parcel.info["clients"]:
+                yield node, parcel
+                continue
+            for tensors, figures, _ in BAD.values():
+                info = {**parcel.info, "clients": {"0": {**parcel.info["clients"]["0"], **figures}}}
+                yield node, replace(parcel, info=info, tensors={**parcel.tensors, **tensors(parcel)})
+                self.said.append(self.sites.missing.get(0, ""))
+
+
+def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path, monkeypatch):
+    simulated(tmp_path, "--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4", rounds=1)
+    transport = Spoiling(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1 2 3"]))
+    made = Sites.__init__
+    monkeypatch.setattr(Sites, "__init__", lambda self, t, o: (made(self, t, o), setattr(t, "sites", self))[0])
+    refused = pytest.warns(UserWarning, match="goes on without clients \\[0\\]: its message is refused")
+    with pytest.warns(UserWarning, match="left out clients \\[0\\]"), refused:
+        trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
+    for (_, _, match), said in zip(BAD.values(), transport.said, strict=True):
+        assert re.search(match, said) or match == "left out clients"
+    assert trainer.federation.clients.round_of(0) == -1
+    assert [trainer.federation.clients.round_of(client) for client in (1, 2, 3)] == [0, 0, 0]
+    assert torch.isfinite(trainer.federation.params).all()
