@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class GradientClip:
 
 def local_gradient(
     params: Tensor,
-    gradient: Callable[[Tensor, bool], Tensor],
+    gradient: Callable[[Tensor, int], Tensor],
     objective: LocalObjective,
     perturbation: Perturbation | None,
     state: State,
@@ -128,7 +129,7 @@ def local_gradient(
 
     Args:
         params: w, ``[P]``.
-        gradient: maps a point ``[P]`` and whether this is the step's first pass to ∇(loss + penalties) there, on the
+        gradient: maps a point ``[P]`` and the number of the step's pass, from 0, to ∇(loss + penalties) there, on the
             step's batch. Its result may be overwritten by its next call.
         objective: the correction that the algorithm asks for.
         perturbation: where the gradient is taken, or None for w itself.
@@ -138,13 +139,13 @@ def local_gradient(
     Returns:
         The gradient ``[P]`` and the perturbation's new state.
     """
-    point = objective.point(params)
-    if perturbation is None:
-        g = gradient(point, True)
-    else:
-        first = gradient(point, True) if perturbation.needs_gradient else None
-        epsilon, state = perturbation.epsilon(point, first if first is None else objective.moving(first), state)
-        g = gradient(point + objective.moving(epsilon), not perturbation.needs_gradient)
+    point, passes = objective.point(params), count()
+
+    def at(epsilon: Tensor | None) -> Tensor:
+        here = point if epsilon is None else point + objective.moving(epsilon)
+        return objective.moving(gradient(here, next(passes)))
+
+    g, state = (at(None), state) if perturbation is None else perturbation.gradient(point, at, state)
     g = objective.correct(g, params)
     return (g if clip is None else clip(g)), state
 

@@ -102,7 +102,7 @@ def is_slow(name):
     alike += ("personal/fedbabu.yaml", "personal/fedper.yaml", "personal/lg_fedavg.yaml")
     alike += ("data/femnist.yaml", "data/inaturalist.yaml", "data/camelyon17.yaml")
     alike += ("text/shakespeare.yaml", "text/spam.yaml")
-    alike += ("personal/ditto.yaml", "personal/local_only.yaml")
+    alike += tuple(f"personal/{n}.yaml" for n in ("ditto", "local_only", "pfedme", "per_fedavg"))
     return others or large or name in (*alike, "analysis/landscape.yaml", "logger/wandb.yaml")
 
 

@@ -17,8 +17,8 @@ def step(objective, perturbation=None, clip=None, state=None):
     """The gradient of one step, and the points and passes at which the loss gradient was taken."""
     seen = []
 
-    def gradient(point, first):
-        seen.append((point.clone(), first))
+    def gradient(point, nth):
+        seen.append((point.clone(), nth))
         return A @ (point - C)
 
     result, state = local_gradient(W, gradient, objective, perturbation, state or {}, clip)
@@ -28,7 +28,7 @@ def step(objective, perturbation=None, clip=None, state=None):
 def test_without_anything_it_is_the_gradient():
     result, seen, state = step(LocalObjective(start=W))
     assert torch.equal(result, PLAIN)
-    assert [first for _, first in seen] == [True]
+    assert [nth for _, nth in seen] == [0]
     assert state == {}
 
 
@@ -55,7 +55,7 @@ def test_a_perturbation_takes_the_gradient_elsewhere_and_corrects_here():
     result, seen, _ = step(LocalObjective(start=W, anchor=anchor, proximal=1.0), SAM(0.5))
     epsilon = 0.5 * PLAIN / PLAIN.norm()
     torch.testing.assert_close(seen[1][0], W + epsilon, rtol=0, atol=1e-15)
-    assert [first for _, first in seen] == [True, False]
+    assert [nth for _, nth in seen] == [0, 1]
     torch.testing.assert_close(result, A @ (W + epsilon - C) + W, rtol=0, atol=1e-14)
 
 
@@ -68,7 +68,7 @@ def test_a_perturbation_that_needs_no_gradient_costs_one_pass():
             return torch.ones_like(params), {"steps": state["steps"] + 1}
 
     result, seen, state = step(LocalObjective(start=W), Fixed(), state={"steps": 2})
-    assert [first for _, first in seen] == [True]
+    assert [nth for _, nth in seen] == [0]
     assert result.tolist() == [3.0, 16.0]
     assert state == {"steps": 3}
 

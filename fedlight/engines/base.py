@@ -66,9 +66,15 @@ class LocalTraining:
     state: ModuleState | None = None
     findings: "Findings" = field(default_factory=lambda: Findings())
 
-    def is_last(self, first: bool) -> bool:
-        """Whether the first pass of a step, or a later one, is its last."""
-        return not (first and self.perturbation is not None and self.perturbation.needs_gradient)
+    def is_last(self, nth: int) -> bool:
+        """Whether a pass of a step, counted from 0, is its last."""
+        return nth + 1 == (1 if self.perturbation is None else self.perturbation.passes)
+
+    def seen(self, batches: list[Any], nth: int) -> list[Any]:
+        """Which of a step's batches a pass sees."""
+        order = () if self.perturbation is None else self.perturbation.batches
+        every = 1 + max(order, default=-1)
+        return batches[order[nth] :: every] if 0 < every <= len(batches) else batches
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class ClientLoop:
         else:
             gradient, state = local_gradient(
                 self.flat.params,
-                lambda point, first: self._gradient(batches, point, first),
+                lambda point, nth: self._gradient(self.training.seen(batches, nth), point, nth),
                 objective,
                 self.training.perturbation,
                 state,
@@ -216,17 +216,17 @@ class ClientLoop:
     def _zero_grad(self, set_to_none: bool = True) -> None:
         self.flat.zero_grad()
 
-    def _gradient(self, batches: list[IndexedBatch], point: Tensor, first: bool) -> Tensor:
-        """∇(loss + penalties) at a point ``[P]``, the mean over the step's batches."""
+    def _gradient(self, batches: list[IndexedBatch], point: Tensor, nth: int) -> Tensor:
+        """∇(loss + penalties) at a point ``[P]``, the mean over these batches."""
         here = self.flat.params
         backup = None if point is here else here.clone()
         if backup is not None:
             here.copy_(point)
         self.flat.zero_grad()
-        kept = None if first else {name: value.detach().clone() for name, value in self.held.read().items()}
+        kept = None if nth == 0 else {name: value.detach().clone() for name, value in self.held.read().items()}
         attributes = None if kept is None else self.held.attributes()
         for batch, index in batches:
-            self._backward(batch, index, 1 / len(batches), first)
+            self._backward(batch, index, 1 / len(batches), nth)
         self.flat.gather_grad()
         if attributes is not None:
             attributes.restore()
@@ -234,7 +234,7 @@ class ClientLoop:
             self.held.write(kept)
         if backup is not None:
             here.copy_(backup)
-        self._unscale(last=self.training.is_last(first))
+        self._unscale(last=self.training.is_last(nth))
         return self.flat.grad
 
     def _unscale(self, last: bool) -> None:
@@ -245,14 +245,14 @@ class ClientLoop:
         else:
             self.flat.grad.div_(self._scaler.scale(torch.ones((), device=self.device)))
 
-    def _backward(self, batch: Any, index: int, share: float, first: bool) -> None:
+    def _backward(self, batch: Any, index: int, share: float, nth: int) -> None:
         call = self.training.call
         with self._precision.forward_context():
             self._show(self._models, self.log, batch, index)
-            loss = step_loss(self.module, self.log, batch, index, first, self.training.is_last(first))
+            loss = step_loss(self.module, self.log, batch, index, nth == 0, self.training.is_last(nth))
         if loss is None:
             return
-        if first:
+        if nth == 0:
             self._output = {"loss": loss.detach()}
         if share != 1:
             loss = loss * share

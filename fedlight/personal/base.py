@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.parameters import ParameterLayout
-from fedlight.perturbations.base import State
+from fedlight.perturbations.base import Perturbation, State
 from fedlight.written import Remembers
 
 
@@ -39,11 +39,13 @@ class Personalization(Remembers):
         buffers: names of the buffers that do.
         trains_apart: whether clients train for themselves before the shared training, as :meth:`before` says.
         adapts_all: whether every client that is evaluated trains before, as :meth:`adapt` says, and not new ones alone.
+        perturbation: the perturbation that belongs to the method, or None where the user may choose.
     """
 
     entries: Tensor
     trains_apart: bool = False
     adapts_all: bool = False
+    perturbation: Perturbation | None = None
     buffers: frozenset[str] = frozenset()
 
     def setup(self, module: LightningModule, layout: ParameterLayout) -> None:
@@ -71,8 +73,8 @@ class Personalization(Remembers):
         """
         raise NotImplementedError(f"{type(self).__name__} must define before")
 
-    def trained(self, own: State, result: ClientResult) -> State:
-        """The client's state after the training of :meth:`before`; its result is of the whole model."""
+    def trained(self, own: State, result: ClientResult, start: Tensor) -> State:
+        """The client's state after the training of :meth:`before`, which had the same ``start``."""
         return own
 
     def objective(self, objective: LocalObjective) -> LocalObjective:

@@ -5,6 +5,7 @@ from torch import Tensor
 from fedlight.checks import Number, check_hyperparameter
 from fedlight.local import LocalObjective
 from fedlight.personal.second import SecondModel
+from fedlight.perturbations.base import State
 
 
 class Ditto(SecondModel):
@@ -22,6 +23,6 @@ class Ditto(SecondModel):
         super().__init__(epochs, steps)
         self.lam = check_hyperparameter("trainer.personal.lam", lam)
 
-    def follow(self, start: Tensor, own: Tensor) -> LocalObjective:
+    def follow(self, start: Tensor, own: State) -> LocalObjective:
         """Proximal to what was broadcast."""
-        return LocalObjective(own, anchor=start, proximal=self.lam)
+        return LocalObjective(own.get("params", start), anchor=start, proximal=self.lam)

@@ -90,7 +90,7 @@ class PersonalParts(Personalization):
         own = self.entries.to(objective.start.device)
         return replace(objective, frozen=own if objective.frozen is None else own | objective.frozen)
 
-    def client_update(self, own: State, result: ClientResult) -> State:
+    def client_update(self, own: State, result: ClientResult, start: Tensor | None = None) -> State:
         """The new v_i, after either training."""
         keeps = self.train != "frozen" and bool(self.entries.any())
         return {"params": result.params[self.entries.to(result.params.device)]} if keeps else {}

@@ -35,22 +35,22 @@ class SecondModel(Personalization):
         self.epochs, self.steps = epochs, steps
         self.length = None if epochs is None and steps is None else (epochs, steps)
 
-    def follow(self, start: Tensor, own: Tensor) -> LocalObjective:
+    def follow(self, start: Tensor, own: State) -> LocalObjective:
         """What that training follows.
 
         Args:
             start: the model that was broadcast, ``[P]``.
-            own: the client's own, or the same before its first round, ``[P]``.
+            own: the client's state; from its first round on ``params`` is its own model, ``[P]``.
         """
-        return LocalObjective(own)
+        return LocalObjective(own.get("params", start))
 
     def before(self, start: Tensor, own: State) -> OwnTraining:
         """The other training of a client in a round; a new one does the same where it is evaluated."""
-        return OwnTraining(self.follow(start, own.get("params", start)), self.length)
+        return OwnTraining(self.follow(start, own), self.length)
 
     adapt = before
 
-    def trained(self, own: State, result: ClientResult) -> State:
+    def trained(self, own: State, result: ClientResult, start: Tensor) -> State:
         """The client's own model as it is now."""
         return {"params": result.params, **{_BUFFER + name: value for name, value in result.buffers.items()}}
 
@@ -64,4 +64,4 @@ class SecondModel(Personalization):
 
     def adapted(self, start: Tensor, result: ClientResult) -> Tensor:
         """The model of a client that has trained for its first time."""
-        return self.model(start, self.trained({}, result))
+        return self.model(start, self.trained({}, result, start))

@@ -1,5 +1,7 @@
 """The point at which a local step takes its gradient."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,17 @@ class Perturbation:
 
     Attributes:
         needs_gradient: whether ε depends on the gradient at w, which costs a second pass per step.
+        batches: which of the batches that ``trainer.accumulate_grad_batches`` gives to a step each pass sees, as
+            ``(0, 1)``; empty for all of them, as it is where a step has fewer.
     """
 
     needs_gradient: bool = True
+    batches: tuple[int, ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """Gradients of a step."""
+        return 1 + self.needs_gradient
 
     def setup(self, layout: ParameterLayout) -> None:
         """Called once before training with the order of the parameters in the flat vector."""
@@ -57,6 +67,17 @@ class Perturbation:
             state: what :meth:`begin` or the previous step returned.
         """
         raise NotImplementedError(f"{type(self).__name__} must define epsilon")
+
+    def gradient(self, params: Tensor, at: Callable[[Tensor | None], Tensor], state: State) -> tuple[Tensor, State]:
+        """What a step follows ``[P]`` in the place of the gradient at w, and the new state; by default that at w + ε.
+
+        Args:
+            params: w, ``[P]``.
+            at: the gradient at w + ε, of ε ``[P]`` or None; called :attr:`passes` times, it may overwrite its results.
+            state: what :meth:`begin` or the previous step returned.
+        """
+        epsilon, state = self.epsilon(params, at(None) if self.needs_gradient else None, state)
+        return at(epsilon), state
 
     def client_update(self, client: State, state: State, start: Tensor) -> tuple[State, State]:
         """The client's own state after the round, and what it sends besides the algorithm's message.

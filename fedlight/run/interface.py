@@ -28,7 +28,7 @@ from fedlight.server.federation import Federation
 from fedlight.server.incoming import Report
 from fedlight.server.sampling import Sampler, Uniform
 
-_ADDED = ("personal", "aggregator")
+_ADDED = ("perturbation", "personal", "aggregator")
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
 
 
@@ -110,9 +110,8 @@ class TrainerInterface(LightningNames):
     @property
     def method_name(self) -> str:
         """What trains, as loggers and reports call it: ``FedDyn+SAM+MAN``."""
-        added = None if self.algorithm.perturbation is not None or self.perturbation is None else self.perturbation
         penalties = [type(penalty).__name__ for penalty in self.penalties]
-        parts = [None if part is None else type(part).__name__ for part in (added, *(self.settings[k] for k in _ADDED))]
+        parts = [None if self.settings[k] is None else type(self.settings[k]).__name__ for k in _ADDED]
         return method_name(type(self.algorithm).__name__, parts, penalties, self.settings["centralized"])
 
     @property

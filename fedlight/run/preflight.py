@@ -89,7 +89,7 @@ def _check_client_data(module: LightningModule, datamodule: FederatedDataModule,
         return
     else:
         why = f"{type(given_data(datamodule)).__name__}.client_val_dataset gives no data of a client"
-    if personal is not None and personal.adapts_all:
+    if personal is not None and personal.adapts_all and personal.perturbation is None:
         what = f"trainer.personal: {type(personal).__name__} is for evaluation alone, and nothing comes of it"
         raise MisconfigurationException(f"{what}: {why}.")
     rank_zero_info(f"clients/personal_*, clients/new_*: no model is evaluated on a client's own data, as {why}.")

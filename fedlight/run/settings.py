@@ -26,20 +26,22 @@ _AT_LEAST = {
 
 
 def one_perturbation(settings: dict[str, Any]) -> Perturbation | None:
-    """The algorithm's own perturbation, or the one that was given.
+    """The algorithm's own perturbation, that of the personal models, or the one that was given.
 
     Raises:
-        MisconfigurationException: if there are both.
+        MisconfigurationException: if there is more than one.
     """
-    own, given = settings["algorithm"].perturbation, settings["perturbation"]
-    if own is not None and given is not None:
-        name = type(settings["algorithm"]).__name__
+    methods = settings["algorithm"], settings["personal"] or settings["algorithm"].personal
+    owners = [part for part in methods if getattr(part, "perturbation", None) is not None]
+    given = settings["perturbation"]
+    found: list[Perturbation] = [*(part.perturbation for part in owners), *([] if given is None else [given])]
+    if len(found) > 1:
         raise MisconfigurationException(
-            f"perturbation: {name} brings its own {type(own).__name__}, so {type(given).__name__} cannot be added."
-            " Remove `perturbation`, or take the algorithm without one (FedAvg for FedSAM, and so on)."
+            f"perturbation: {type(owners[0]).__name__} brings its own {type(found[0]).__name__}, so"
+            f" {type(found[1]).__name__} cannot be added. Remove `{'perturbation' if given else 'trainer.personal'}`,"
+            " or take the algorithm without one (FedAvg for FedSAM, and so on)."
         )
-    perturbation: Perturbation | None = own if given is None else given
-    return perturbation
+    return found[0] if found else None
 
 
 def one_personalization(settings: dict[str, Any]) -> Personalization:

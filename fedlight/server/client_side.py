@@ -71,7 +71,8 @@ class ClientSide(ClientStates):
     def _keep(self, result: ClientResult) -> None:
         client = result.client
         moved = result.buffers if self._apart.pop(client).continued else {}
-        self._trained[client] = self._personal.trained(self.own(client), result), moved, result.num_steps
+        own = self._personal.trained(self.own(client), result, self._model(client))
+        self._trained[client] = own, moved, result.num_steps
 
     def _drop_unsound(self) -> None:
         """Let clients keep what they had where a model of their own is not finite; one look at all of them.

@@ -215,9 +215,8 @@ class Federation:
         if self.privacy:
             metrics |= self.privacy.finish(old.round + 1, total)
         down = num_bytes(self._received) + self.clients.buffer_bytes
-        metrics |= round_costs(
-            incoming.reports, down, twice=bool(self.perturbation and self.perturbation.needs_gradient)
-        )
+        passes = 1 if self.perturbation is None else self.perturbation.passes
+        metrics |= round_costs(incoming.reports, down, passes)
         views, latest, dtype = (
             self.algorithm.evaluated(algorithm, self._received, total),
             {},

@@ -215,18 +215,18 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
     return {**_reduced(used), **figures}
 
 
-def round_costs(reports: Sequence[Report], down_bytes: int, twice: bool) -> dict[str, float]:
+def round_costs(reports: Sequence[Report], down_bytes: int, passes: int) -> dict[str, float]:
     """What a round has cost: megabytes in either direction, and gradients.
 
     Args:
         reports: of every client of the round.
         down_bytes: what each of them received.
-        twice: whether a step takes two gradients.
+        passes: gradients of a step.
     """
     return {
         "comm/down_mb": len(reports) * down_bytes / 1e6,
         "comm/up_mb": sum(report.up_bytes for report in reports) / 1e6,
-        "clients/gradients": (1 + twice) * sum(report.num_steps + report.steps_apart for report in reports),
+        "clients/gradients": passes * sum(report.num_steps + report.steps_apart for report in reports),
     }
 
 

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, MeanSquaredError
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
-from fedlight.personal import APFL, FineTune, PersonalParts
+from fedlight.personal import APFL, FineTune, PersonalParts, PFedMe
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.server.sampling import Bernoulli
@@ -96,7 +96,7 @@ class DrawingClients(Own):
 
 CASES: dict[str, dict[str, Any]] = {
     "all kinds of metrics": {"clients_per_round": 3, "max_rounds": 3},
-    "one client, so one process is idle": {"clients_per_round": 1},
+    "one client, so one process is idle": {"clients_per_round": 1, "personal": lambda: PFedMe(2.0, 2)},
     "two bounds of batches": {"limit_val_batches": 2, "limit_train_batches": 1},
     "fewer batches than processes": {"limit_val_batches": 1},
     "local statistics and state on disk": {"algorithm": SCAFFOLD, "client_state": "disk", "buffers": "local"},
@@ -106,7 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
     "resumed": {"resume": 2, "max_rounds": 4, "personal": lambda: PersonalParts(["BatchNorm", "head"], "alternating")},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
     "own models, new clients": {
-        "personal": lambda: APFL(0.4),
+        "personal": lambda: APFL(0.4, adaptive=True),
         "data": lambda: Own(SIZES, held_out_clients=1),
         "resume": 2,
     },

@@ -14,6 +14,8 @@ from fedlight.personal.apfl import APFL
 from fedlight.personal.ditto import Ditto
 from fedlight.personal.fine_tune import FineTune
 from fedlight.personal.local_only import LocalOnly
+from fedlight.personal.per_fedavg import PerFedAvg
+from fedlight.personal.pfedme import PFedMe
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
@@ -205,11 +207,17 @@ def test_a_client_that_has_not_trained_has_the_shared_model(tmp_path):
 
 @pytest.mark.parametrize(
     "personal",
-    [lambda: APFL(0.4, steps=2), pytest.param(lambda: Ditto(0.1), marks=pytest.mark.slow)],
-    ids=["apfl", "ditto"],
+    [
+        lambda: APFL(0.4, steps=2, adaptive=True),
+        pytest.param(lambda: Ditto(0.1), marks=pytest.mark.slow),
+        pytest.param(lambda: PFedMe(5.0, 3), marks=pytest.mark.slow),
+        pytest.param(lambda: PerFedAvg(0.05, "HF"), marks=pytest.mark.slow),
+    ],
+    ids=["apfl", "ditto", "pfedme", "per_fedavg"],
 )
 def test_it_goes_with_algorithm_perturbation_and_penalty_in_every_engine_and_resumes(tmp_path, personal):
-    settings = {"algorithm": FedDyn(0.05), "perturbation": SAM(0.1), "gradient_clip_val": 1.0, "clients_per_round": 3}
+    settings = {"algorithm": FedDyn(0.05), "gradient_clip_val": 1.0, "clients_per_round": 3}
+    settings |= {"perturbation": SAM(0.1)} if personal().perturbation is None else {}
     net = lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))  # noqa: E731
 
     def run(name, engine="eager", **more):
@@ -224,7 +232,7 @@ def test_it_goes_with_algorithm_perturbation_and_penalty_in_every_engine_and_res
     rounding = {"rtol": 1e-5, "atol": 1e-6}  # there a learning rate is of float32
     torch.testing.assert_close(weights(last), weights(model), **rounding)
     assert torch.equal(weights(model), weights(again))
-    for client in trainer.federation.store.clients():
+    for client in trainer.federation.store.clients() if not trainer.personal.adapts_all else ():
         assert torch.equal(own(trainer, client), own(resumed, client))
         torch.testing.assert_close(own(recorded, client), own(trainer, client), **rounding)
         torch.testing.assert_close(own(trainer, client), own(batched, client))

@@ -71,24 +71,24 @@ class ClientStep:
         leaves = [leaf.split(list(sizes)) for leaf in _part(named, "batch/").values()]  # type: ignore[no-untyped-call]
         batches = [tree_unflatten(list(parts), self.spec) for parts in zip(*leaves, strict=True)]
 
-        def loss(params: State, held: State, first: bool) -> tuple[Tensor, tuple[State, Logs]]:
+        def loss(params: State, held: State, nth: int) -> tuple[Tensor, tuple[State, Logs]]:
             inner = {f"module.{name}": value for name, value in params.items()}
             inner |= {f"module.{name}": value.clone() for name, value in held.items()}
-            terms = []
-            for batch in batches:
+            terms, seen = [], self._training.seen(batches, nth)
+            for batch in seen:
                 with self._precision.forward_context():
-                    term = functional_call(self._reach, inner, (self._loss, objective.references, log, batch, first))
-                terms.append(term if len(batches) == 1 else term * (1 / len(batches)))
+                    term = functional_call(self._reach, inner, (self._loss, objective.references, log, batch, nth))
+                terms.append(term if len(seen) == 1 else term * (1 / len(seen)))
             after = {name: inner[f"module.{name}"] for name in held}
             # What was logged belongs to this transform: it can leave it only as its result, and must not stay behind.
             logged = log.sums()
             log.reset()
             return torch.stack(terms).sum(), (after, logged)
 
-        def gradient(point: Tensor, first: bool) -> Tensor:
+        def gradient(point: Tensor, nth: int) -> Tensor:
             nonlocal buffers, logs
-            grads, aux = grad(loss, has_aux=True)(self._layout.views(point), buffers, first)
-            buffers, logs = aux if first else (buffers, logs)
+            grads, aux = grad(loss, has_aux=True)(self._layout.views(point), buffers, nth)
+            buffers, logs = aux if nth == 0 else (buffers, logs)
             return torch.cat([g.reshape(-1) for g in grads.values()])
 
         before = state = _part(named, "state/")
@@ -106,9 +106,9 @@ class ClientStep:
         out |= {f"value/{k}": value for k, (value, _) in logs.items()}
         return out | {f"weight/{k}": weight for k, (_, weight) in logs.items()}
 
-    def _loss(self, module: LightningModule, models: State, log: LogCollector, batch: Any, first: bool) -> Tensor:
+    def _loss(self, module: LightningModule, models: State, log: LogCollector, batch: Any, nth: int) -> Tensor:
         self._show(models, log, batch, 0)
-        loss = step_loss(module, log, batch, 0, first, self._training.is_last(first))
+        loss = step_loss(module, log, batch, 0, nth == 0, self._training.is_last(nth))
         if loss is None:
             raise TypeError("training_step returned None; every step needs a loss")
         return loss.reshape(())
