@@ -64,7 +64,8 @@ def load_listed(
     if not test.any():
         test[held_out_for_test(torch.from_numpy(group), test_fraction)[1].numpy()] = True
     train, held = np.flatnonzero(~test), np.flatnonzero(test)
-    y, classes = coded(table["label"], {str(table["label"][row]) for row in train}, f"`data.source` ({path})")
+    label = "y" if is_leaf(path) else columns.get("label", _COLUMNS["label"])
+    y, classes = coded(table["label"], {str(table["label"][i]) for i in train}, f"`data.source` ({path}), {label}")
     order = [*train.tolist(), *held.tolist()]
     images = [table["image"][row] for row in order]
     x = _pixels(images) if isinstance(images[0], np.ndarray) else read_images(_files(images, path, root), image_size)

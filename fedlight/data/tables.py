@@ -153,12 +153,17 @@ def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Ten
         what: the key that messages name.
 
     Raises:
-        ValueError: for any other label.
+        ValueError: for any other label, and for numbers with too many gaps.
     """
     whole = all(word.isdecimal() and word == str(int(word)) for word in known)
     names = sorted(known, key=int if whole else None)
     if whole and names[0] == "0":
-        names = [str(number) for number in range(int(names[-1]) + 1)]
+        if (count := int(names[-1]) + 1) > 1000 * len(names):
+            raise ValueError(
+                f"{what}: labels are {len(names)} different whole numbers from 0 to {names[-1]}, which would be {count}"
+                " classes. Number them anew, or give them names."
+            )
+        names = [str(number) for number in range(count)]
     number, words = {name: i for i, name in enumerate(names)}, [str(value) for value in values]
     if strange := sorted({*words} - {*names}):
         raise ValueError(f"{what}: held-out samples have labels that no training sample has: {strange[:5]}.")

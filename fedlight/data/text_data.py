@@ -128,7 +128,7 @@ class TextData(PartitionedDataModule):
         targets = None
         if labelled and not self.next_token:
             known = classes or {table["label"][row] for row in train.tolist()}
-            labels, self.classes = coded(table["label"], known, "`data.label`")
+            labels, self.classes = coded(table["label"], known, f"`data.label` ({self._names['label']})")
             targets = labels[train], labels[val]
         groups = (clients[train], clients[val]) if natural else None
         self.divide(len(train), targets and targets[0], len(self.classes), groups and groups[0])

@@ -23,7 +23,7 @@ class CharLSTM(Remembers, nn.Module):
         self, num_classes: int, vocab_size: int, embedding_dim: int = 8, hidden_size: int = 256, num_layers: int = 2
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.embedding, self.vocab_size = nn.Embedding(vocab_size, embedding_dim), vocab_size
         self.lstm = nn.LSTM(embedding_dim, hidden_size, num_layers, batch_first=True)
         self.fc = nn.Linear(hidden_size, num_classes)
 
@@ -47,7 +47,7 @@ class TextMLP(Remembers, nn.Module):
 
     def __init__(self, num_classes: int, vocab_size: int, embedding_dim: int = 64, hidden_size: int = 64) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab_size, embedding_dim)
+        self.embedding, self.vocab_size = nn.Embedding(vocab_size, embedding_dim), vocab_size
         self.fc1, self.relu1 = nn.Linear(embedding_dim, hidden_size), nn.ReLU()
         self.fc2 = nn.Linear(hidden_size, num_classes)
 

@@ -8,8 +8,6 @@ from fedlight.local import ClientResult, LocalObjective
 from fedlight.personal.second import SecondModel
 from fedlight.perturbations.base import State
 
-_LEAST = 0.001
-
 
 class APFL(SecondModel):
     """Each client has a mixture of models, v̄_i = alpha·v_i + (1 − alpha)·w, and trains its own part v_i in it.
@@ -49,7 +47,7 @@ class APFL(SecondModel):
         if not self.adaptive:
             return new
         descent = torch.dot(result.start - result.params, result.start - start) / (alpha * max(1, result.num_steps))
-        return {**new, "alpha": (alpha - descent).clamp(_LEAST, 1).to(start)}
+        return {**new, "alpha": (alpha - descent).clamp(0.001, 1).to(start)}
 
     def model(self, model: Tensor, own: State) -> Tensor:
         """v̄, with the server's present model."""

@@ -1,35 +1,22 @@
 """PerFedAvg."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
 
 from torch import Tensor
 
 from fedlight.checks import Number, check_hyperparameter
 from fedlight.local import ClientResult
-from fedlight.personal.base import OwnTraining
 from fedlight.personal.second import SecondModel
 from fedlight.perturbations.base import Perturbation, State
 
 
 class MetaStep(Perturbation):
-    """The gradient of L(w − alpha·∇L(w)) with respect to w, up to terms of the second order or with their estimate.
-
-    Args:
-        alpha: length of the step that is looked ahead.
-        delta: length of the difference that estimates the product with the Hessian; None to leave that out.
-    """
+    """The gradient of L(w − alpha·∇L(w)) with respect to w, as far as PerFedAvg says."""
 
     def __init__(self, alpha: Number, delta: Number | None) -> None:
         self.alpha = check_hyperparameter("trainer.personal.alpha", alpha, positive=True)
         self.delta = None if delta is None else check_hyperparameter("trainer.personal.delta", delta, positive=True)
         self.batches = (0, 1) if delta is None else (0, 1, 2, 2)
-
-    @property
-    def passes(self) -> int:
-        """At w and after the step, and on both sides of w."""
-        return len(self.batches)
 
     def begin(self, received: State, client: State, start: Tensor) -> State:
         """The model after the step."""
@@ -49,15 +36,14 @@ class MetaStep(Perturbation):
 class PerFedAvg(SecondModel):
     """A shared model that is good after one step on a client's own data: w ← w − η·∇L_i(w − alpha·∇L_i(w)).
 
-    FO leaves out the second derivatives; HF has, with g for that gradient, w ← w − η·(g − alpha·d) and
+    That is FO, without second derivatives; HF has, with g for that gradient, w ← w − η·(g − alpha·d) and
     d = (∇L_i(w + delta·g) − ∇L_i(w − delta·g))/(2·delta). The paper takes each gradient on a batch of its own: so does
     ``trainer.accumulate_grad_batches: 2``, and 3 for HF. A step with fewer batches takes all of them on the same. Where
     clients are evaluated, each takes one step of length alpha on a batch of its training data before.
 
     Args:
         alpha: length of that step.
-        variant: ``FO`` or ``HF``.
-        delta: of HF.
+        delta: of HF, such as 0.001; None for FO.
 
     Source: Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning
     Approach", NeurIPS 2020, algorithm 1 and section 5. The server weighs clients as the algorithm does.
@@ -66,15 +52,9 @@ class PerFedAvg(SecondModel):
     trains_apart = False
     adapts_all = True
 
-    def __init__(self, alpha: Number = 0.01, variant: Literal["FO", "HF"] = "FO", delta: Number = 0.001) -> None:
-        super().__init__()
-        if variant not in ("FO", "HF"):
-            raise ValueError(f"trainer.personal.variant={variant!r} must be 'FO' or 'HF'.")
-        self.perturbation = MetaStep(alpha, delta if variant == "HF" else None)
-
-    def adapt(self, start: Tensor, own: State) -> OwnTraining:
-        """One step."""
-        return replace(super().adapt(start, own), length=(None, 1))
+    def __init__(self, alpha: Number = 0.01, delta: Number | None = None) -> None:
+        super().__init__(steps=1)
+        self.perturbation = MetaStep(alpha, delta)
 
     def adapted(self, start: Tensor, result: ClientResult) -> Tensor:
         """The model after the step of length alpha."""

@@ -12,28 +12,16 @@ from fedlight.perturbations.base import Perturbation, State
 
 
 class MoreauStep(Perturbation):
-    """The gradient of the Moreau envelope at w, lam·(w − θ), where θ minimises L(θ) + lam/2·‖θ − w‖² on the batch.
-
-    Args:
-        lam: weight of the distance.
-        inner_steps: gradient steps towards θ, which go on from where the last step's came to.
-        inner_lr: their length.
-    """
+    """The gradient of the Moreau envelope at w, lam·(w − θ); θ goes on from where it is. Settings as in PFedMe."""
 
     def __init__(self, lam: Number, inner_steps: int, inner_lr: Number) -> None:
-        key = "trainer.personal"
-        self.lam = check_hyperparameter(f"{key}.lam", lam, positive=True)
-        self.inner_lr = check_hyperparameter(f"{key}.inner_lr", inner_lr, positive=True)
+        self.lam = check_hyperparameter("trainer.personal.lam", lam, positive=True)
+        self.inner_lr = check_hyperparameter("trainer.personal.inner_lr", inner_lr, positive=True)
         if type(inner_steps) is not int or inner_steps < 1:
-            raise ValueError(f"{key}.inner_steps must be a whole number of at least 1, found {inner_steps!r}.")
+            raise ValueError(f"trainer.personal.inner_steps={inner_steps!r} must be a whole number of at least 1.")
         if (product := largest(self.lam) * largest(self.inner_lr)) >= 2:
-            raise ValueError(f"{key}: inner_lr·lam is {product:g}, and from 2 on θ runs away from w. Lower inner_lr.")
-        self.inner_steps = inner_steps
-
-    @property
-    def passes(self) -> int:
-        """A gradient for each inner step."""
-        return self.inner_steps
+            raise ValueError(f"trainer.personal: inner_lr·lam is {product:g}; from 2 on θ runs away. Lower inner_lr.")
+        self.batches = (0,) * inner_steps
 
     def begin(self, received: State, client: State, start: Tensor) -> State:
         """θ begins where w does."""
@@ -42,7 +30,7 @@ class MoreauStep(Perturbation):
     def gradient(self, params: Tensor, at: Callable[[Tensor | None], Tensor], state: State) -> tuple[Tensor, State]:
         """lam·(w − θ), and the new θ."""
         model = state["model"]
-        for _ in range(self.inner_steps):
+        for _ in self.batches:
             away = model - params
             model = model - self.inner_lr * (at(away) + self.lam * away)
         # A gradient that overflowed in 16-bit precision skips its step, and must not stay in θ.
@@ -54,16 +42,14 @@ class PFedMe(SecondModel):
 
     A local step takes ``inner_steps`` gradients on its batch, θ ← θ − inner_lr·(∇L_i(θ) + lam·(θ − w)), and one step of
     the module's optimizer along lam·(w − θ): with SGD w ← w − η·lam·(w − θ). The server's β is ``algorithm.server_lr``.
-    Keep η·lam below 1: w then stays between itself and θ.
 
     Args:
-        lam: weight of the pull of θ to w; the smaller, the more of its own a client has.
+        lam: weight of the pull of θ to w; the smaller, the more of its own a client has. Keep η·lam below 1.
         inner_steps: K, gradients for θ in each local step.
         inner_lr: length of these steps.
 
-    Source: Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, algorithm 1. The server
-    weighs clients as the algorithm does: FedAvg by samples, as the authors' implementation, where the paper has a plain
-    mean. As in that implementation θ is not begun anew in each local step.
+    Source: Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020, algorithm 1. As in the
+    authors' implementation θ is not begun anew in each local step, and the server weighs clients by samples (FedAvg).
     """
 
     trains_apart = False

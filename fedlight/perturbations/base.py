@@ -21,8 +21,8 @@ class Perturbation:
 
     Attributes:
         needs_gradient: whether ε depends on the gradient at w, which costs a second pass per step.
-        batches: which of the batches that ``trainer.accumulate_grad_batches`` gives to a step each pass sees, as
-            ``(0, 1)``; empty for all of them, as it is where a step has fewer.
+        batches: which of the batches that ``trainer.accumulate_grad_batches`` gives to a step each pass of
+            :meth:`gradient` sees, as ``(0, 1)``; all where a step has fewer. Empty if that is not overridden.
     """
 
     needs_gradient: bool = True
@@ -31,7 +31,7 @@ class Perturbation:
     @property
     def passes(self) -> int:
         """Gradients of a step."""
-        return 1 + self.needs_gradient
+        return len(self.batches) or 1 + self.needs_gradient
 
     def setup(self, layout: ParameterLayout) -> None:
         """Called once before training with the order of the parameters in the flat vector."""

@@ -1,5 +1,6 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -67,8 +68,12 @@ def check_data(
     _check_client_data(module, datamodule, module.trainer)
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
-    _check_finite(datamodule, federation)
     client = int(federation.sizes.nonzero()[0])
+    # Clients of a partition share their storage, so one of them shows it all.
+    data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
+    sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
+    _check_finite(sets)
+    _check_vocabulary(module, sets)
     attempt = partial(_attempt, module, fabric, transfer)
     for where in ((client, 0), *((client, row) for _, client, row in labels)):
         _try_one_batch(module, datamodule, attempt, *where)
@@ -176,11 +181,23 @@ def _extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int
     return [min(found), max(found)] if found else []
 
 
-def _check_finite(datamodule: FederatedDataModule, federation: Federation) -> None:
-    """Look for NaN in what is in memory: clients of a partition share their storage, so one of them shows it all."""
-    first = datamodule.client_dataset(int(federation.sizes.nonzero()[0]))
-    sets = [in_memory(d, datamodule.collate_fn) for d in (first, datamodule.val_dataset(), datamodule.test_dataset())]
-    stored = {t.data_ptr(): (d, t) for d in sets if isinstance(d, ArrayDataset) for t in d.storage.leaves}
+def _check_vocabulary(module: LightningModule, sets: list[ArrayDataset]) -> None:
+    """Refuse texts with numbers that are not below the ``vocab_size`` of a module, or of its configuration."""
+    sizes = [getattr(getattr(part, "config", part), "vocab_size", None) for part in module.modules()]
+    size = next((size for size in sizes if type(size) is int), math.inf)
+    for dataset in sets if size < math.inf else []:
+        tree: Any = dataset.storage.build(dataset.storage.leaves)
+        ids = tree.get("input_ids") if isinstance(tree, Mapping) else dataset.inputs
+        if ids is not None and ids.numel() and not ids.is_floating_point() and (largest := int(ids.max())) >= size:
+            raise MisconfigurationException(
+                f"model: vocab_size={size} is too small: the data has texts with the number {largest}. Set it to"
+                f" {largest + 1}, or lower data.vocab_size."
+            )
+
+
+def _check_finite(sets: list[ArrayDataset]) -> None:
+    """Look for NaN in what is in memory."""
+    stored = {t.data_ptr(): (d, t) for d in sets for t in d.storage.leaves}
     for dataset, tensor in stored.values():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             what = {id(dataset.inputs): "inputs", id(dataset.targets): "targets"}.get(id(tensor), "entries")

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.dataset_partition import LABELS
+from fedlight.seeding import preserved_global_rng
 from fedlight.transforms.attack import Attack
 
 
@@ -42,6 +43,8 @@ class _Flipped(Subset[Any]):
     def __init__(self, dataset: Any, classes: int) -> None:
         super().__init__(dataset, range(len(dataset)))
         self.classes = classes
+        with preserved_global_rng():  # what has no label is refused before training
+            _ = [self[row] for row in range(len(self))[:1]]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         return [self[index] for index in indices]
@@ -56,6 +59,11 @@ def _flipped(sample: Any, classes: int) -> Any:
         return type(sample)([*sample[:-1], _other(sample[-1], classes)])
     held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
     found = {key: _other(held[key], classes) for key in LABELS if held.get(key) is not None}
+    if not found:
+        raise MisconfigurationException(
+            f"trainer.transforms: LabelFlip finds no label in a {type(sample).__name__}. It is the last part of a tuple"
+            f" or list, or called {', '.join(LABELS)}."
+        )
     if isinstance(sample, Mapping):
         return {**sample, **found}
     vars(other := copy.copy(sample)).update(found)

@@ -105,6 +105,11 @@ def test_missing_columns_labels_and_images_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"1 of 9 images are missing, as .*{gone.name}"):
         load_source(str(source), columns=layouts.WILDS)
     users = layouts.inaturalist(tmp_path / "users")
+    rows = users.read_text().splitlines()
+    users.write_text("\n".join([*rows, "7,a0,1000000000,900"]))
+    with pytest.raises(ValueError, match=r"csv\), class: labels are \d+ different whole numbers from 0 to 1000000000"):
+        load_source(str(users), root=tmp_path)
+    users.write_text("\n".join(rows) + "\n")
     users.with_name("test.csv").write_text("image_id,class\na0,5\n")
     with pytest.raises(ValueError, match=r"held-out samples have labels that no training sample has: \['5'\]"):
         load_source(str(users), root=tmp_path)

@@ -164,6 +164,11 @@ def split(folder, train, test):
         ([], {}, "holds no samples"),
         (MAILS, {"partitioner": DirichletClients(), "next_token": True}, "needs the class of each sample"),
         (MAILS, {"vocab_size": 2}, "`data.vocab_size` must be at least 3"),
+        (
+            [{"text": "x", "label": y} for y in (0, 10**9) * 9],
+            {},
+            r"`data.label` \(label\): labels are 2 different whole numbers from 0 to 1000000000, .* 1000000001 classes",
+        ),
         (MAILS, {"label": None, "next_token": True}, "`data.next_token` needs `data.label`"),
     ],
 )
@@ -194,7 +199,7 @@ def test_other_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"needs one table for training.*\['test'\]"):
         ready({"test": datasets.Dataset.from_dict({"text": ["a"]})})
     new = [{"text": "a", "label": "eggs", "client": "ann"}]
-    with pytest.raises(ValueError, match=r"`data.label`: held-out samples have labels that no .* \['eggs'\]"):
+    with pytest.raises(ValueError, match=r"`data.label` \(label\): held-out samples have labels that no .* \['eggs'\]"):
         ready(split(tmp_path / "split", MAILS, new))
 
 
@@ -237,6 +242,17 @@ def test_a_checkpoint_keeps_its_vocabulary_for_other_texts(tmp_path, trained):
     other.setup()  # of its own again, as for a new fit
     assert "hello" in other.vocabulary
     assert other.classes == ["spam"]
+
+
+def test_a_vocabulary_that_the_model_is_too_small_for_is_refused(tmp_path, trained):
+    largest = max(
+        int(batch(d)[0].max()) for d in (trained[1].test_dataset(), *map(trained[1].client_dataset, range(3)))
+    )
+    for net in (TextMLP(2, largest), CharLSTM(2, largest)):
+        with pytest.raises(
+            MisconfigurationException, match=rf"vocab_size={largest} is too small: .* the number {largest}"
+        ):
+            quiet_trainer(tmp_path).fit(Classifier(net, num_classes=2), ready(trained[2], client="client"))
 
 
 def test_a_resume_with_another_tokenizer_is_refused(tmp_path, trained):

@@ -211,7 +211,7 @@ def test_a_client_that_has_not_trained_has_the_shared_model(tmp_path):
         lambda: APFL(0.4, steps=2, adaptive=True),
         pytest.param(lambda: Ditto(0.1), marks=pytest.mark.slow),
         pytest.param(lambda: PFedMe(5.0, 3), marks=pytest.mark.slow),
-        pytest.param(lambda: PerFedAvg(0.05, "HF"), marks=pytest.mark.slow),
+        pytest.param(lambda: PerFedAvg(0.05, 0.001), marks=pytest.mark.slow),
     ],
     ids=["apfl", "ditto", "pfedme", "per_fedavg"],
 )

@@ -197,6 +197,12 @@ def test_labels_below_zero_stay_and_others_are_refused():
     for targets in (seeded(4), torch.tensor([0, 1, 2, 3])):
         with pytest.raises(MisconfigurationException, match="LabelFlip takes labels that are whole numbers below 3"):
             flip.train_data(ArrayDataset(seeded(4, 2), targets))
+    for data in (ArrayDataset.of({"x": seeded(4, 2), "class": torch.tensor([0, 1, 2, 1])}), [{"x": 1.0, "class": 2}]):
+        with pytest.raises(
+            MisconfigurationException, match=r"LabelFlip finds no label in a dict.* or called targets, lab"
+        ):
+            flip.train_data(data)
+    assert len(flip.train_data([])) == 0
 
 
 @pytest.mark.parametrize(
