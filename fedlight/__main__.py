@@ -1,14 +1,12 @@
 """The program ``fedlight``, also as ``python -m fedlight``."""
 
-import atexit
 import gc
 import os
 import sys
 
 
 def main() -> None:
-    """Run the command line; its help is printed from a cache where it can be."""
-    from fedlight.cli.help import print_help
+    """Run the command line."""
     from fedlight.cli.light import command_first, light
 
     sys.argv[1:] = command_first(sys.argv[1:])
@@ -20,17 +18,16 @@ def main() -> None:
         code = 0
     if code is not None:
         sys.exit(code)
-    if not print_help(sys.argv[1:], _run):
-        _run()
+    _run()
 
 
 def _run() -> None:
-    # Nothing of what is loaded is garbage: looking for some takes a fifth of the time of loading it.
+    # Nothing of what is loaded is garbage: looking for some takes a fifth of the time of loading it, and a quarter of a
+    # short command's at the end.
     gc.disable()
     from fedlight.cli.command import main as run
 
     gc.freeze()
-    atexit.register(gc.unfreeze)  # modules of extensions are let go of at the end
     gc.enable()
     # As with `python -m`, so that a study's runs find the same classes; after what fedlight itself is made of, which a
     # file called random.py must not replace.

@@ -45,19 +45,6 @@ def test_modules_import_nothing_heavy_when_they_are_loaded():
     assert not {module: heavy for module, heavy in found.items() if heavy}
 
 
-@pytest.mark.slow
-def test_importing_the_package_adds_nothing_heavy_to_what_lightning_loads():
-    # Lightning itself loads some of these through torchmetrics.
-    code = (
-        "import sys, lightning.pytorch, lightning.pytorch.cli; before = set(sys.modules); import fedlight;"
-        " print(*{name.split('.')[0] for name in set(sys.modules) - before})"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    added = set(run.stdout.split())
-    assert "fedlight" in added
-    assert not added & HEAVY
-
-
 def test_the_check_of_imports_sees_what_it_should():
     code = (
         "import a.b\nfrom c.d import e\ntry:\n    import f\nexcept ImportError:\n    pass\n"

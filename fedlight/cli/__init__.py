@@ -1,4 +1,4 @@
-"""The command line. Its help comes from a cache, so nothing is loaded here before it is asked for."""
+"""The command line. What needs no torch is answered without it, so nothing is loaded here before it is asked for."""
 
 import importlib
 from typing import Any
