@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import __version__
 from fedlight.cli.command import FederatedCLI, SaveConfig
+from fedlight.data.held_out import training_data
+from fedlight.flower.local import run_local
+from fedlight.studies.command import positive
 from fedlight.trainer import FederatedTrainer
 
 PACKAGE = "fedlight_app"
@@ -32,19 +36,12 @@ from fedlight.flower import {side}_app
 
 app = {side}_app(__file__)
 '''
-_PYPROJECT = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
+_PYPROJECT = """[project]
 name = {name}
 version = "1.0.0"
 description = {description}
 license = {{ file = "LICENSE" }}
 dependencies = [{fedlight}, "{flower}"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
 
 [tool.flwr.app]
 publisher = {publisher}
@@ -55,7 +52,7 @@ flwr-version-target = "1.42.0"
 serverapp = "{package}.server_app:app"
 clientapp = "{package}.client_app:app"
 
-# `flwr run -c 'rounds=100 min-results=3'` changes these, and every other setting is config.yaml's.
+# `flwr run -c 'rounds=100 min-results=3'` changes these; every other setting is config.yaml's.
 [tool.flwr.app.config]
 rounds = {rounds}
 seed = {seed}
@@ -65,19 +62,17 @@ folder = ""          # the server's trainer.default_root_dir, an absolute path; 
 resume = ""          # "last", or the path of a checkpoint at the server
 data = "experiment"  # or "sites": every site has data of its own
 """
-_NEXT = """{app}/ holds an app for Flower: {method}, {rounds} rounds. To run it between sites:
+_NEXT = """{app}/ is an app for Flower: {method}, {rounds} rounds. On the server, at each site, and where you are:
 
-  # the server
-  flower-superlink --insecure --host 0.0.0.0 --port 8000 --disable-runtime-dependency-installation
-
-  # each site: the clients that live there, and the folder for what they keep
+  flower-superlink --insecure --host 0.0.0.0 --disable-runtime-dependency-installation
   flower-supernode --insecure --superlink SERVER:8000 \\
       --node-config 'partition-ids="0 1" state="/var/lib/fedlight"{allow}'
-
-  # from here, with this in ~/.flwr/config.toml:  [superlink.mine]  address = "SERVER:8000"  insecure = true
   flwr run {quoted} mine --stream
 
-The page on deployment has TLS, authentication, and what each side sees of the other."""
+with `[superlink.mine]`, `address = "SERVER:8000"` and `insecure = true` in ~/.flwr/config.toml. docs/deployment.md has
+TLS, authentication, and what each side sees of the other. All of it on this machine:
+
+  fedlight deploy flower -o {quoted} --local 3"""
 
 
 class Composed(FederatedCLI):
@@ -103,23 +98,32 @@ class Composed(FederatedCLI):
 
 
 def main(args: Sequence[str]) -> int:
-    """Write the app."""
+    """Write the app, or run it where ``--local`` asks for that; the exit code of a run that fails is 1."""
     parser = _parser()
-    if args[:1] != ["flower"]:
-        if args and args[0] not in ("-h", "--help"):
-            parser.error(f"there is fedlight deploy flower, and no {args[0]!r}")
-        parser.print_help()
-        return 0 if args else 2
-    options, rest = parser.parse_known_args(args[1:])
+    if args[:1] not in (["flower"], ["-h"], ["--help"]):
+        parser.error(f"there is `fedlight deploy flower`, and no {' '.join(args[:1])!r}")
+    options, rest = parser.parse_known_args(args[1:] if args[0] == "flower" else args)
+    if options.local and find_spec("flwr") is None:
+        raise MisconfigurationException('--local needs Flower: pip install "fedlight[flower]"')
     app: Path = options.output
-    if app.exists() and not (app.is_dir() and not any(app.iterdir())):
+    config = app / PACKAGE / "config.yaml"
+    if options.local and not rest and config.is_file():
+        sys.path.insert(0, str(app.absolute()))  # its code, which travels with it
+        composed = Composed(["fit", "-c", str(config)])
+    elif app.exists() and not (app.is_dir() and not any(app.iterdir())):
         parser.error(f"-o {app} is there already: name a folder that is new or empty")
-    if not rest:
+    elif not rest:
         parser.error("it needs a configuration. To begin with: fedlight deploy flower -c quickstart -o app")
-    composed = Composed(["fit", *rest])
-    write(app, composed, options.publisher)
-    allow = sorted(imported(yaml.safe_load(composed.text)))
-    said = {"app": app, "quoted": shlex.quote(str(app)), "allow": f' allow="{" ".join(allow)}"' * bool(allow)}
+    else:
+        composed = Composed(["fit", *rest])
+        write(app, composed, options.publisher)
+    allow = " ".join(sorted(imported(yaml.safe_load(composed.text))))
+    if options.local:
+        data = training_data(composed.datamodule, centralized=False)
+        data.prepare_data()
+        data.setup("fit")
+        return run_local(app, options.local, data.num_clients, allow)
+    said = {"app": app, "quoted": shlex.quote(str(app)), "allow": f' allow="{allow}"' * bool(allow)}
     print(_NEXT.format(**said, method=composed.trainer.method_name, rounds=composed.trainer.max_rounds))
     return 0
 
@@ -182,25 +186,24 @@ def own_code(config: Any) -> list[tuple[Path, Path]]:
     """
     tops = {name: place for name, module in list(sys.modules.items()) if "." not in name and (place := _place(module))}
     folders = {tops[name].parent for name in imported(config) & tops.keys()}
-    found = {name: place for name, place in tops.items() if place.parent in folders} if folders else {}
-    found = {name: place for name, place in found.items() if name not in ("fedlight", "__main__")}
-    loaded = {Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))}
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     code = []
-    for name, place in sorted(found.items()):
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            if not re.fullmatch(r"test_.*|.*_test", file.stem) and name not in _LEFT_OUT:
+    for name in sorted(tops.keys() - {"fedlight", "__main__"}):
+        place, packed = tops[name], name not in _LEFT_OUT
+        for file in sorted(place.rglob("*.py") if place.is_dir() else [place]) * (place.parent in folders):
+            if packed and not re.fullmatch(r"test_.*|.*_test", file.stem):
                 code.append((file, file.relative_to(place.parent)))
-            elif file in loaded:
+            elif str(file) in loaded:
                 raise MisconfigurationException(f"{file} would not travel: Flower leaves out such names. Rename it.")
     return code
 
 
 def _place(module: ModuleType | None) -> Path | None:
     """The folder of a package or the file of a module; None where it is installed, or built in."""
-    path = next(iter(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]), None)
-    installed = {"site-packages", "dist-packages"} & {*Path(path or "").parts}
-    inside = path and not installed and not Path(path).is_relative_to(sysconfig.get_path("stdlib"))
-    return Path(path).absolute() if path and inside else None
+    found = next(iter(getattr(module, "__path__", None) or [getattr(module, "__file__", None)]), None)
+    path = Path(found or sysconfig.get_path("stdlib")).absolute()
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return None if installed or path.is_relative_to(sysconfig.get_path("stdlib")) else path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,5 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-o", "--output", type=Path, required=True, metavar="APP", help="the folder to write, new or empty")
+    add("--local", type=positive, metavar="N", help="run the app on this machine, with N nodes that share the clients; "
+        "without a configuration, one that was written before")  # fmt: skip
     add("--publisher", default="local", metavar="NAME", help="who Flower is told has made the app (default: local)")
     return parser

@@ -62,15 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("study", type=Path, help="the YAML: method, parameters, command")
-    add("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--root", type=Path, default=Path("runs"), metavar="DIR", help="runs go to DIR/<name of the study>/")
-    add("--count", type=_positive, metavar="N", help="at most N runs; needed for random without run_cap")
+    add("--count", type=positive, metavar="N", help="at most N runs; needed for random without run_cap")
     add("--only", action="append", default=[], metavar="KEY=VALUE", help="only runs with this value; repeatable")
     add("--dry-run", action="store_true", help="print the commands and run nothing")
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of an argument, at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")

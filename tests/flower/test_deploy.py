@@ -1,6 +1,5 @@
 """`fedlight deploy flower`: what it writes, and what it refuses."""
 
-import sys
 import tomllib
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from fedlight.cli.command import main
 QUICK = ["--trainer.accelerator=cpu", "--trainer.name=mine"]
 NET = """
 from lightning.pytorch import LightningModule
-from mine.layers import Head
-from helper import WIDTH
+from travelling.layers import Head
+from travelling_too import WIDTH
 
 class Net(LightningModule):
     def __init__(self, lr: float = 0.1):
@@ -26,17 +25,6 @@ class Net(LightningModule):
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """What is imported from the folder is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("mine", "helper", "unused", "test_net"):
-            del sys.modules[name]
 
 
 def deploy(*args):
@@ -107,32 +95,49 @@ def test_a_folder_that_holds_something_is_refused(app, capsys):
         (["flower", "-c", "quickstart", "-o", "app", "--trainer.max_round=3"], "did you mean 'trainer.max_rounds'"),
         (["flower", "-c", "quickstart", "-o", "app", "--algorithm=FedProx", "--algorithm.mu=-1"], "mu"),
         (["flower", "-c", "quickstart", "-o", "app", "--ckpt_path=last"], "resume"),
+        (["flower", "-c", "quickstart", "-o", "app", "--local=0"], "must be at least 1"),
+        (["flower", "-c", "quickstart", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
+        (["flower", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
+        ([], "`fedlight deploy flower`"),
     ],
 )
-def test_bad_input_is_refused_and_nothing_is_written(args, said, capsys):
+def test_bad_input_is_refused_and_nothing_is_written(args, said, capsys, monkeypatch):
+    monkeypatch.setattr("fedlight.flower.deploy.find_spec", lambda name: None)
     assert deploy(*args) == 2
     assert said in capsys.readouterr().err
     assert not Path("app").exists()
 
 
-def test_code_that_is_not_installed_travels_and_sites_are_told_what_to_allow(modules, capsys):
-    Path("helper.py").write_text("WIDTH = 10\n")
+def test_local_runs_what_was_written_with_all_clients(app, monkeypatch):
+    monkeypatch.setattr("fedlight.flower.deploy.find_spec", lambda name: name)
+    monkeypatch.setattr("fedlight.flower.deploy.run_local", lambda *found: runs.append(found) or 1)
+    monkeypatch.syspath_prepend("")  # what is put before it is taken away
+    runs, config = [], yaml.safe_load((app / "fedlight_app" / "config.yaml").read_text())
+    assert deploy("flower", "-o", str(app), "--local", "3") == 1
+    assert runs == [(app, 3, config["data"]["init_args"]["num_clients"], "")]
+
+
+def test_code_that_is_not_installed_travels_and_sites_are_told_what_to_allow(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(
+        str(tmp_path)
+    )  # its modules stay: a class whose module is gone troubles the next parser
+    Path("travelling_too.py").write_text("WIDTH = 10\n")
     Path("unused.py").write_text("")
-    Path("mine").mkdir()
-    Path("mine/__init__.py").write_text("")
-    Path("mine/layers.py").write_text("from torch.nn import Linear as Head\n")
-    Path("mine/later.py").write_text("")
-    Path("mine/test_layers.py").write_text("")
-    Path("mine/net.py").write_text(NET)
-    model = ["--model=mine.net.Net", "--model.lr=0.2"]
+    Path("travelling").mkdir()
+    Path("travelling/__init__.py").write_text("")
+    Path("travelling/layers.py").write_text("from torch.nn import Linear as Head\n")
+    Path("travelling/later.py").write_text("")
+    Path("travelling/test_layers.py").write_text("")
+    Path("travelling/net.py").write_text(NET)
+    model = ["--model=travelling.net.Net", "--model.lr=0.2"]
     Path("plain.yaml").write_text("data: {class_path: ImageData, init_args: {source: digits, num_clients: 4}}\n")
     assert deploy("flower", "-c", "plain.yaml", *QUICK, *model, "-o", "app") == 0
-    assert 'allow="mine"' in capsys.readouterr().out
+    assert 'allow="travelling"' in capsys.readouterr().out
     assert {p.relative_to("app").as_posix() for p in Path("app").rglob("*.py")} == {
-        "helper.py", "mine/__init__.py", "mine/layers.py", "mine/later.py", "mine/net.py",
+        "travelling_too.py", *(f"travelling/{name}.py" for name in ("__init__", "layers", "later", "net")),
         *(f"fedlight_app/{name}.py" for name in ("__init__", "client_app", "server_app")),
     }  # fmt: skip
-    Path("mine/net.py").rename("test_net.py")
-    assert deploy("flower", "-c", "plain.yaml", *QUICK, "--model=test_net.Net", "-o", "app2") == 2
-    assert "test_net.py would not travel" in capsys.readouterr().err
+    Path("travelling/net.py").rename("test_travelling.py")
+    assert deploy("flower", "-c", "plain.yaml", *QUICK, "--model=test_travelling.Net", "-o", "app2") == 2
+    assert "test_travelling.py would not travel" in capsys.readouterr().err
     assert not Path("app2").exists()
