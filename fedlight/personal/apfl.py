@@ -31,10 +31,8 @@ class APFL(SecondModel):
         self, alpha: Number = 0.5, epochs: int | None = None, steps: int | None = None, adaptive: bool = False
     ) -> None:
         super().__init__(epochs, steps)
-        self.alpha, self.adaptive = (
-            check_hyperparameter("trainer.personal.alpha", alpha, positive=True, at_most=1),
-            adaptive,
-        )
+        self.alpha = check_hyperparameter("trainer.personal.alpha", alpha, positive=True, at_most=1)
+        self.adaptive = adaptive
 
     def follow(self, start: Tensor, own: State) -> LocalObjective:
         """The gradient of the mixture's loss with respect to v."""
@@ -44,10 +42,8 @@ class APFL(SecondModel):
     def trained(self, own: State, result: ClientResult, start: Tensor) -> State:
         """v_i and its alpha_i."""
         new, alpha = super().trained(own, result, start), own.get("alpha", self.alpha)
-        if not self.adaptive:
-            return new
         descent = torch.dot(result.start - result.params, result.start - start) / (alpha * max(1, result.num_steps))
-        return {**new, "alpha": (alpha - descent).clamp(0.001, 1).to(start)}
+        return {**new, "alpha": (alpha - descent).clamp(0.001, 1).to(start)} if self.adaptive else new
 
     def model(self, model: Tensor, own: State) -> Tensor:
         """v̄, with the server's present model."""

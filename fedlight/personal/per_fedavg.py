@@ -38,11 +38,10 @@ class PerFedAvg(SecondModel):
 
     That is FO, without second derivatives; HF has, with g for that gradient, w ← w − η·(g − alpha·d) and
     d = (∇L_i(w + delta·g) − ∇L_i(w − delta·g))/(2·delta). The paper takes each gradient on a batch of its own: so does
-    ``trainer.accumulate_grad_batches: 2``, and 3 for HF. A step with fewer batches takes all of them on the same. Where
-    clients are evaluated, each takes one step of length alpha on a batch of its training data before.
+    ``trainer.accumulate_grad_batches: 2``, and 3 for HF. A step with fewer batches takes all of them on the same.
 
     Args:
-        alpha: length of that step.
+        alpha: length of the step, which each client takes on a batch of its own before it is evaluated.
         delta: of HF, such as 0.001; None for FO.
 
     Source: Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning

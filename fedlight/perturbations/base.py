@@ -74,7 +74,7 @@ class Perturbation:
         Args:
             params: w, ``[P]``.
             at: the gradient at w + ε, of ε ``[P]`` or None; called :attr:`passes` times, it may overwrite its results.
-            state: what :meth:`begin` or the previous step returned.
+            state: as in :meth:`epsilon`.
         """
         epsilon, state = self.epsilon(params, at(None) if self.needs_gradient else None, state)
         return at(epsilon), state

@@ -68,8 +68,7 @@ def check_data(
     _check_client_data(module, datamodule, module.trainer)
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
-    client = int(federation.sizes.nonzero()[0])
-    # Clients of a partition share their storage, so one of them shows it all.
+    client = int(federation.sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
     data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
     _check_finite(sets)

@@ -31,10 +31,10 @@ def one_perturbation(settings: dict[str, Any]) -> Perturbation | None:
     Raises:
         MisconfigurationException: if there is more than one.
     """
-    methods = settings["algorithm"], settings["personal"] or settings["algorithm"].personal
-    owners = [part for part in methods if getattr(part, "perturbation", None) is not None]
-    given = settings["perturbation"]
-    found: list[Perturbation] = [*(part.perturbation for part in owners), *([] if given is None else [given])]
+    algorithm, given = settings["algorithm"], settings["perturbation"]
+    methods = algorithm, settings["personal"] or algorithm.personal
+    owners = [part for part in methods if getattr(part, "perturbation", None)]
+    found: list[Perturbation] = [*(part.perturbation for part in owners), *([given] if given else [])]
     if len(found) > 1:
         raise MisconfigurationException(
             f"perturbation: {type(owners[0]).__name__} brings its own {type(found[0]).__name__}, so"

@@ -9,7 +9,8 @@ from fedlight.algorithms import FedAvg, FedAvgM, FedSAM
 from fedlight.personal import APFL, PerFedAvg, PFedMe
 from fedlight.perturbations import SAM
 from fedlight.run.loggers import read_metrics
-from tests.helpers.tiny import Regression, quiet_trainer, weights
+from tests.helpers.half import scaled  # noqa: F401  (a fixture)
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 from tests.personal.test_second_models import LR, ROUNDS, SIZES, Own, Plain, fit, own, sampled
 
 DELTA = {"FO": None, "HF": 0.5}
@@ -194,6 +195,16 @@ def test_bad_settings_are_refused(make, message):
 def test_another_perturbation_beside_its_own_is_refused_by_name(tmp_path, settings):
     with pytest.raises(MisconfigurationException, match=r"perturbation: .*(PFedMe|FedSAM) brings its own"):
         quiet_trainer(tmp_path, personal=PFedMe(), **settings)
+
+
+@pytest.mark.usefixtures("scaled")
+def test_a_gradient_that_overflows_in_16_bit_leaves_no_trace_in_theta(tmp_path):
+    """The scale begins too large for these gradients; steps are skipped until it fits."""
+    settings = {"precision": "32-true", "client_val_every_n_rounds": 0, "max_rounds": 1, "local_epochs": 6}
+    trainer, model = fit(tmp_path, PFedMe(2.0, 3, 0.05), data=Clients((4, 4)), clients_per_round=2, **settings)
+    assert trainer.federation.state.loss_scale < 65536
+    assert not torch.equal(weights(model), weights(Regression(LR)))
+    assert all(bool(own(trainer, k).isfinite().all()) for k in range(2))
 
 
 def test_per_fedavg_trains_without_data_to_evaluate_clients_on(tmp_path):
