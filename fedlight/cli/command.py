@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import get_loader
+from jsonargparse import Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -132,6 +132,10 @@ class FederatedCLI(LightningCLI):
         parser.set_defaults({"algorithm": {"class_path": "fedlight.algorithms.fedavg.FedAvg"}})
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=self.subclass_mode_model)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=self.subclass_mode_data)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, without a warning that shows the command line of the process, which may hold secrets of others."""
+        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
         """Let a command that looks at trained weights take the best ones there are, where no checkpoint is named."""

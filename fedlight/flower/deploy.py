@@ -1,7 +1,6 @@
 """``fedlight deploy``: what ``fedlight fit`` takes becomes an app, which Flower runs between sites."""
 
 import argparse
-import importlib
 import json
 import re
 import shlex
@@ -9,7 +8,6 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +20,7 @@ from fedlight import __version__
 from fedlight.cli.command import FederatedCLI, SaveConfig
 from fedlight.data.held_out import training_data
 from fedlight.flower.local import run_local
+from fedlight.flower.server import check_deployable
 from fedlight.studies.command import positive
 from fedlight.trainer import FederatedTrainer
 
@@ -60,7 +59,9 @@ min-results = 1      # a round that fewer sites answer is an error
 timeout = 3600       # seconds that a round waits
 folder = ""          # the server's trainer.default_root_dir, an absolute path; by default config.yaml's
 resume = ""          # "last", or the path of a checkpoint at the server
-data = "experiment"  # or "sites": every site has data of its own
+wait = 600           # seconds that the run waits for its sites to come
+data = "experiment"  # or "sites": every site has data of its own, and there are so many
+clients = 0
 """
 _NEXT = """{app}/ is an app for Flower: {method}, {rounds} rounds. On the server, at each site, and where you are:
 
@@ -84,10 +85,6 @@ class Composed(FederatedCLI):
 
     text: str
     trainer: FederatedTrainer  # type: ignore[assignment]
-
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse without Lightning's warning that there are arguments on the command line as well."""
-        self.config = parser.parse_args(args)
 
     def fit(self, **parts: Any) -> None:
         """Keep the configuration; a checkpoint belongs to a run of the app."""
@@ -139,8 +136,7 @@ def write(app: Path, composed: Composed, publisher: str) -> None:
     Raises:
         MisconfigurationException: where the experiment cannot be deployed.
     """
-    with suppress(ModuleNotFoundError):
-        importlib.import_module("fedlight.flower.server").check_deployable(composed.trainer, composed.datamodule)
+    check_deployable(composed.trainer, composed.datamodule)
     code = own_code(yaml.safe_load(composed.text))
     name = re.sub(r"[^a-zA-Z0-9]+", "-", app.absolute().name).lstrip("-")
     values = {

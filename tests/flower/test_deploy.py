@@ -54,7 +54,8 @@ def test_an_app_is_what_flower_asks_for(app):
     ]  # fmt: skip
     assert flower["publisher"] == 'a "b"'
     assert flower["config"] == {
-        "rounds": 7, "seed": 5, "min-results": 1, "timeout": 3600, "folder": "", "resume": "", "data": "experiment",
+        "rounds": 7, "seed": 5, "min-results": 1, "timeout": 3600, "folder": "", "resume": "", "wait": 600,
+        "data": "experiment", "clients": 0,
     }  # fmt: skip
     for side, component in flower["components"].items():
         module, name = component.split(":")
@@ -95,6 +96,7 @@ def test_a_folder_that_holds_something_is_refused(app, capsys):
         (["flower", "-c", "quickstart", "-o", "app", "--trainer.max_round=3"], "did you mean 'trainer.max_rounds'"),
         (["flower", "-c", "quickstart", "-o", "app", "--algorithm=FedProx", "--algorithm.mu=-1"], "mu"),
         (["flower", "-c", "quickstart", "-o", "app", "--ckpt_path=last"], "resume"),
+        (["flower", "-c", "quickstart", "-o", "app", "--data.held_out_clients=2"], "data.held_out_clients"),
         (["flower", "-c", "quickstart", "-o", "app", "--local=0"], "must be at least 1"),
         (["flower", "-c", "quickstart", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
         (["flower", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
