@@ -3,6 +3,8 @@
 import gc
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -102,16 +104,23 @@ class _Moved(MetaPathFinder, Loader):
 sys.meta_path.append(_Moved())
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+@contextmanager
+def loading() -> Iterator[None]:
+    """For imports: nothing of what is loaded is garbage, and looking for some takes a fifth of the time."""
     collects = gc.isenabled()
-    gc.disable()  # nothing of what is loaded is garbage, and to look for some takes a fifth of the time
+    gc.disable()
     try:
-        module = importlib.import_module(f"{__name__}.{_WHERE.get(name) or MOVED.get(name, name)}")
+        yield
     finally:
         if collects:
             gc.enable()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with loading():
+        module = importlib.import_module(f"{__name__}.{_WHERE.get(name) or MOVED.get(name, name)}")
     globals()[name] = value = getattr(module, name) if name in _WHERE else module
     return value
 

@@ -4,6 +4,8 @@ import gc
 import os
 import sys
 
+from fedlight import loading
+
 
 def main() -> None:
     """Run the command line."""
@@ -22,13 +24,10 @@ def main() -> None:
 
 
 def _run() -> None:
-    # Nothing of what is loaded is garbage: looking for some takes a fifth of the time of loading it, and a quarter of a
-    # short command's at the end.
-    gc.disable()
-    from fedlight.cli.command import main as run
+    with loading():
+        from fedlight.cli.command import main as run
 
-    gc.freeze()
-    gc.enable()
+        gc.freeze()  # nor is it at the end, where looking for some would take a quarter of a short command's time
     # As with `python -m`, so that a study's runs find the same classes; after what fedlight itself is made of, which a
     # file called random.py must not replace.
     if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:

@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+from fedlight import loading
+
 
 def client_app(module: str) -> Any:
     """The ClientApp of an app folder, which has ``config.yaml`` beside the Python file ``module``."""
     from flwr.clientapp import ClientApp
 
-    from fedlight.flower.transport import from_message, to_reply
+    with loading():  # the process may be new for every message
+        from fedlight.flower.transport import from_message, to_reply
 
     app = ClientApp()
 
     def handle(message: Any, context: Any) -> Any:
-        from fedlight.flower.client import answer
+        with loading():
+            from fedlight.flower.client import answer
 
         found = answer(from_message(message), Path(module).with_name("config.yaml"), context.node_config)
         return to_reply(found, message)
