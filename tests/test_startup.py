@@ -77,6 +77,17 @@ def test_a_first_round_needs_few_packages_and_loads_little_besides_lightning(loa
         assert f"fedlight.{later}" not in loaded["round"]
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_again_if_it_was(monkeypatch, collects):
+    monkeypatch.setattr(fedlight.gc, "isenabled", lambda: collects)
+    calls = []
+    monkeypatch.setattr(fedlight.gc, "disable", lambda: calls.append("off"))
+    monkeypatch.setattr(fedlight.gc, "enable", lambda: calls.append("on"))
+    with pytest.raises(ImportError), fedlight.loading():
+        raise ImportError
+    assert calls == ["off", "on"][: 1 + collects]
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'FedNothing'"):
         _ = fedlight.FedNothing
