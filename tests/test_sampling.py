@@ -14,6 +14,7 @@ from fedlight.server.sampling import (
     Uniform,
     WeightedBySamples,
     balance,
+    draw_subset,
     expected_clients,
     resolve_clients_per_round,
 )
@@ -114,3 +115,11 @@ def test_what_to_plan_for():
     for sampler, low, high in ((Uniform(), 10, 10), (Bernoulli(), 16, 16), (RoundRobin(), 10, 10)):
         sampler.setup(100, 10, torch.ones(100))
         assert low <= expected_clients(sampler) <= high
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "drawn"), [(100, 10, [17, 28, 34, 42, 57, 61, 65, 75, 86, 88]), (10**6, 2, [707819, 970052])]
+)
+def test_a_seed_draws_the_clients_that_it_always_drew(n, k, drawn):
+    """By hand, of the generator's numbers u: the j-th is int(u·(n − k + j + 1)), or n − k + j if that is taken."""
+    assert draw_subset(n, k, torch.Generator().manual_seed(0)).tolist() == drawn

@@ -123,7 +123,7 @@ class Incoming:
         if any(good):
             self.sums.add(stacked, bounds)
         # As Python numbers: what is kept of each client must be small, and lie among other small things.
-        self.reports += _as_numbers([replace(e.report, used=used) for e, used in zip(waiting, good, strict=True)])
+        self.reports += _as_numbers([entry.report for entry in waiting], good)
         for entry, used in zip(waiting, good, strict=True):
             if not used:
                 continue
@@ -181,19 +181,21 @@ class Incoming:
         self.sums.parts = {n: part.view(shapes[n]) for n, part in zip(names, parts, strict=True)}
 
 
-def _as_numbers(reports: Sequence[Report]) -> list[Report]:
-    """Reports whose figures are Python numbers, brought from the device together."""
+def _as_numbers(reports: Sequence[Report], used: Sequence[bool]) -> list[Report]:
+    """Reports whose figures are Python numbers, brought from the device together, and which say what was used."""
     scales = [() if r.loss_scale is None else (r.loss_scale,) for r in reports]
     pairs = [(x for pair in r.metrics.values() for x in pair) for r in reports]
-    tensors = [v for r, scale, own in zip(reports, scales, pairs, strict=True) for v in (r.square, *scale, *own)]
-    numbers = iter(torch.stack([torch.as_tensor(v).double().reshape(()) for v in tensors]).tolist())
+    values = [v for r, scale, own in zip(reports, scales, pairs, strict=True) for v in (r.square, *scale, *own)]
+    if any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values):
+        values = torch.stack([torch.as_tensor(value).double().reshape(()) for value in values]).tolist()
+    numbers = map(float, values)
 
-    def of(report: Report) -> Report:
+    def of(report: Report, used: bool) -> Report:
         square, scale = next(numbers), None if report.loss_scale is None else next(numbers)
         metrics = {name: (next(numbers), next(numbers)) for name in report.metrics}
-        return replace(report, square=square, loss_scale=scale, metrics=metrics)
+        return replace(report, used=used, square=square, loss_scale=scale, metrics=metrics)
 
-    return [of(report) for report in reports]
+    return [of(*each) for each in zip(reports, used, strict=True)]
 
 
 def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict[str, Tensor | float]:

@@ -111,10 +111,10 @@ class RoundRobin(Sampler):
 
 def draw_subset(n: int, k: int, rng: torch.Generator) -> Tensor:
     """``k`` of ``0 .. n - 1``, each subset equally likely, in O(k) (Floyd's algorithm). ``[k]`` int64, ascending."""
-    uniform = torch.rand(k, generator=rng, dtype=torch.float64)
-    candidates = (uniform * torch.arange(n - k + 1, n + 1)).long()  # the j-th lies in 0 .. n - k + j
+    uniform = torch.rand(k, generator=rng, dtype=torch.float64).tolist()
     chosen: set[int] = set()
-    for last, candidate in zip(range(n - k, n), candidates.tolist(), strict=True):
+    for last, u in zip(range(n - k, n), uniform, strict=True):
+        candidate = int(u * (last + 1))  # in 0 .. last
         chosen.add(last if candidate in chosen else candidate)
     return torch.tensor(sorted(chosen), dtype=torch.int64)
 
@@ -124,6 +124,8 @@ def balance(clients: list[int], sizes: Tensor, owners: Sequence[int], ranks: int
 
     Of clients of one size, as many as possible go to the ranks that own them.
     """
+    if ranks == 1:
+        return [sorted(clients)]
     size_of = dict(zip(clients, sizes[clients].tolist(), strict=True))
     room: dict[int, Counter[int]] = {size: Counter() for size in size_of.values()}
     for rank, mine in enumerate(share(list(size_of.values()), ranks)):

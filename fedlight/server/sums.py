@@ -95,7 +95,7 @@ def in_range(stacked: Mapping[str, Tensor]) -> tuple[list[bool], dict[str, float
     Also, by name, what no entry is larger than.
     """
     filled = {name: v.reshape(len(v), -1) for name, v in stacked.items() if v.numel()}
-    ends = [v.aminmax(dim=1) if len(v) > 1 else [end[None] for end in v.aminmax()] for v in filled.values()]
-    sizes = torch.stack([torch.maximum(high, -low) for low, high in ends]).nan_to_num(nan=math.inf).tolist()
+    ends = torch.stack([torch.maximum(v.amax(1), -v.amin(1)) for v in filled.values()])
+    sizes = ends.nan_to_num(nan=math.inf).tolist()
     bounds = {name: max(each) for name, each in zip(filled, sizes, strict=True)}
     return [all(size < LIMIT for size in term) for term in zip(*sizes, strict=True)], bounds
