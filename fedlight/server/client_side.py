@@ -178,7 +178,8 @@ class ClientSide(ClientStates):
         params = self._server.algorithm["params"]
         own = self._algorithm.init_client(params)
         start = self._algorithm.objective(self._received, own, 1.0).start
-        optimizer = dict.fromkeys(self._algorithm.optimizer_state, torch.zeros_like(start))
+        zeros = {"step": start.new_zeros(())}  # all others are vectors
+        optimizer = {name: zeros.get(name, torch.zeros_like(start)) for name in self._algorithm.optimizer_state}
         result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
         _, sent = self._algorithm.client_update(self._received, own, result)
         if self._perturbation is None:

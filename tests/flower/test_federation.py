@@ -84,8 +84,8 @@ def test_sites_compute_what_a_simulation_computes(tmp_path, method):
 @pytest.mark.slow
 def test_lost_answers_and_killed_nodes_leave_a_sound_state(tmp_path):
     """Σ c_i = N·c of SCAFFOLD, with answers lost at random, and nodes that are new ones from then on."""
-    simulated(tmp_path, "--algorithm=SCAFFOLD", "--algorithm.server_lr=1.0", rounds=1)
-    rng = random.Random(3)
+    simulated(tmp_path, "--algorithm=SCAFFOLD", "--algorithm.weighting=equal", rounds=1)
+    rng = random.Random(1)
 
     def lose(node, parcel):
         return "the answer was lost" if parcel.kind == "train" and rng.random() < 0.4 else None
