@@ -81,6 +81,10 @@ class Measurement:
             raise MisconfigurationException(
                 f"{self.who}: `data: clients`, but this trainer has none. Use `data: train`."
             )
+        if subject.operator is not None:  # whether the loss can be differentiated twice shows where the data are
+            if self.data != "train":
+                raise MisconfigurationException(f"{self.who}: `data: {self.data}` is not measured at sites. Use train.")
+            return
         if subject.data(self.data) is None:
             raise MisconfigurationException(
                 f"{self.who}: `data: {self.data}`, but there is no validation data. Use `data: train`, or a datamodule"
@@ -116,7 +120,10 @@ class Measurement:
             seed_global_rng(self.seed)  # for a dataset that draws when it is read
             loss = subject.loss(view, self.float64)
             drawn = {"max_samples": self.max_samples, "seed": self.seed, **subject.sharing(), **subject.reading()}
-            operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **drawn)
+            if subject.operator is None:
+                operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **drawn)
+            else:
+                operator = subject.operator(loss, view, self.max_samples, self.seed)
             try:
                 result = measure_hessian(
                     operator,

@@ -64,6 +64,9 @@ class HessianOperator:
         settings: a context to compute in.
         explain: turns an error of automatic differentiation, at the batch of an index, into one that helps.
 
+    Attributes:
+        weight: Σ_b n_b.
+
     Raises:
         ValueError: if there are no parameters or no data, or the parameters differ in data type or device.
     """
@@ -101,7 +104,7 @@ class HessianOperator:
         total = float(self._sum(torch.tensor(float(sum(weights)), dtype=self.dtype, device=self.device)))
         if not (0 < total < math.inf and min(weights, default=0) >= 0):
             raise ValueError(f"What the loss of the batches divides by must be positive in sum, found {list(weights)}.")
-        self._shares = [weight / total for weight in weights]
+        self._shares, self.weight = [weight / total for weight in weights], total
         self._used = [index for index, weight in enumerate(weights) if weight > 0]
 
     @property

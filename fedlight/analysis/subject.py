@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fedlight.analysis.memory import free_memory
+from fedlight.analysis.operators import HessianOperator
 from fedlight.analysis.task import TaskLoss
 from fedlight.module.parameters import load_flat_parameters, load_tensors
 
@@ -38,6 +39,7 @@ class Subject:
         collate_fn: makes a batch of samples.
         rank: of this process.
         world_size: processes that share the data.
+        operator: makes the Hessian where the data are elsewhere, of a task loss, the view, samples and seed.
     """
 
     module: LightningModule
@@ -50,6 +52,7 @@ class Subject:
     collate_fn: Callable[[list[Any]], Any] | None = None
     rank: int = 0
     world_size: int = 1
+    operator: Callable[[TaskLoss, str, int | None, int], HessianOperator] | None = None
 
     def loss(self, view: str = "server", double: bool = False) -> TaskLoss:
         """The task loss at the weights of a view, on a copy of the module."""
@@ -119,6 +122,7 @@ def federated_subject(trainer: Any) -> Subject:
         collate_fn=data.collate_fn,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
+        operator=getattr(trainer, "remote_operator", None),
     )
 
 

@@ -2,6 +2,7 @@
 
 import platform
 import time
+import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedlight.callbacks._rounds import RoundCallback
 from fedlight.flower.config import build, check_allowed
 from fedlight.flower.data import OwnData
 from fedlight.flower.messages import Parcel, part
+from fedlight.flower.spectrum import site_sums
 from fedlight.flower.state import SiteState
 from fedlight.local import ClientResult
 from fedlight.penalties.numbers import follow
@@ -92,7 +94,8 @@ def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
         session.node = node
         with session:
             found: Parcel = getattr(session, f"on_{job.kind}")(job, mine)
-    except (MisconfigurationException, ValueError, TypeError, OSError, FloatingPointError) as error:
+    except Exception as error:  # whatever it is, the server has to hear of it
+        traceback.print_exc()
         return Parcel("refused", {"why": f"{type(error).__name__}: {error}"})
     found.info["seconds"] = time.perf_counter() - started
     return found
@@ -214,6 +217,14 @@ class SiteSession(Session):
         found = evaluate_clients(self, clients)
         sizes = {c: len(d) if (d := self.datamodule.client_val_dataset(c)) is not None else 0 for c in clients}  # type: ignore[arg-type]
         return Parcel("evaluate", {"clients": found, "sizes": sizes})
+
+    def on_product(self, job: Parcel, mine: list[int]) -> Parcel:
+        """Sums over the clients' samples of what a Hessian's products are made of."""
+        self._begin(job)
+        self.views.load("server")
+        sums, weight, infinite = site_sums(self, job)
+        info = {"clients": job.info["clients"], "weight": weight, "infinite": infinite, "host": platform.node()}
+        return Parcel("product", info, part("sums", sums))
 
 
 def _figures(result: ClientResult, reply: Reply) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,13 @@ def _paths(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inside in value:
             yield from _paths(inside, key)
-    elif isinstance(value, str) and (key == "class_path" or _PATH.fullmatch(value)):
+    elif isinstance(value, str) and _PATH.fullmatch(value) and (key == "class_path" or _is_module(value)):
         yield value
+
+
+def _is_module(path: str) -> bool:
+    """Whether something could be imported by it; others are names of layers or files."""
+    return find_spec(path.partition(".")[0]) is not None
 
 
 def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Any:

@@ -4,8 +4,9 @@ import json
 import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,6 +22,7 @@ from fedlight.flower.data import RemoteData
 from fedlight.flower.messages import Transport, part
 from fedlight.flower.remote import RemoteClients
 from fedlight.flower.sites import Sites
+from fedlight.flower.spectrum import SiteHessian
 from fedlight.local import ClientResult
 from fedlight.personal.base import Personalization
 from fedlight.run.evaluation import Stage, over_clients
@@ -180,14 +182,21 @@ class ServerTrainer(FederatedTrainer):
 
     Attributes:
         sites: the sites.
+        measures_at_sites: whether Hessians are those of the sites' data.
     """
 
     session_class = ServerSession
     sites: Sites
+    measures_at_sites = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.callbacks.append(_Crossed())
+
+    @property
+    def remote_operator(self) -> Any:
+        """Makes the Hessian over all sites' data; None where the server has them as well."""
+        return partial(SiteHessian, cast(ServerSession, self._session)) if self.measures_at_sites else None
 
 
 def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule) -> None:
@@ -218,7 +227,7 @@ def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> Ser
         config: the app's ``config.yaml``.
         options: the run's: ``rounds``, ``seed``, ``folder``, ``resume``, ``timeout``, ``wait``, ``min-results``;
             ``data``, which is ``experiment`` where clients are parts of the configuration's data, and ``sites`` where
-            sites have their own, of so many ``clients``.
+            sites have their own, of so many ``clients``; ``spectrum``: ``sites`` lets HessianSpectrum measure there.
         transport: the way to the sites.
 
     Raises:
@@ -234,6 +243,7 @@ def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> Ser
     found = trainer.sites.found
     if options.get("data") == "sites":
         data = RemoteData([found[c]["sizes"][str(c)] for c in sorted(found)], found[0]["batch_size"])
+    trainer.measures_at_sites = "sites" in (options.get("data"), options.get("spectrum"))
     rank_zero_info(f"sites: {len(set(trainer.sites.homes.values()))} nodes with {len(found)} clients.")
     trainer.fit(cli.model, data, ckpt_path=options.get("resume") or None)
     return trainer

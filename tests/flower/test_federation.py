@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -165,3 +166,40 @@ def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path,
     assert trainer.federation.clients.round_of(0) == -1
     assert [trainer.federation.clients.round_of(client) for client in (1, 2, 3)] == [0, 0, 0]
     assert torch.isfinite(trainer.federation.params).all()
+
+
+@pytest.mark.slow
+def test_the_spectrum_over_sites_is_that_of_the_pooled_data(tmp_path):
+    spectrum = "{class_path: HessianSpectrum, init_args: {every_n_rounds: 1, max_samples: null, float64: true, %s}}"
+    quick = "density: false, trace: false, tolerance: 0.01, layerwise: [net.fc2]"
+    simulation = simulated(tmp_path, f"--trainer.callbacks+={spectrum % quick}", rounds=1)
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0 2", "3 1"]))
+    options = {"folder": str(tmp_path / "server"), "spectrum": "sites"}
+    trainer = serve(tmp_path / "config.yaml", options, transport)
+    pooled, found = rows(simulation)[-1], rows(trainer)[-1]
+    names = [name for name in pooled if name.startswith("hessian/") and "second" not in name]
+    assert {"hessian/lambda_max", "hessian/sharpness", "hessian/loss"} <= {*names}
+    for name in names:
+        assert float(found[name]) == pytest.approx(float(pooled[name]), rel=1e-6, abs=1e-9), name
+    assert sum(parcel.kind == "product" for _, parcel in transport.asked) >= 2 * 8
+
+
+@pytest.mark.slow
+def test_sites_with_data_of_their_own(tmp_path):
+    """Three sites, of which each has its own file; the server has none."""
+    simulated(tmp_path, rounds=1)
+    configs = nodes(tmp_path, ["0", "1", "2"])
+    rng = torch.Generator().manual_seed(0)
+    for i, node in enumerate(configs.values()):
+        images = torch.randint(0, 17, (30 + 10 * i, 8, 8), generator=rng)
+        labels = torch.randint(0, 10, (len(images),), generator=rng)
+        np.savez(tmp_path / f"site{i}.npz", x_train=images, y_train=labels, x_test=images[:20], y_test=labels[:20])
+        node["source"] = str(tmp_path / f"site{i}.npz")
+    transport = FakeTransport(tmp_path / "config.yaml", configs)
+    options = {"folder": str(tmp_path / "server"), "data": "sites", "clients": 3, "rounds": 2}
+    trainer = serve(tmp_path / "config.yaml", options, transport)
+    row = rows(trainer)[-1]
+    assert trainer.federation.sizes.tolist() == [30, 40, 50]
+    clients = [trainer.client_val_metrics[client]["val/accuracy"] for client in range(3)]
+    assert float(row["val/accuracy"]) == pytest.approx(sum(clients) / 3)  # 20 samples each
+    assert float(row["clients/accuracy_mean"]) == pytest.approx(sum(clients) / 3)
