@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -196,7 +196,7 @@ class ServerTrainer(FederatedTrainer):
     @property
     def remote_operator(self) -> Any:
         """Makes the Hessian over all sites' data; None where the server has them as well."""
-        return partial(SiteHessian, cast(ServerSession, self._session)) if self.measures_at_sites else None
+        return partial(SiteHessian, self._session) if self.measures_at_sites else None
 
 
 def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule) -> None:

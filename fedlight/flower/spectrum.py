@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from fedlight.flower.messages import Parcel, part
 from fedlight.run.context import RunContext
 from fedlight.server.sums import ExactSums
 
-if TYPE_CHECKING:
-    from fedlight.flower.server import ServerSession
-
 
 class SiteHessian(HessianOperator):
     """∇²L for the mean loss over the training data of all sites.
@@ -26,14 +23,14 @@ class SiteHessian(HessianOperator):
     exactly, so that no figure depends on the order of arrival.
 
     Args:
-        run: the server's.
+        run: the server's session.
         loss: the task loss of the server's module, for names and sizes of its parameters.
         view: which weights.
         max_samples: of all sites together, each with its share; None for all.
         seed: of the draw.
     """
 
-    def __init__(self, run: "ServerSession", loss: TaskLoss, view: str, max_samples: int | None, seed: int) -> None:
+    def __init__(self, run: Any, loss: TaskLoss, view: str, max_samples: int | None, seed: int) -> None:
         self.parameters = tuple(loss.parameters.values())
         self._lengths = [p.numel() for p in self.parameters]
         self._everything: Block = tuple(range(len(self.parameters)))
