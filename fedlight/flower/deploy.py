@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight import __version__
 from fedlight.cli.command import FederatedCLI, SaveConfig
 from fedlight.data.held_out import training_data
+from fedlight.flower.config import ALLOWED
 from fedlight.flower.local import run_local
 from fedlight.flower.server import check_deployable
 from fedlight.studies.command import positive
@@ -113,8 +114,8 @@ def main(args: Sequence[str]) -> int:
         parser.error("it needs a configuration. To begin with: fedlight deploy flower -c quickstart -o app")
     else:
         composed = Composed(["fit", *rest])
-        write(app, composed, options.publisher)
-    allow = " ".join(sorted(imported(yaml.safe_load(composed.text))))
+        _write(app, composed, options.publisher)
+    allow = " ".join(sorted(_imported(yaml.safe_load(composed.text))))
     if options.local:
         data = training_data(composed.datamodule, centralized=False)
         data.prepare_data()
@@ -125,19 +126,10 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def write(app: Path, composed: Composed, publisher: str) -> None:
-    """Write a Flower app.
-
-    Args:
-        app: its folder, which must not exist.
-        composed: the experiment.
-        publisher: who Flower is told made it.
-
-    Raises:
-        MisconfigurationException: where the experiment cannot be deployed.
-    """
+def _write(app: Path, composed: Composed, publisher: str) -> None:
+    """Write the app; nothing is written where the experiment cannot be deployed."""
     check_deployable(composed.trainer, composed.datamodule)
-    code = own_code(yaml.safe_load(composed.text))
+    code = _own_code(yaml.safe_load(composed.text))
     name = re.sub(r"[^a-zA-Z0-9]+", "-", app.absolute().name).lstrip("-")
     values = {
         "name": (name if name[:1].isalpha() else f"app-{name}")[:32].strip("-"),
@@ -159,29 +151,22 @@ def write(app: Path, composed: Composed, publisher: str) -> None:
     (app / "pyproject.toml").write_text(_PYPROJECT.format(**quoted, flower=FLOWER, package=PACKAGE), encoding="utf-8")
 
 
-def imported(config: Any) -> set[str]:
-    """The packages that a configuration names classes or functions of, besides fedlight, Lightning and torch."""
+def _imported(config: Any) -> set[str]:
+    """The packages that a configuration names classes or functions of, besides what every site allows."""
     if isinstance(config, dict | list):
         values = config.values() if isinstance(config, dict) else config
-        return {name for value in values for name in imported(value)}
+        return {name for value in values for name in _imported(value)}
     path = config if isinstance(config, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", config) else ""
-    return {path.partition(".")[0]} & sys.modules.keys() - {"fedlight", "lightning", "torch"}
+    return {path.partition(".")[0]} & sys.modules.keys() - {*ALLOWED}
 
 
-def own_code(config: Any) -> list[tuple[Path, Path]]:
-    """The files of modules that are not installed but lie in a folder, so that they have to travel with the app.
+def _own_code(config: Any) -> list[tuple[Path, Path]]:
+    """The files that have to travel, as they are not installed but lie in a folder, and where they go in the app.
 
-    Args:
-        config: the configuration that names them; what was imported from the same folder by then belongs to it.
-
-    Returns:
-        Each file, and where it goes in the app.
-
-    Raises:
-        MisconfigurationException: for a module that Flower would leave out of the app.
+    These are the modules that the configuration names, and what was imported from the same folder by now.
     """
     tops = {name: place for name, module in list(sys.modules.items()) if "." not in name and (place := _place(module))}
-    folders = {tops[name].parent for name in imported(config) & tops.keys()}
+    folders = {tops[name].parent for name in _imported(config) & tops.keys()}
     loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     code = []
     for name in sorted(tops.keys() - {"fedlight", "__main__"}):

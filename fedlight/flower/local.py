@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,8 +94,9 @@ class LocalFederation:
 
     def start(self, name: str, *command: str, **environment: str) -> Program:
         """Start a program that writes ``logs/<name>.log``."""
-        log = self.folder / "logs" / f"{name}.log"
-        self.programs.append(Program(command, log, self.environment | environment))
+        log, setpriv = self.folder / "logs" / f"{name}.log", shutil.which("setpriv")
+        guard = [setpriv, "--pdeathsig", "TERM"] if setpriv else []  # Linux: even where this process is killed
+        self.programs.append(Program([*guard, *command], log, self.environment | environment))
         return self.programs[-1]
 
     def start_superlink(self) -> None:

@@ -1,6 +1,7 @@
 """A federation of processes on this machine: it runs an app to its end, and leaves nothing running."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,6 +97,12 @@ def alive(program):
     return any(state[0] != "Z" for state in states if int(state[2]) == program.pid)
 
 
+def ended(pid):
+    """Whether a process is gone, or waits for its parent to look."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.mark.slow
 @flower
 def test_an_app_runs_and_all_processes_end(app):
@@ -149,6 +156,51 @@ def new_key(folder):
     return str(key)
 
 
+NET = """
+import torch
+from lightning.pytorch import LightningModule
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+@pytest.mark.slow
+@flower
+def test_a_module_of_ones_own_is_deployed_and_a_signal_ends_everything(tmp_path, monkeypatch):
+    """The command as people type it, in processes of its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("own_net.py").write_text(NET)
+    data = ["--data=ImageData", "--data.source=digits", "--data.num_clients=3"]
+    trainer = ["--trainer.max_rounds=1", "--trainer.accelerator=cpu", "--trainer.client_val_every_n_rounds=0"]
+    command = [sys.executable, "-m", "fedlight", "deploy", "flower", "-o", "app", "--local", "2"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*command, "--model=own_net.Net", *data, *trainer], check=False, **options)
+    assert done.returncode == 0, done.stdout
+    assert "have 3 clients" in done.stdout
+    assert "The run is finished" in done.stdout
+    assert Path("app/own_net.py").is_file()
+    run = Path("runs/default/version_0")
+    assert (run / "summary.json").is_file()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    Path("own_net.py").unlink()  # the app has it
+    again = subprocess.Popen(command, **options)
+    assert next(line for line in again.stdout if "have 3 clients" in line)
+    again.send_signal(signal.SIGTERM)
+    said, _ = again.communicate(timeout=60)
+    assert again.returncode == 128 + signal.SIGTERM, said
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if str(tmp_path).encode() in command]
+
+
 def test_a_program_ends_with_all_that_it_has_started(tmp_path):
     code = "import subprocess, sys; subprocess.Popen(['sleep', '60']); print('up', flush=True); sys.stdin.read()"
     code += "; import time; time.sleep(60)"
@@ -161,6 +213,26 @@ def test_a_program_ends_with_all_that_it_has_started(tmp_path):
     while alive(program) and time.monotonic() < until:
         time.sleep(0.01)
     assert not alive(program)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+def test_programs_end_where_their_parent_is_killed(tmp_path):
+    code = (
+        "import os, pathlib, sys, time; from fedlight.flower.local import LocalFederation;"
+        " f = LocalFederation(pathlib.Path(sys.argv[1]), ['0'], '', False, pathlib.Path(sys.argv[1]));"
+        " p = f.start('sleeper', 'sh', '-c', 'echo up; exec sleep 60'); p.wait_for('up');"
+        " print(p.pid, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        parent.kill()
+    until = time.monotonic() + 10
+    while not ended(pid) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended(pid)
 
 
 def test_what_does_not_come_up_is_an_error_with_the_end_of_its_log(tmp_path):
