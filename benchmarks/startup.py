@@ -6,8 +6,8 @@ Each line of the table is a process, start to end. They take turns, and the tabl
 seconds (user and system), which other work on the machine changes less than it changes what the clock says, seconds of
 the clock, and the modules that are loaded at the end. fedlight's commands load without collecting garbage, and so does
 the third line: what fedlight adds is the difference to it. Other checkouts of fedlight, older ones perhaps, are
-measured in the same run. With ``--without`` the processes see all installed packages but those, as a site would that
-installs no more than it needs.
+measured in the same run. With ``--without`` the processes see all installed packages but those: `transformers`, which
+fedlight does not ask for and torchmetrics loads where it finds it, or all that a site does not need.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def run(code: str, path: list[str], folder: str) -> tuple[float, float, int]:
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     count = re.search(r"MODULES (\d+)", done.stderr)
     if done.returncode or count is None:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        raise RuntimeError(next(line for line in reversed(done.stderr.splitlines()) if "MODULES" not in line))
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, seconds, int(count[1])
 
 

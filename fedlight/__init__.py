@@ -106,7 +106,7 @@ sys.meta_path.append(_Moved())
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For imports: nothing of what is loaded is garbage, and looking for some takes a fifth of the time."""
+    """For imports: nothing of what is loaded is garbage, and looking for some takes time."""
     collects = gc.isenabled()
     gc.disable()
     try:
