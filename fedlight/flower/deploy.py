@@ -63,6 +63,7 @@ resume = ""          # "last", or the path of a checkpoint at the server
 wait = 600           # seconds that the run waits for its sites to come
 data = "experiment"  # or "sites": every site has data of its own, and there are so many
 clients = 0
+spectrum = "server"  # or "sites": Hessians are over the data of all sites; always so with data = "sites"
 """
 _NEXT = """{app}/ is an app for Flower: {method}, {rounds} rounds. On the server, at each site, and where you are:
 

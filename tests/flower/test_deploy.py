@@ -1,5 +1,6 @@
 """`fedlight deploy flower`: what it writes, and what it refuses."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -55,8 +56,10 @@ def test_an_app_is_what_flower_asks_for(app):
     assert flower["publisher"] == 'a "b"'
     assert flower["config"] == {
         "rounds": 7, "seed": 5, "min-results": 1, "timeout": 3600, "folder": "", "resume": "", "wait": 600,
-        "data": "experiment", "clients": 0,
+        "data": "experiment", "clients": 0, "spectrum": "server",
     }  # fmt: skip
+    code = "".join(path.read_text() for path in (Path(fedlight.__file__).parent / "flower").glob("s*.py"))
+    assert set(re.findall(r'options\.get\("([\w-]+)"', code)) <= set(flower["config"])  # others cannot be given
     for side, component in flower["components"].items():
         module, name = component.split(":")
         code = (app / f"{module.replace('.', '/')}.py").read_text()
