@@ -30,6 +30,8 @@ class SiteResult(ClientResult):
 class RemoteClients(ClientSide):
     """Clients that live at sites: they make their messages themselves."""
 
+    shows_parts = False
+
     def trainings(self, clients: Sequence[int], lrs: Any, receive: Receive) -> Iterator[Any]:
         """One training: what its sites do for it is theirs."""
         yield receive, iter(clients)

@@ -140,6 +140,9 @@ class ServerSession(Session):
             if other:
                 text = "; ".join(f"{key}: {there} there, {own} here" for key, (own, there) in other.items())
                 raise MisconfigurationException(f"client {client} on {found['host']} is not like the server: {text}")
+        side, state = self.federation.clients, self.federation.state
+        if state.buffers and not (side.sends_buffers and all(not side.is_local(name) for name in state.buffers)):
+            rank_zero_info("sites: buffers stay there; the server's model, and val/*, have those of before training.")
         self._durable, self._written, self.id = {}, {}, uuid.uuid4().hex
         if self.folder is not None:
             path = self.folder.path / "sites.json"

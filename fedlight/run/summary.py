@@ -48,7 +48,8 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         found["new clients"] = f"{len(new)} never train: {', '.join(map(str, new[:20]))}{', ...' * (len(new) > 20)}"
     private, mean = run.federation.privacy, run.federation.state.personal["mean"]
     if phrase := trainer.personal.phrase(run.layout):
-        has = "them as they were initialised" if private else "the mean of the clients'"
+        seen = run.federation.clients.shows_parts and not private
+        has = "the mean of the clients'" if seen else "them as they were initialised"
         found["personal"] = phrase + f"; the server's model has {has}" * (len(mean) > 0)
     if private:
         found["privacy"] = private.phrase(trainer.max_rounds, run.federation.views)

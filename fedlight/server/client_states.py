@@ -42,7 +42,10 @@ class ClientStates:
         compared: names of the models that penalties compare the clients' with.
         losses: of the models that clients start from in this round, if the algorithm needs them.
         mean_size: mean(n) over all clients.
+        shows_parts: whether the mean of what stays with clients is known, for evaluation alone.
     """
+
+    shows_parts = True
 
     def __init__(
         self,
