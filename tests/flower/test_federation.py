@@ -32,6 +32,8 @@ METHODS = {
     "TopK, Quantize": ["--trainer.transforms+=TopK", "--trainer.transforms+=Quantize"],
     "Median": ["--trainer.aggregator=Median", "--trainer.transforms+=SignFlip"],
     "FedDC": ["--algorithm=FedDC"],
+    "BatchNorm": ["--model=tests.flower.normed.Net"],
+    "privacy": ["--trainer.transforms+={class_path: DifferentialPrivacy, init_args: {noise_multiplier: 0.5}}"],
 }
 
 
@@ -41,7 +43,8 @@ def simulated(folder, *arguments, rounds=2):
         *("fit", "-c", str(CONFIGS / "quickstart.yaml"), f"--trainer.default_root_dir={folder / 'simulated'}"),
         *(f"--trainer.max_rounds={rounds}", "--data.num_clients=4", "--trainer.clients_per_round=3"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_plots=false", "--trainer.devices=1"),
-        *("--model.init_args.net.init_args.hidden=[8]", *arguments),
+        "--model.init_args.net.init_args.hidden=[8]",
+        *arguments,
     ]
     trainer = FederatedCLI(given).trainer
     config = yaml.safe_load((trainer.run_dir / "config.yaml").read_text())
@@ -67,7 +70,7 @@ def assert_same(trainer, other):
 @pytest.mark.parametrize("method", [m if m == "FedDyn" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_sites_compute_what_a_simulation_computes(tmp_path, method):
     simulation = simulated(tmp_path, *METHODS[method], "--trainer.client_val_every_n_rounds=2")
-    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["2 0", "1 3"]))
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["2 0", "1 3"], allow="tests"))
     trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
     if simulation.personal.entries.any():  # which never leave their site
         assert rows(simulation)[-1].keys() == rows(trainer)[-1].keys()
