@@ -105,7 +105,10 @@ class LocalFederation:
         self.start("server", "flower-superexec", *self.trust, "--runtime-api-address", self.address)
 
     def start_node(self, node: int) -> Program:
-        """Start a SuperNode, also for a second time: what its clients keep is where it was."""
+        """Start a SuperNode, also for a second time: what its clients keep is where it was.
+
+        On Linux it ends with the thread that has started it.
+        """
         config = {"partition-ids": self.ids[node], "state": f"{self.folder}/state/node{node}", "allow": self.allow}
         words = " ".join(f'{key}="{value}"' for key, value in config.items())
         command = ["--superlink", self.address, "--port", self.ports[node], "--node-config", words, *self.trust]
