@@ -29,7 +29,7 @@ def check_allowed(config: Any, allowed: str = "") -> None:
         MisconfigurationException: naming what is refused.
     """
     known = (*ALLOWED, *allowed.split())
-    paths = {path for path in _paths(config) if not any(path == k or path.startswith(f"{k}.") for k in known)}
+    paths = {path for path in import_paths(config) if not any(path == k or path.startswith(f"{k}.") for k in known)}
     if paths:
         raise MisconfigurationException(
             f"config.yaml names {', '.join(sorted(paths))}, and this site allows {', '.join(known)} alone. If it is"
@@ -37,13 +37,14 @@ def check_allowed(config: Any, allowed: str = "") -> None:
         )
 
 
-def _paths(value: Any, key: str = "") -> Iterator[str]:
+def import_paths(value: Any, key: str = "") -> Iterator[str]:
+    """What a configuration names of classes and functions, by their import paths."""
     if isinstance(value, Mapping):
         for name, inside in value.items():
-            yield from _paths(inside, str(name))
+            yield from import_paths(inside, str(name))
     elif isinstance(value, list):
         for inside in value:
-            yield from _paths(inside, key)
+            yield from import_paths(inside, key)
     elif isinstance(value, str) and _PATH.fullmatch(value) and (key == "class_path" or _is_module(value)):
         yield value
 

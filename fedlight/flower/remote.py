@@ -59,8 +59,14 @@ class RemoteClients(ClientSide):
         row = self._store.get(client, _PART)
         return -1 if row is None else int(row["round"])
 
+    def model(self, view: str) -> dict[str, Tensor]:
+        """What a site receives that looks at a model, and trains nothing."""
+        params, model = self._server.algorithm["params"], self._server.views[view]
+        other = {} if torch.equal(params, model) else {"model": model}
+        return part("received", {"params": params}) | part("server", other) | part("buffers", self._server.buffers)
+
     def tensors(self) -> dict[str, Tensor]:
-        """What every site receives."""
+        """What every site receives that trains."""
         server = {"params": self._server.algorithm["params"]}
         if torch.equal(server["params"], self._received["params"]):
             server = {}

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -19,7 +18,7 @@ from fedlight.engines.base import Engine, LocalTraining
 from fedlight.flower.client import facts
 from fedlight.flower.config import build
 from fedlight.flower.data import RemoteData
-from fedlight.flower.messages import Transport, part
+from fedlight.flower.messages import Transport
 from fedlight.flower.remote import RemoteClients
 from fedlight.flower.sites import Sites
 from fedlight.flower.spectrum import SiteHessian
@@ -80,11 +79,9 @@ class SiteViews(Views):
         run, found = self._run, dict[int, dict[str, float]]()
         sites, side, clients = run.trainer.sites, run.federation.clients, range(run.federation.num_clients)
         side.begin(run.federation.state)
-        tensors, model = side.tensors(), run.federation.state.views["server"]
-        if type(run.trainer.personal) is Personalization:  # then nothing but the model is of interest
-            tensors = part("received", {"params": model}) | part("buffers", run.federation.state.buffers)
-        elif not torch.equal(model, tensors["received/params"]):
-            tensors |= part("server", {"model": model})
+        tensors = side.model("server")
+        if type(run.trainer.personal) is not Personalization:  # what clients make of it is of interest as well
+            tensors |= side.tensors()
         self.sizes: dict[int, int] = {}
         for parcel in sites.ask("evaluate", clients, run.figures(), tensors, run.stamps):
             found |= {int(client): metrics for client, metrics in parcel.info["clients"].items()}

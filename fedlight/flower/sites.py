@@ -37,9 +37,10 @@ class Sites:
         self.down_bytes = self.up_bytes = 0
 
     @property
-    def passed_on(self) -> dict[str, Any]:
-        """The options that sites follow as well."""
-        return {key: self._options[key] for key in ("rounds", "seed") if key in self._options}
+    def _passed_on(self) -> dict[str, Any]:
+        """What sites follow of the options as well."""
+        options = {key: self._options[key] for key in ("rounds", "seed") if key in self._options}
+        return {"options": options, "num_clients": int(self._options.get("clients") or 0)}
 
     def gather(self) -> None:
         """Wait until every client has a home.
@@ -77,7 +78,7 @@ class Sites:
                 if self.homes.get(client) == node:
                     del self.homes[client]
         new = sorted(present - self._known.keys())
-        query = Parcel("query", {"options": self.passed_on, "num_clients": int(self._options.get("clients") or 0)})
+        query = Parcel("query", self._passed_on)
         for node, found in self._transport.exchange(dict.fromkeys(new, query), self._timeout) if new else ():
             if isinstance(found, str) or found.kind == "refused":
                 why = found if isinstance(found, str) else found.info["why"]
@@ -120,10 +121,8 @@ class Sites:
         for client in clients:
             if client in self.homes:
                 jobs.setdefault(self.homes[client], []).append(client)
-        given = {**info, "options": self.passed_on, "num_clients": int(self._options.get("clients") or 0)}
-        parcels = {
-            node: Parcel(kind, {**given, "clients": some, **own(some)}, dict(tensors)) for node, some in jobs.items()
-        }
+        given = {**info, **self._passed_on}
+        parcels = {n: Parcel(kind, {**given, "clients": some, **own(some)}, dict(tensors)) for n, some in jobs.items()}
         self.down_bytes += sum(parcel.num_bytes for parcel in parcels.values())
         for node, found in self._transport.exchange(parcels, self._timeout) if parcels else ():
             if isinstance(found, str) or found.kind != kind:

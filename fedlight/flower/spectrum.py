@@ -61,10 +61,9 @@ class SiteHessian(HessianOperator):
     def _ask(self, what: str, tensors: Mapping[str, Tensor], **info: Any) -> dict[str, Tensor]:
         """The mean over all samples of what sites sum over theirs."""
         run = self._run
-        sites, side, state = run.trainer.sites, run.federation.clients, run.federation.state
-        side.begin(state)
-        given = {**tensors, **side.tensors(), **part("server", {"model": state.views[self._view]})}
-        given |= part("buffers", state.buffers)
+        sites, side = run.trainer.sites, run.federation.clients
+        side.begin(run.federation.state)
+        given = {**tensors, **side.model(self._view)}
         sums, weight, clients = ExactSums(), 0.0, list(self._drawn)
 
         def own(some: list[int]) -> dict[str, Any]:

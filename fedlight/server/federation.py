@@ -217,36 +217,37 @@ class Federation:
         down = num_bytes(self._received) + self.clients.buffer_bytes
         passes = 1 if self.perturbation is None else self.perturbation.passes
         metrics |= round_costs(incoming.reports, down, passes)
-        views, latest, dtype = (
-            self.algorithm.evaluated(algorithm, self._received, total),
-            {},
-            old.algorithm["params"].dtype,
-        )
-        personal = dict(old.personal)
-        if "personal" in total:
-            personal["mean"] = (total["personal"] / total["weight"]).to(dtype)
-        views = {view: self.split.model(params.to(dtype), personal["mean"]) for view, params in views.items()}
-        if torch.equal(views["server"], views["selected"]):
-            views["selected"] = views["server"]  # one vector, one evaluation
-        if "all" in self.views:
-            latest = dict(old.latest_mean)
-            latest["params"] = latest["params"] + total.get("latest", 0.0) / self._total_weight
-            views["all"] = latest["params"].to(dtype)
-        swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
-        views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
+        part = total["personal"] / total["weight"] if "personal" in total else old.personal["mean"]
+        personal = old.personal | {"mean": part.to(old.algorithm["params"].dtype)}
+        views, latest, swa = self._evaluated(algorithm, personal["mean"], total)
         self.state = ServerState(
             round=old.round + 1,
             global_step=old.global_step + sum(report.num_steps for report in used),
             algorithm=algorithm,
             perturbation=perturbation,
             buffers=like({**moved_buffers(old.buffers, total, _BUFFERS), **incoming.maxima}, old.buffers),
-            views={view: views[view] for view in self.views if view in views},
+            views=views,
             latest_mean=latest,
             swa=swa,
             personal=personal,
             loss_scale=min((r.loss_scale for r in used if r.loss_scale is not None), default=old.loss_scale),
         )
         return metrics
+
+    def _evaluated(self, algorithm: State, part: Tensor, total: State) -> tuple[State, State, State]:
+        """The views of the next state, of which these are parts; the mean of all latest models, and swa's sum."""
+        old, dtype, latest = self.state, part.dtype, State()
+        found = self.algorithm.evaluated(algorithm, self._received, total)
+        views = {view: self.split.model(params.to(dtype), part) for view, params in found.items()}
+        if torch.equal(views["server"], views["selected"]):
+            views["selected"] = views["server"]  # one vector, one evaluation
+        if "all" in self.views:
+            step = total.get("latest", 0.0) / self._total_weight
+            latest = old.latest_mean | {"params": old.latest_mean["params"] + step}
+            views["all"] = latest["params"].to(dtype)
+        swa = summed_rounds(old.swa, views["server"], old.round + 1, *self._swa) if "swa" in self.views else {}
+        views |= {"swa": (swa["sum"] / swa["count"]).to(dtype)} if swa else {}
+        return {view: views[view] for view in self.views if view in views}, latest, swa
 
     @property
     def spent(self) -> bool:
