@@ -10,9 +10,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
 from fedlight.analysis.layers import layer_blocks
-from fedlight.analysis.pictures import draw_density, draw_eigenvalues
+from fedlight.analysis.pictures import LayerHistory, draw_density, draw_eigenvalues, draw_layers
 from fedlight.analysis.result import HessianResult
 from fedlight.run.loggers import tell
 from fedlight.run.wandb import is_wandb, log_curve

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlight.analysis._drawing import drawn, line_style
+from fedlight.analysis.pictures import drawn, line_style
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.run.loggers import log_picture, read_metrics
 from fedlight.run.names import aggregate

@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from fedlight.report import figures, tables
-from fedlight.report.document import Block, Heading, Picture, Text
 from fedlight.report.groups import Group, Study, group_runs
 from fedlight.report.runs import find_runs
-from fedlight.report.writers import write_html, write_latex, write_markdown
+from fedlight.report.writers import Block, Heading, Picture, Text, write_html, write_latex, write_markdown
 
 _ROUND = re.compile(r"_(?:round|epoch)(\d+)$")
 
@@ -20,12 +19,10 @@ def main(args: list[str]) -> int:
     options = _parser().parse_args(args)
     out: Path = options.output
     study = group_runs(find_runs(options.folders))
-    baseline = study.baseline(options.baseline) if options.baseline and study.groups else None
-    chosen = options.metric, options.target, options.title, baseline, options.rank
-    document = make_report(study, out / "pictures", *chosen)
-    write_markdown(document, out / "report.md")
-    write_html(document, out / "report.html")
+    document = _report(study, options)
     written = [out / "report.md", out / "report.html"]
+    write_markdown(document, written[0])
+    write_html(document, written[1])
     if options.latex and study.groups:
         write_latex(tables.overview(study, options.metric), out / "table.tex")
         written.append(out / "table.tex")
@@ -34,34 +31,18 @@ def main(args: list[str]) -> int:
     return 0 if study.groups else 1
 
 
-def make_report(
-    study: Study,
-    pictures: Path,
-    metric: str,
-    target: float | None,
-    title: str,
-    baseline: str | None = None,
-    rank: bool = False,
-) -> list[Block]:
-    """Everything there is to say about a study.
-
-    Args:
-        study: the runs.
-        pictures: the folder that pictures are drawn to.
-        metric: by which methods are compared.
-        target: the value to count rounds to; by default what every method of a setting reaches.
-        title: of the document.
-        baseline: label of the method that the others are compared with.
-        rank: whether to rank methods over the settings.
-    """
-    blocks: list[Block | None] = [Heading(title, 1), *_state(study)]
+def _report(study: Study, options: argparse.Namespace) -> list[Block]:
+    """Everything there is to say about a study."""
+    blocks: list[Block | None] = [Heading(options.title, 1), *_state(study)]
     if study.groups:
+        metric, pictures = options.metric, options.output / "pictures"
+        baseline = study.baseline(options.baseline) if options.baseline else None
         blocks += [Heading(f"Methods and settings: {metric}"), tables.overview(study, metric)]
         blocks.append(tables.gains(study, metric))
         blocks.append(None if baseline is None else tables.distances(study, metric, baseline))
-        blocks.append(tables.ranks(study, metric) if rank else None)
+        blocks.append(tables.ranks(study, metric) if options.rank else None)
         for index, setting in enumerate(study.settings):
-            blocks += _setting(study, setting, pictures / f"setting{index + 1}", metric, target)
+            blocks += _setting(study, setting, pictures / f"setting{index + 1}", metric, options.target)
         if (differences := tables.differences(study)) is not None:
             blocks += [Heading("What differs between the configurations"), differences]
         blocks += [Heading("Versions"), tables.versions(study)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlight.analysis._drawing import drawn, line_style
+from fedlight.analysis.pictures import drawn, line_style
 from fedlight.report.groups import Group, Study
 from fedlight.report.tables import TRAFFIC, is_share
 

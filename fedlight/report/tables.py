@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
-from fedlight.report.document import Cell, Table, cells
 from fedlight.report.groups import Group, Stat, Study, gain
 from fedlight.report.naming import differing, show
+from fedlight.report.writers import Cell, Table, cells
 from fedlight.run.names import smaller_is_better
 
 _DASH = "–"
@@ -166,22 +165,22 @@ def default_target(groups: Sequence[Group], metric: str) -> float | None:
 Column = tuple[str, Callable[[Group], str]]
 
 
-def _shown(show: Callable[[Stat | None], str], metric: str, group: Group) -> str:
-    return show(group.stat(metric))
+def _shown(metric: str, digits: int = 2) -> Callable[[Group], str]:
+    return lambda group: show_stat(group.stat(metric), metric, digits)
+
+
+def _wide(metric: str) -> Callable[[Group], str]:
+    return lambda group: show_wide(group.stat(metric))
 
 
 def results(study: Study, setting: str, metric: str, target: float | None) -> Table:
     """What the methods of a setting reach, and how soon."""
     columns: list[Column] = [
-        ("server", lambda g: show_stat(g.stat("val/accuracy"), "accuracy")),
-        ("selected", lambda g: show_stat(g.stat("val/accuracy_selected"), "accuracy")),
-        ("all", lambda g: show_stat(g.stat("val/accuracy_all"), "accuracy")),
-        ("swa", lambda g: show_stat(g.stat("val/accuracy_swa"), "accuracy")),
-        ("loss", lambda g: show_stat(g.stat("val/loss"), digits=3)),
+        *((text, _shown(m, 3 if text == "loss" else 2)) for m, text in _COLUMNS.items()),
         ("gain of MAN", lambda g: _gain(study, g, metric)),
     ]
     if metric not in _COLUMNS:
-        columns.insert(0, (metric, lambda g: show_stat(g.stat(metric), metric)))
+        columns.insert(0, (metric, _shown(metric)))
     if target is not None:
         goal = f"{target * 100:g} %" if is_share(metric) else f"{target:g}"
         columns.append((f"rounds to {goal}", lambda g: show_cost(g, metric, target)))
@@ -197,7 +196,7 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
 def figures(study: Study, setting: str, metric: str) -> Table | None:
     """What else there is to know of the methods of a setting; None without any of it."""
     columns: list[Column] = [
-        *((text, partial(_shown, show_wide, f"hessian/{figure}")) for text, figure in _HESSIAN.items()),
+        *((text, _wide(f"hessian/{figure}")) for text, figure in _HESSIAN.items()),
         *(column for name in study.client_metrics(setting) for column in _spread(name)),
         ("MB", lambda g: _DASH if g.method.is_central else show_wide(g.total(*TRAFFIC))),
         ("s", lambda g: show_wide(g.total("time/round_s"))),
@@ -214,8 +213,8 @@ def _spread(name: str) -> list[Column]:
     """Mean and deviation over clients of a metric on their own data, and what the worst of them have."""
     ends = ("p90", "max") if smaller_is_better(name) else ("p10", "min")
     figures = zip(("mean", "std", "worst 10 %", "worst"), ("mean", "std", *ends), strict=True)
-    whose, show = "clients" if name == "accuracy" else f"clients, {name}", partial(show_stat, metric=name)
-    return [(f"{whose}: {t}", partial(_shown, show, f"clients/{name}_{figure}")) for t, figure in figures]
+    whose = "clients" if name == "accuracy" else f"clients, {name}"
+    return [(f"{whose}: {t}", _shown(f"clients/{name}_{figure}")) for t, figure in figures]
 
 
 def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Column], note: str) -> Table:

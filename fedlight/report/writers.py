@@ -1,14 +1,70 @@
-"""Writes a document as Markdown and as one HTML file, and a table for LaTeX."""
+"""What a report consists of, and how it is written: as Markdown, as one HTML file, a table for LaTeX."""
 
 import base64
 import html
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedlight.report.document import Block, Cell, Heading, Table, Text
 from fedlight.run.folder import atomic_write, writing
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: what stands in it.
+        bold: whether it is the best of its column.
+    """
+
+    text: str
+    bold: bool = False
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading: level 1 is the title."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph; a warning stands out."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column is text, the others are numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a file, with a caption."""
+
+    path: Path
+    caption: str
+
+
+Block = Heading | Text | Table | Picture
+"""A document is a list of these."""
+
+
+def cells(*texts: str) -> list[Cell]:
+    """A row of plain cells."""
+    return [Cell(text) for text in texts]
+
 
 _CSS = """
 body { font: 15px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; color: #111; background: #fff;

@@ -9,7 +9,7 @@ from benchmarks.hessian_samples import draw_sampling_error
 from fedlight.analysis import Density, HessianResult
 from fedlight.analysis import pictures as p
 from fedlight.analysis.landscape import LossLine, LossSurface
-from fedlight.analysis.layer_pictures import LayerHistory, draw_layers
+from fedlight.analysis.pictures import LayerHistory, draw_layers
 
 GRID = torch.linspace(-1, 1, 9, dtype=torch.float64)
 BOWL = GRID[:, None] ** 2 + 3 * GRID**2

@@ -11,10 +11,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.report import tables
 from fedlight.report.command import main
-from fedlight.report.document import Cell, Heading, Picture, Table, Text
 from fedlight.report.groups import Stat, group_runs
 from fedlight.report.runs import find_runs
-from fedlight.report.writers import write_html, write_latex, write_markdown
+from fedlight.report.writers import Cell, Heading, Picture, Table, Text, write_html, write_latex, write_markdown
 from tests.report.folders import MAN, config, write_run, write_study
 
 
