@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from fedlight.analysis import hessian_operator, layer_blocks, top_eigenvalues, trace
-from fedlight.analysis.pictures import drawn, line_style
 from fedlight.analysis.lanczos import block_eigenvalues
+from fedlight.analysis.pictures import drawn, line_style
 from fedlight.data.arrays import ArrayDataset
 from fedlight.models import CifarCNN, Classifier
 from fedlight.seeding import generator

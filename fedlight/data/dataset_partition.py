@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.loaders import Loaded, is_hf, loaded
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
+from fedlight.data.reading import Loaded, is_hf, loaded
 from fedlight.seeding import preserved_global_rng
 
 LABELS = ("targets", "labels", "target", "label", "y")

@@ -8,8 +8,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import DatasetPartition
-from fedlight.data.loaders import Loaded, loaded
 from fedlight.data.partition import Partitioner
+from fedlight.data.reading import Loaded, loaded
 from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
 
 FEDERATED_YAML = "data: {class_path: Federated, init_args: {datamodule: {class_path: %s}, num_clients: 20}}"

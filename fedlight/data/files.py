@@ -11,8 +11,8 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
+from fedlight.data.folders import split_of
 from fedlight.data.images import ImageArrays, as_images, check, held_out_for_test, take
-from fedlight.data.splits import split_of
 
 _ROLES = {"x": "x|images?|imgs?|data|inputs?|features?|pixels?", "y": "y|labels?|targets?", "group": "groups?"}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlight.checks import check_at_least_one
-from fedlight.data._draws import rank_in_group
+from fedlight.data.partition import rank_in_group
 from fedlight.data.pixels import FULL_SCALES, white_of
 from fedlight.seeding import generator
 

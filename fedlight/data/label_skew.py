@@ -4,17 +4,16 @@ import torch
 from torch import Generator, Tensor
 
 from fedlight.checks import check_at_least_one, check_number
-from fedlight.data._draws import (
+from fedlight.data.partition import (
+    Partitioner,
     apportion,
     by_client,
     categorical,
-    check_min_size,
     dirichlet,
     even_sizes,
     rank_in_group,
     rows_by_class,
 )
-from fedlight.data.partition import Partitioner
 
 
 class DirichletClients(Partitioner):
@@ -97,7 +96,6 @@ class DirichletClasses(Partitioner):
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw numbers of samples until they meet the minimum, then cut."""
-        check_min_size(self.min_size, num_clients, len(targets))
         rows, counts = rows_by_class(targets, generator)
         best = -1
         for _ in range(self.max_tries):

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlight.data.folders import EXTENSIONS
+from fedlight.data.folders import EXTENSIONS, split_of
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
-from fedlight.data.splits import split_of
 from fedlight.data.tables import Table, coded, column, is_leaf, read_leaf, read_table
 
 _COLUMNS = {"image": "image_id", "label": "class", "client": "user_id", "split": "split"}

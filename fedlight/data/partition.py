@@ -11,7 +11,6 @@ import torch
 from torch import Generator, Tensor
 
 from fedlight.checks import check_at_least_one, check_number
-from fedlight.data._draws import apportion, by_client, check_min_size, rank_in_group, rows_by_class
 
 
 class Partitioner(ABC):
@@ -19,9 +18,11 @@ class Partitioner(ABC):
 
     Attributes:
         needs_labels: whether it makes sense only where the classes of the samples are known.
+        min_size: the least number of samples of a client.
     """
 
     needs_labels: ClassVar[bool] = True
+    min_size: int = 1
 
     def __call__(
         self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None = None
@@ -49,6 +50,11 @@ class Partitioner(ABC):
             raise ValueError(
                 f"`data.num_clients` is {num_clients}, but it must be between 1 and the number of training samples, "
                 f"{len(targets)}: every client needs a sample."
+            )
+        if (needed := self.min_size * num_clients) > len(targets):
+            raise ValueError(
+                f"`data.partitioner.min_size` is {self.min_size}, but {num_clients} clients with {self.min_size} "
+                f"samples each need {needed}, and there are {len(targets)}. Lower min_size or `data.num_clients`."
             )
         parts = self.split(targets.long().cpu(), num_clients, generator, groups if groups is None else groups.cpu())
         if not torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets))):
@@ -100,7 +106,6 @@ class QuantitySkew(Partitioner):
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw sizes and cut a random order of all samples."""
         n = len(targets)
-        check_min_size(self.min_size, num_clients, n)
         logarithms = self.sigma * torch.randn(num_clients, dtype=torch.float64, generator=generator)
         # Those that would fall below the minimum get it; the others share the rest in proportion.
         sizes = torch.full((num_clients,), self.min_size)
@@ -151,3 +156,66 @@ class NaturalGroups(Partitioner):
         """Rows of groups that are numbered from 0, divided among ``per_group`` clients each."""
         rows, _ = rows_by_class(group, generator)
         return by_client(rows, group[rows] * per_group + rank_in_group(group[rows]) % per_group, num_clients)
+
+
+def dirichlet(alpha: float, num_rows: int, num_columns: int, generator: Generator) -> Tensor:
+    """Rows from a symmetric Dirichlet(α·1), ``[num_rows, num_columns]`` float64; each sums to 1.
+
+    A row is a vector of gamma draws divided by its sum. For small α nearly all draws of Gamma(α) are below the smallest
+    number, and their sum may be 0; so they are kept as logarithms, by Gamma(α) = Gamma(α+1)·U^(1/α).
+    """
+    shape = (num_rows, num_columns)
+    gamma = torch._standard_gamma(torch.full(shape, alpha + 1.0, dtype=torch.float64), generator)
+    uniform = 1 - torch.rand(shape, dtype=torch.float64, generator=generator)  # in (0, 1]
+    return torch.softmax(gamma.log() + uniform.log() / alpha, dim=1)
+
+
+def categorical(probabilities: Tensor, rows: Tensor, generator: Generator) -> Tensor:
+    """For each of ``rows`` ``[n]`` a column drawn from that row of ``probabilities`` ``[R, C]``; none of probability 0.
+
+    The probabilities are float64 and need not sum to 1; every row has a positive sum.
+    """
+    num_rows, columns = probabilities.shape
+    cumulative = probabilities.cumsum(1)
+    cumulative = cumulative / cumulative[:, -1:]
+    # Row i is shifted to (i, i+1], so that all rows are one ascending sequence and one search serves all draws.
+    # The factor keeps u + i below i + 1 in float64 for up to 10⁶ rows.
+    edges = (cumulative + torch.arange(num_rows)[:, None]).flatten()
+    uniform = torch.rand(len(rows), dtype=torch.float64, generator=generator) * (1 - 1e-9)
+    return torch.searchsorted(edges, uniform + rows, right=True) - rows * columns
+
+
+def even_sizes(total: int, parts: int) -> Tensor:
+    """``total`` in ``parts`` sizes that differ by at most one, the larger ones first. ``[parts]`` int64."""
+    return total // parts + (torch.arange(parts) < total % parts).long()
+
+
+def apportion(total: int, weights: Tensor) -> Tensor:
+    """``total`` in integer shares proportional to ``weights``, by the largest remainders. ``[len(weights)]`` int64."""
+    ideal = total * (weights.double() / weights.double().sum())
+    shares = ideal.floor().long()
+    order = torch.argsort(ideal - shares, descending=True, stable=True)
+    shares[order[: total - int(shares.sum())]] += 1
+    return shares
+
+
+def rows_by_class(targets: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """All rows sorted by class, in random order within each, ``[n]``; and the number of rows of each class, ``[C]``."""
+    shuffled = torch.randperm(len(targets), generator=generator)
+    return shuffled[torch.argsort(targets[shuffled], stable=True)], torch.bincount(targets)
+
+
+def rank_in_group(groups: Tensor) -> Tensor:
+    """For each entry how many entries before it have the same value: ``[3, 1, 3, 3] -> [0, 0, 1, 2]``."""
+    order = torch.argsort(groups, stable=True)
+    counts = torch.bincount(groups)
+    first = (counts.cumsum(0) - counts)[groups[order]]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(groups)) - first
+    return rank
+
+
+def by_client(rows: Tensor, clients: Tensor, num_clients: int) -> list[Tensor]:
+    """Rows sorted into one tensor per client, in the order given."""
+    sizes = torch.bincount(clients, minlength=num_clients).tolist()
+    return list(torch.split(rows[torch.argsort(clients, stable=True)], sizes))

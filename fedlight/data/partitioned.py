@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from fedlight.checks import check_at_least_one
-from fedlight.data._draws import apportion, by_client
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.partition import NaturalGroups, Partitioner
+from fedlight.data.partition import NaturalGroups, Partitioner, apportion, by_client
 from fedlight.seeding import generator
 
 

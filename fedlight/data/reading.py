@@ -1,10 +1,22 @@
-"""Reading a dataset sample by sample."""
+"""Datasets and loaders of other projects: read sample by sample, and taken apart."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from lightning.fabric.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    default_collate,
+    sampler,
+)
 
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
@@ -44,3 +56,63 @@ class _Batches(Dataset[Any]):
 
 def _unchanged(batch: Any) -> Any:
     return batch
+
+
+class Loaded(NamedTuple):
+    """A map-style dataset, how its loader reads it (None where there is no loader), and the sizes of clients in it."""
+
+    dataset: Any = None
+    batch_size: int | None = None
+    num_workers: int | None = None
+    collate_fn: Collate | None = None
+    sizes: list[int] | None = None
+
+
+def is_hf(data: Any) -> bool:
+    """Whether it is a dataset of Hugging Face's ``datasets``, which need not be installed."""
+    return hasattr(data, "column_names") and hasattr(data, "with_format")
+
+
+def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
+    """Take a dataset or ``DataLoader`` apart. A sampler of some rows is kept; one that weighs them is named.
+
+    Args:
+        data: the dataset or loader, or a list with one loader; None or an empty list for none.
+        what: how messages call it.
+        clients: whether a list with a dataset or loader for each client is taken, too.
+
+    Raises:
+        TypeError: for what cannot be divided among clients, with the way out.
+    """
+    if isinstance(data, list | tuple) and all(isinstance(part, Dataset | DataLoader) or is_hf(part) for part in data):
+        parts = [loaded(part, f"{what}[{i}]") for i, part in enumerate(data)]
+        if not parts or (len(parts) == 1 and not clients):
+            return parts[0] if parts else Loaded()
+        if not clients or len({part[1:3] for part in parts}) != 1:
+            raise TypeError(f"{what} is {len(parts)} loaders or datasets; give one{', or all alike' * clients}.")
+        joined: Any = ConcatDataset([part.dataset for part in parts])
+        return Loaded(joined, *parts[0][1:4], [len(part.dataset) for part in parts])
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")):
+        raise TypeError(
+            f"{what} reads {type(dataset).__name__}, an iterable: its samples have no numbers, so they cannot be "
+            "divided among clients. Use a dataset with __len__ and __getitem__ (a list of the samples is one), or a "
+            "FederatedDataModule of your own whose client_dataset(i) gives the data of client i."
+        )
+    held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
+    if not all(isinstance(part, Tensor) for part in held) or not (dataset is None or hasattr(dataset, "__getitem__")):
+        raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset or DataLoader of it.")
+    if not isinstance(data, DataLoader):
+        return Loaded(dataset)
+    batches = data.batch_sampler
+    size = data.batch_size or getattr(batches, "batch_size", None)
+    if not isinstance(size, int):
+        raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
+    order = getattr(batches, "sampler", data.sampler)
+    usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler) and not vars(order).get("replacement")
+    if type(batches) is BatchSampler and isinstance(order, sampler.SubsetRandomSampler):
+        dataset = Subset(dataset, [int(row) for row in order.indices])
+    elif not (usual and type(batches) is BatchSampler):
+        name = type(order if type(batches) is BatchSampler else batches).__name__
+        rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
+    return Loaded(dataset, size, data.num_workers, data.collate_fn)

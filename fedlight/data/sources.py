@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.data._draws import rank_in_group
 from fedlight.data.files import has_idx, load_idx, load_npz
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check
 from fedlight.data.listed import is_listed, load_listed
+from fedlight.data.partition import rank_in_group
 
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FASHION, _SVHN = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "http://ufldl.stanford.edu/housenumbers"

@@ -13,9 +13,8 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.folders import read_tree
-from fedlight.data.loaders import is_hf
-from fedlight.data.splits import split_of
+from fedlight.data.folders import read_tree, split_of
+from fedlight.data.reading import is_hf
 
 Table = dict[str, list[Any]]
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.pooled import Wrapping
+from fedlight.data.held_out import Wrapping
 
 
 class _Nothing(Dataset[Any]):

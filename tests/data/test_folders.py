@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fedlight.data import load_source
-from fedlight.data.splits import split_of
+from fedlight.data.folders import split_of
 
 
 def tree(root, layout):

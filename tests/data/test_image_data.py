@@ -17,8 +17,8 @@ from fedlight.data import (
     QuantitySkew,
     Shards,
 )
+from fedlight.data.held_out import PooledData
 from fedlight.data.partitioned import Partition, match_proportions
-from fedlight.data.pooled import PooledData
 
 
 def ready(**arguments):

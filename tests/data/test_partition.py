@@ -8,8 +8,8 @@ import torch
 
 import fedlight.data  # registers the partitioners that ship with fedlight
 from fedlight.data import IID, DirichletClasses, DirichletClients, NaturalGroups, Partitioner, QuantitySkew, Shards
-from fedlight.data._draws import apportion, categorical, dirichlet, even_sizes, rank_in_group
 from fedlight.data.label_skew import _draw_from_pools
+from fedlight.data.partition import apportion, categorical, dirichlet, even_sizes, rank_in_group
 
 PARTITIONERS = sorted(
     (p for p in Partitioner.__subclasses__() if p.__module__.startswith("fedlight.")), key=lambda p: p.__name__
