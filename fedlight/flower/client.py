@@ -30,7 +30,6 @@ from fedlight.run.session import Session
 from fedlight.run.setup import use_threads
 from fedlight.run.snapshot import package_version
 from fedlight.server.client_side import ClientSide
-from fedlight.server.federation import Federation
 from fedlight.server.senders import Reply
 from fedlight.server.state import ServerState
 from fedlight.trainer import FederatedTrainer
@@ -42,10 +41,6 @@ class _AtSite(ClientSide):
     def broadcast(self, server: ServerState) -> State:
         """What the message brought."""
         return super().broadcast(server) if self.received is None else self.received
-
-
-class _SiteFederation(Federation):
-    client_side = _AtSite
 
 
 class SiteTrainer(FederatedTrainer):
@@ -130,7 +125,7 @@ def _checksum(value: Tensor) -> int:
 class SiteSession(Session):
     """One message at a site."""
 
-    federation_class = _SiteFederation
+    clients_class = _AtSite
     node: Mapping[str, Any]
 
     def _open_folder(self) -> None:

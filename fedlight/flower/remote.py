@@ -56,7 +56,7 @@ class RemoteClients(ClientSide):
 
     def round_of(self, client: int) -> int:
         """The last round in which a client's message was used, -1 for none; its state after that counts."""
-        row = self._store.get(client, _PART)
+        row = self.store.get(client, _PART)
         return -1 if row is None else int(row["round"])
 
     def model(self, view: str) -> dict[str, Tensor]:
@@ -82,7 +82,7 @@ class RemoteClients(ClientSide):
         n = int(self._sizes[client])
         tensors = {k: {n: v.to(device) for n, v in parcel.part(f"{client}/{k}").items()} for k in _PARTS}
         packed = Packed(tensors["message"], dict(figures["lengths"]))
-        message = unpack(chain_of(self._transforms, client), self._received, packed)
+        message = unpack(chain_of(self.transforms, client), self._received, packed)
         for found, expected in zip((message, tensors["beside"]), self.expected, strict=True):
             _check_alike(found, expected)
         known = self._server.buffers

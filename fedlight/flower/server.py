@@ -29,14 +29,8 @@ from fedlight.run.experiment import differences
 from fedlight.run.preflight import check_methods
 from fedlight.run.session import Session
 from fedlight.run.views import Row, Views
-from fedlight.server.federation import Federation
 from fedlight.trainer import FederatedTrainer
 from fedlight.transforms.attack import attacks_by
-
-
-class _ServerFederation(Federation):
-    client_side = RemoteClients
-    clients: RemoteClients
 
 
 class SiteEngine(Engine):
@@ -53,7 +47,7 @@ class SiteEngine(Engine):
     def train(self, round: int, tasks: Iterable[Any]) -> Iterator[ClientResult]:
         """Ask the sites of these clients, and hand out what each of them sends."""
         session = self._session
-        side, sites, clients = session.federation.clients, session.trainer.sites, [int(c) for c in tasks]
+        side, sites, clients = session.side, session.trainer.sites, [int(c) for c in tasks]
         sites.down_bytes = sites.up_bytes = 0
         for parcel in sites.ask("train", clients, session.figures(), side.tensors(), session.stamps):
             for client, figures in parcel.info["clients"].items():
@@ -77,7 +71,7 @@ class SiteViews(Views):
     def on_clients(self) -> dict[int, dict[str, float]]:
         """What validation logs at the sites, by client."""
         run, found = self._run, dict[int, dict[str, float]]()
-        sites, side, clients = run.trainer.sites, run.federation.clients, range(run.federation.num_clients)
+        sites, side, clients = run.trainer.sites, run.side, range(run.federation.num_clients)
         side.begin(run.federation.state)
         tensors = side.model("server")
         if type(run.trainer.personal) is not Personalization:  # what clients make of it is of interest as well
@@ -121,11 +115,16 @@ class _Crossed(RoundCallback):
 class ServerSession(Session):
     """A fit whose clients live at sites."""
 
-    federation_class, views_class = _ServerFederation, SiteViews
+    clients_class, views_class = RemoteClients, SiteViews
     trainer: "ServerTrainer"
-    federation: _ServerFederation
     _durable: dict[int, int]
     _written: dict[int, int]
+
+    @property
+    def side(self) -> RemoteClients:
+        """The clients, by what they send."""
+        assert isinstance(self.federation.clients, RemoteClients)
+        return self.federation.clients
 
     def check(self) -> None:
         """Refuse what would fail, and sites that are not like the server."""
@@ -137,7 +136,7 @@ class ServerSession(Session):
             if other:
                 text = "; ".join(f"{key}: {there} there, {own} here" for key, (own, there) in other.items())
                 raise MisconfigurationException(f"client {client} on {found['host']} is not like the server: {text}")
-        side, state = self.federation.clients, self.federation.state
+        side, state = self.side, self.federation.state
         if state.buffers and not (side.sends_buffers and all(not side.is_local(name) for name in state.buffers)):
             rank_zero_info("sites: buffers stay there; the server's model, and val/*, have those of before training.")
         self._durable, self._written, self.id = {}, {}, uuid.uuid4().hex
@@ -154,18 +153,18 @@ class ServerSession(Session):
 
     def figures(self) -> dict[str, Any]:
         """What every site is told of the round."""
-        state, side = self.federation.state, self.federation.clients
+        state = self.federation.state
         return {
             "experiment": self.id,
             "round": state.round,
             "lrs": self.schedule.lrs,
             "loss_scale": state.loss_scale,
-            "mean_size": side.mean_size,
+            "mean_size": self.side.mean_size,
         }
 
     def stamps(self, clients: list[int]) -> dict[str, Any]:
         """Which of their states counts, by client, and which they must keep."""
-        since = {client: self.federation.clients.round_of(client) for client in clients}
+        since = {client: self.side.round_of(client) for client in clients}
         keeps = self.folder is not None and any(isinstance(c, Checkpoint) for c in self.trainer.callbacks)
         return {"since": since, "keep": {c: self._durable.get(c, -1) if keeps else r for c, r in since.items()}}
 
@@ -173,7 +172,7 @@ class ServerSession(Session):
         """Write a snapshot. Only when another one is begun is it sure to be on disk."""
         super().save_checkpoint(path, content, wait)
         if path.stem == "last":
-            rounds = {client: self.federation.clients.round_of(client) for client in range(self.federation.num_clients)}
+            rounds = {client: self.side.round_of(client) for client in range(self.federation.num_clients)}
             self._durable, self._written = self._written, rounds
 
 

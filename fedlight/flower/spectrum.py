@@ -61,7 +61,7 @@ class SiteHessian(HessianOperator):
     def _ask(self, what: str, tensors: Mapping[str, Tensor], **info: Any) -> dict[str, Tensor]:
         """The mean over all samples of what sites sum over theirs."""
         run = self._run
-        sites, side = run.trainer.sites, run.federation.clients
+        sites, side = run.trainer.sites, run.side
         side.begin(run.federation.state)
         given = {**tensors, **side.model(self._view)}
         sums, weight, clients = ExactSums(), 0.0, list(self._drawn)

@@ -32,6 +32,7 @@ from fedlight.run.setup import be_deterministic, make_fabric
 from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import restore_callbacks
 from fedlight.run.views import Views
+from fedlight.server.client_side import ClientSide
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
@@ -53,7 +54,7 @@ class Beginning(RunContext):
         views: evaluates the weights that are of interest.
     """
 
-    federation_class, views_class = Federation, Views
+    clients_class, views_class = ClientSide, Views
 
     def __init__(
         self,
@@ -156,10 +157,11 @@ class Beginning(RunContext):
         self._cleanup.callback(rows.close)
         self._cleanup.callback(self.writer.close)  # before the connections that it may be using
         trainer.personal.setup(self.module, self.layout)
-        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.datamodule, rows
-        parts = trainer.algorithm.buffers or settings["buffers"], settings["views"], self.layout, settings["transforms"]
+        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.layout, self.datamodule, rows.store
+        buffers = trainer.algorithm.buffers or settings["buffers"]
+        clients = self.clients_class(*methods, buffers, settings["transforms"], trainer.seed)
         swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]
-        self.federation = self.federation_class(*methods, *parts, trainer.seed, self.movers.unmoved, swa)
+        self.federation = Federation(clients, rows, settings["views"], self.movers.unmoved, swa)
         self.views = self.views_class(self)
         needed = (trainer.algorithm, settings["aggregator"] or trainer.algorithm)
         least = min(max(2, *(part.min_clients for part in needed)), self.federation.num_clients)

@@ -52,7 +52,7 @@ def describe(run: RunContext) -> dict[str, Any]:
             "clients_per_round": trainer.sampler.clients_per_round,
             "callbacks": plain(trainer.penalties),
             "views": list(run.federation.views),
-            "buffers": run.federation.buffer_policy,
+            "buffers": run.federation.clients.buffer_policy,
         },
         "data": _data(run.datamodule),
         "model": {

@@ -95,7 +95,7 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
         return replace(training, state=movers.state)
     findings = try_steps(training, run.hooks.module_only)
     movers.adopt(findings.moving)
-    _say(findings, federation.buffer_policy)
+    _say(findings, federation.clients.buffer_policy)
     return replace(training, findings=findings, state=movers.state, example=_example(run))
 
 

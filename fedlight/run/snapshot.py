@@ -185,7 +185,7 @@ def write_summary(run: RunContext, seconds: float, logged: list[str], engine: st
             "algorithm": type(trainer.algorithm).__name__,
             "perturbation": None if trainer.perturbation is None else type(trainer.perturbation).__name__,
             "num_clients": run.federation.num_clients,
-            "buffers": run.federation.buffer_policy,
+            "buffers": run.federation.clients.buffer_policy,
             "parameters": run.layout.numel,
             "device": str(run.fabric.device),
             "precision": trainer.settings["precision"],

@@ -36,34 +36,37 @@ class ClientSide(ClientStates):
             lrs: learning rates of the round.
             receive: takes the results of the shared training.
         """
-        if self._personal.trains_apart:
+        if self.personal.trains_apart:
             yield self._keep, (self._before(client, lrs) for client in clients)
             self._drop_unsound()
         yield receive, (self.task(client, lrs) for client in clients)
 
     def _before(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
-        own = self._apart[client] = self._personal.before(self._model(client), self.own(client))
+        own = self._apart[client] = self.personal.before(self._model(client), self.own(client))
         return self._task_apart(client, own, lrs, "personal ")
 
     def adapting(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask | None:
         """What a client trains before it is evaluated, and forgets afterwards; None where that is nothing."""
-        own = self._personal.adapt(self._model(client), self.own(client))
-        if own is None or not self._size(client) or not (self._personal.adapts_all or client >= len(self._sizes)):
+        own = self.personal.adapt(self._model(client), self.own(client))
+        if own is None or not self._size(client) or not (self.personal.adapts_all or client >= len(self._sizes)):
             return None
         return self._task_apart(client, own, lrs, "evaluation ")
 
     def adapted(self, result: ClientResult) -> State:
         """Model and buffers of a client that has done so."""
-        return {"": self._personal.adapted(self._model(result.client), result), **result.buffers}
+        return {"": self.personal.adapted(self._model(result.client), result), **result.buffers}
 
     def _task_apart(self, client: int, own: OwnTraining, lrs: tuple[float, ...] | None, stage: str) -> ClientTask:
         task, start = self.task(client, lrs), own.objective.start
+        held = {} if self.buffer_policy == "reset" else self.personal.held(self.own(client))
         references = {k: start if k == "start" else v for k, v in task.objective.references.items()}
         return replace(
             task,
             objective=replace(own.objective, references=references),
             perturbation=self._begin_perturbation(client, start),
-            buffers=task.buffers if self._policy == "reset" else task.buffers | self._personal.held(self.own(client)),
+            buffers=task.buffers
+            if self.buffer_policy == "reset"
+            else task.buffers | self.personal.held(self.own(client)),
             stage=stage,
             length=own.length,
         )
@@ -71,7 +74,7 @@ class ClientSide(ClientStates):
     def _keep(self, result: ClientResult) -> None:
         client = result.client
         moved = result.buffers if self._apart.pop(client).continued else {}
-        own = self._personal.trained(self.own(client), result, self._model(client))
+        own = self.personal.trained(self.own(client), result, self._model(client))
         self._trained[client] = own, moved, result.num_steps
 
     def _drop_unsound(self) -> None:
@@ -92,16 +95,16 @@ class ClientSide(ClientStates):
         """What a client has to do in this round; ``honest`` if there were no attack."""
         weight = float(self._size(client)) / self.mean_size
         kept = self._own(client)
-        objective = self._algorithm.objective(self._received, kept, weight)
-        if unknown := objective.optimizer.keys() - {*self._algorithm.optimizer_state}:
-            name = type(self._algorithm).__name__
+        objective = self.algorithm.objective(self._received, kept, weight)
+        if unknown := objective.optimizer.keys() - {*self.algorithm.optimizer_state}:
+            name = type(self.algorithm).__name__
             raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
-        objective = self._personal.objective(self._split.objective(objective, self._part(client)))
+        objective = self.personal.objective(self.split.objective(objective, self._part(client)))
         models = {"start": objective.start, **objective.references}
         objective = replace(objective, references={k: v for k, v in models.items() if k in self.compared})
         with named(self._server.round, client):
-            dataset = in_memory(self._data.client_dataset(client), self._data.collate_fn, self.read)
-        for attack in [] if honest else attacks_by(self._transforms, client):
+            dataset = in_memory(self.data.client_dataset(client), self.data.collate_fn, self.read)
+        for attack in [] if honest else attacks_by(self.transforms, client):
             dataset = attack.train_data(dataset)
         return ClientTask(
             client=client,
@@ -117,29 +120,29 @@ class ClientSide(ClientStates):
     def reply(self, result: ClientResult) -> Reply:
         """The message of a client that has trained."""
         client, rows, beside, whole = result.client, dict[str, State](), State(), result
-        result = self._split.result(whole if self.losses is None else replace(whole, loss=self.losses[client]))
-        rows["algorithm"], message = self._algorithm.client_update(self._received, self._own(client), result)
+        result = self.split.result(whole if self.losses is None else replace(whole, loss=self.losses[client]))
+        rows["algorithm"], message = self.algorithm.client_update(self._received, self._own(client), result)
         packed = Packed(message)
-        if self._transforms:
-            rng = generator(self._seed, "transform", self._server.round, client)
-            kept = self._store.get(client, "transforms") or {}
+        if self.transforms:
+            rng = generator(self.seed, "transform", self._server.round, client)
+            kept = self.store.get(client, "transforms") or {}
             with named(self._server.round, client):
-                chain = chain_of(self._transforms, client)
+                chain = chain_of(self.transforms, client)
                 packed, rows["transforms"] = pack(chain, self._received, message, kept, rng)
                 message = unpack(chain, self._received, packed)
-        if self._perturbation is not None:
+        if self.perturbation is not None:
             own = self._own_perturbation(client)
-            rows["perturbation"], beside = self._perturbation.client_update(own, whole.perturbation, whole.start)
-            beside = self._split.restricted(beside)
+            rows["perturbation"], beside = self.perturbation.client_update(own, whole.perturbation, whole.start)
+            beside = self.split.restricted(beside)
         rows["buffers"] = {k: v for k, v in result.buffers.items() if self.is_local(k)}
-        rows["personal"] = self._personal.client_update(self.own(client), whole)
-        part = self._personal.part(rows["personal"], self.initial)
+        rows["personal"] = self.personal.client_update(self.own(client), whole)
+        part = self.personal.part(rows["personal"], self.initial)
         steps = self._trained.get(client, NOTHING)[2]
         return Reply(message, beside, rows, steps, part, packed)
 
     def holds(self, result: ClientResult) -> bool:
         """Whether a client waits with its message until attackers know one another's (:meth:`meet`)."""
-        if waits := any(attack.colludes for attack in attacks_by(self._transforms, result.client)):
+        if waits := any(attack.colludes for attack in attacks_by(self.transforms, result.client)):
             self._held.append(result)
         return waits
 
@@ -148,10 +151,10 @@ class ClientSide(ClientStates):
         mine = dict[int, Tensor]()
         everyone: list[dict[int, Tensor]] = [{}] * fabric.world_size
         for result in self._held:
-            shared, own = self._split.result(result), self._own(result.client)
-            _, message = self._algorithm.client_update(self._received, own, shared)
+            shared, own = self.split.result(result), self._own(result.client)
+            _, message = self.algorithm.client_update(self._received, own, shared)
             mine[result.client] = (message["params"] - self._received["params"]).cpu()
-        attacks = [attack for attack in attacks_by(self._transforms) if attack.colludes]
+        attacks = [attack for attack in attacks_by(self.transforms) if attack.colludes]
         if attacks and fabric.world_size > 1:
             torch.distributed.all_gather_object(everyone, mine)
         updates = {client: update for part in (mine, *everyone) for client, update in part.items()}
@@ -162,29 +165,29 @@ class ClientSide(ClientStates):
 
     def check(self) -> None:
         """Refuse an algorithm that cannot do with personal parts, and transforms with what clients will send."""
-        name = type(self._algorithm).__name__
-        if "step" in self._algorithm.optimizer_state and len(self.initial):
+        name = type(self.algorithm).__name__
+        if "step" in self.algorithm.optimizer_state and len(self.initial):
             raise MisconfigurationException(
                 f"trainer.personal: {name} lets all optimizers begin with the same count of steps, and so with moments"
                 " that it does not have for personal parts. Use another algorithm, or FedAvg with the same optimizer."
             )
-        for attack in attacks_by(self._transforms):
+        for attack in attacks_by(self.transforms):
             self.task(min(attack.attackers), None)
-        if self._transforms:
-            check_messages(self._transforms, name, self._received, *self.example_message())
+        if self.transforms:
+            check_messages(self.transforms, name, self._received, *self.example_message())
 
     def example_message(self) -> tuple[State, State]:
         """What any client will send of algorithm and perturbation, but for the values."""
         params = self._server.algorithm["params"]
-        own = self._algorithm.init_client(params)
-        start = self._algorithm.objective(self._received, own, 1.0).start
+        own = self.algorithm.init_client(params)
+        start = self.algorithm.objective(self._received, own, 1.0).start
         zeros = {"step": start.new_zeros(())}  # all others are vectors
-        optimizer = {name: zeros.get(name, torch.zeros_like(start)) for name in self._algorithm.optimizer_state}
+        optimizer = {name: zeros.get(name, torch.zeros_like(start)) for name in self.algorithm.optimizer_state}
         result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
-        _, sent = self._algorithm.client_update(self._received, own, result)
-        if self._perturbation is None:
+        _, sent = self.algorithm.client_update(self._received, own, result)
+        if self.perturbation is None:
             return sent, {}
-        whole = self._split.model(start, self.initial)
+        whole = self.split.model(start, self.initial)
         begun = self._begin_perturbation(-1, whole)
-        beside = self._perturbation.client_update(self._own_perturbation(-1), begun, whole)[1]
-        return sent, self._split.restricted(beside)
+        beside = self.perturbation.client_update(self._own_perturbation(-1), begun, whole)[1]
+        return sent, self.split.restricted(beside)

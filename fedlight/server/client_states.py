@@ -1,13 +1,16 @@
 """What clients have: a model, buffers, and state of their own."""
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import InitVar, dataclass, field
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.local import ClientResult
+from fedlight.module.parameters import ParameterLayout
 from fedlight.personal.base import OwnTraining, Personalization
 from fedlight.personal.split import Split
 from fedlight.perturbations.base import Perturbation, State
@@ -20,22 +23,24 @@ BufferPolicy = Literal["average", "local", "reset"]
 NOTHING: tuple[State, State, int] = {}, {}, 0
 
 
+@dataclass(eq=False)
 class ClientStates:
     """What each client has in a round, which :class:`ClientSide` works with.
 
     Args:
-        algorithm: how clients are corrected; set up.
-        perturbation: where gradients are taken, or None; set up.
+        algorithm: how clients are corrected and aggregated.
+        perturbation: where gradients are taken, or None.
         personal: what clients have for themselves; set up.
-        split: which part of the model they share: all that the algorithm sees.
-        datamodule: the clients' data.
+        layout: the order of the parameters.
+        data: the clients' data, set up.
         store: the clients' rows.
         buffer_policy: what happens to the module's buffers.
         transforms: what a message goes through before it is sent.
         seed: of the transforms' random draws.
-        sizes: samples of every client, ``[N]``.
 
     Attributes:
+        sizes: samples of every client, ``[N]``.
+        split: which part of the model they share: all that the algorithm sees.
         initial_buffers: the buffers before the first round.
         initial: the personal entries before the first round, ``[P_own]``.
         read: whether datasets are read into memory, for an engine that takes no others.
@@ -45,35 +50,34 @@ class ClientStates:
         shows_parts: whether the mean of what stays with clients is known, for evaluation alone.
     """
 
-    shows_parts = True
+    algorithm: Algorithm
+    perturbation: Perturbation | None
+    personal: Personalization
+    layout: InitVar[ParameterLayout]
+    data: FederatedDataModule
+    store: ClientStore
+    buffer_policy: BufferPolicy
+    transforms: Sequence[Transform]
+    seed: int
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        perturbation: Perturbation | None,
-        personal: Personalization,
-        split: Split,
-        datamodule: FederatedDataModule,
-        store: ClientStore,
-        buffer_policy: BufferPolicy,
-        transforms: Sequence[Transform],
-        seed: int,
-        sizes: Tensor,
-    ) -> None:
-        self._algorithm, self._perturbation = algorithm, perturbation
-        self._personal, self._split = personal, split
-        self._data, self._store, self._policy = datamodule, store, buffer_policy
-        self._transforms, self._seed = transforms, seed
-        self._sizes = sizes.numpy()  # reads one entry in a fraction of the time
-        self.mean_size = float(sizes.double().mean())
-        self.initial_buffers: State = {}
-        self.initial: Tensor
-        self.read = False
-        counts = datamodule.partition_counts()
-        for attack in attacks_by(transforms):
-            attack.setup(len(sizes), seed, None if counts is None else counts.shape[1])
-        self.compared: Sequence[str] = ()
-        self.losses: dict[int, float] | None = None
+    shows_parts: ClassVar[bool] = True
+    initial: Tensor = field(init=False)
+    initial_buffers: State = field(default_factory=dict, init=False)
+    read: bool = field(default=False, init=False)
+    compared: Sequence[str] = field(default=(), init=False)
+    losses: dict[int, float] | None = field(default=None, init=False)
+
+    def __post_init__(self, layout: ParameterLayout) -> None:
+        self.sizes = torch.tensor([self.data.client_size(i) for i in range(self.data.num_clients)])
+        self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
+        self.mean_size = float(self.sizes.double().mean())
+        self.split = Split(layout, self.personal.entries)
+        self.algorithm.setup(len(self.sizes), self.split.layout)
+        if self.perturbation is not None:
+            self.perturbation.setup(layout)
+        counts = self.data.partition_counts()
+        for attack in attacks_by(self.transforms):
+            attack.setup(len(self.sizes), self.seed, None if counts is None else counts.shape[1])
 
     def begin(self, server: ServerState) -> State:
         """Begin a round, or an evaluation: what every client receives of this server, besides its buffers."""
@@ -85,13 +89,13 @@ class ClientStates:
 
     def broadcast(self, server: ServerState) -> State:
         """What algorithm and perturbation send to every client."""
-        beside = {} if self._perturbation is None else self._perturbation.broadcast(server.perturbation)
-        return {**self._algorithm.broadcast(server.algorithm), **beside}
+        beside = {} if self.perturbation is None else self.perturbation.broadcast(server.perturbation)
+        return {**self.algorithm.broadcast(server.algorithm), **beside}
 
     @property
     def sends_buffers(self) -> bool:
         """Whether buffers cross, but for those of personal parts."""
-        return self._policy == "average"
+        return self.buffer_policy == "average"
 
     @property
     def buffer_bytes(self) -> int:
@@ -102,43 +106,43 @@ class ClientStates:
 
     def is_local(self, buffer: str) -> bool:
         """Whether a buffer stays with each client."""
-        return self._policy == "local" or buffer in self._personal.buffers
+        return self.buffer_policy == "local" or buffer in self.personal.buffers
 
     def own(self, client: int) -> State:
         """What a client has for itself."""
         if client in self._trained:
             return self._trained[client][0]
-        state = self._store.get(client, "personal")
-        return self._personal.init_client(self._first) if state is None else state
+        state = self.store.get(client, "personal")
+        return self.personal.init_client(self._first) if state is None else state
 
     @property
     def _first(self) -> Tensor:
         """The server's model with the personal entries that a client begins with, ``[P]``."""
-        return self._split.model(self._server.algorithm["params"], self.initial)
+        return self.split.model(self._server.algorithm["params"], self.initial)
 
     def _part(self, client: int) -> Tensor:
-        return self._personal.part(self.own(client), self.initial)
+        return self.personal.part(self.own(client), self.initial)
 
     def _own(self, client: int) -> State:
-        state = self._store.get(client, "algorithm")
-        return self._algorithm.init_client(self._server.algorithm["params"]) if state is None else state
+        state = self.store.get(client, "algorithm")
+        return self.algorithm.init_client(self._server.algorithm["params"]) if state is None else state
 
     def _own_perturbation(self, client: int) -> State:
-        assert self._perturbation is not None
-        state = self._store.get(client, "perturbation")
-        return self._perturbation.init_client(self._first) if state is None else state
+        assert self.perturbation is not None
+        state = self.store.get(client, "perturbation")
+        return self.perturbation.init_client(self._first) if state is None else state
 
     def _begin_perturbation(self, client: int, start: Tensor) -> State:
         """Its state at the start of a training; it sees the whole model, and of the server's 0 at personal entries."""
-        if self._perturbation is None:
+        if self.perturbation is None:
             return {}
-        received = {**self._split.padded(self._received), "params": self._model(client)}
-        own = {**self._split.padded(self._own(client)), **self._own_perturbation(client)}
-        return self._perturbation.begin(received, own, start)
+        received = {**self.split.padded(self._received), "params": self._model(client)}
+        own = {**self.split.padded(self._own(client)), **self._own_perturbation(client)}
+        return self.perturbation.begin(received, own, start)
 
     def _buffers(self, client: int) -> State:
-        local = (self._store.get(client, "buffers") or {}) | self._trained.get(client, NOTHING)[1]
-        if self._policy == "average":
+        local = (self.store.get(client, "buffers") or {}) | self._trained.get(client, NOTHING)[1]
+        if self.buffer_policy == "average":
             initial = {k: v for k, v in self.initial_buffers.items() if self.is_local(k)}
             return {**self._server.buffers, **initial, **local}
         return {**self.initial_buffers, **local}
@@ -146,12 +150,12 @@ class ClientStates:
     def personal_model(self, client: int, server: Tensor) -> State:
         """A client's own model, under the name "", and its buffers, where the server's model is this one ``[P]``."""
         own = self.own(client)
-        model = self._personal.model(self._split.model(self._split.shared(server), self._part(client)), own)
-        return {"": model, **self._buffers(client), **self._personal.held(own)}
+        model = self.personal.model(self.split.model(self.split.shared(server), self._part(client)), own)
+        return {"": model, **self._buffers(client), **self.personal.held(own)}
 
     def _model(self, client: int) -> Tensor:
         """What a client has received, with its own entries, ``[P]``."""
-        return self._split.model(self._received["params"], self._part(client))
+        return self.split.model(self._received["params"], self._part(client))
 
     def _size(self, client: int) -> int:
-        return int(self._sizes[client]) if client < len(self._sizes) else self._data.client_size(client)
+        return int(self._sizes[client]) if client < len(self._sizes) else self.data.client_size(client)

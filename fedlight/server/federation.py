@@ -10,14 +10,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm, mean_update
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.algorithms.base import mean_update
 from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
-from fedlight.module.parameters import ParameterLayout
-from fedlight.personal.base import Personalization
-from fedlight.personal.split import Split
-from fedlight.perturbations.base import Perturbation, State
+from fedlight.perturbations.base import State
 from fedlight.server.aggregators import Aggregator, in_place_of_sums
 from fedlight.server.client_side import BufferPolicy as BufferPolicy
 from fedlight.server.client_side import ClientSide
@@ -27,7 +23,6 @@ from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
 from fedlight.server.state import ServerState as ServerState
 from fedlight.server.state import buffer_moves, like, moved, moved_buffers, num_bytes, summed_rounds
-from fedlight.transforms.base import Transform
 
 View = Literal["server", "selected", "all", "swa"]
 _PERTURBATION, _BUFFERS = "perturbation/", "buffers/"
@@ -39,51 +34,29 @@ class Federation:
     Every process holds the same federation: it computes the same from the same results.
 
     Args:
-        algorithm: how clients are corrected and aggregated.
-        perturbation: where gradients are taken, or None.
-        personal: what clients have for themselves; set up.
-        datamodule: the clients' data, set up.
+        clients: what clients do, here or elsewhere, and by which methods.
         rows: what is kept of the clients.
-        buffer_policy: what happens to the module's buffers.
         views: which weights are evaluated.
-        layout: the order of the parameters.
-        transforms: what stands between a client's message and the server.
-        seed: of the transforms' random draws.
         unmoved: gives a parameter without a gradient as it was when the round began.
         swa: ``begin`` and ``every`` of view ``swa``.
     """
 
     privacy: Privacy | None = None  # bounds what is summed, and adds noise to it
     aggregator: Aggregator | None = None  # takes the place of the mean
-    client_side: type[ClientSide] = ClientSide  # what clients do, here or elsewhere
 
     def __init__(
         self,
-        algorithm: Algorithm,
-        perturbation: Perturbation | None,
-        personal: Personalization,
-        datamodule: FederatedDataModule,
+        clients: ClientSide,
         rows: ClientRows,
-        buffer_policy: BufferPolicy,
         views: Sequence[View],
-        layout: ParameterLayout,
-        transforms: Sequence[Transform] = (),
-        seed: int = 0,
-        unmoved: Callable[[str], Tensor] | None = None,
-        swa: tuple[int, int] = (0, 1),
+        unmoved: Callable[[str], Tensor],
+        swa: tuple[int, int],
     ) -> None:
+        self.clients, self.rows, self.store, self.views = clients, rows, rows.store, views
+        self.algorithm, self.perturbation, self.split = clients.algorithm, clients.perturbation, clients.split
+        self.sizes, self.num_clients = clients.sizes, len(clients.sizes)
         self._unmoved, self._swa = unmoved, swa
-        self.algorithm, self.perturbation = algorithm, perturbation
-        self.rows, self.store, self.buffer_policy, self.views = rows, rows.store, buffer_policy, views
-        self.num_clients = datamodule.num_clients
-        self.sizes = torch.tensor([datamodule.client_size(i) for i in range(self.num_clients)])
-        self.personal, self.split = personal, Split(layout, personal.entries)
-        algorithm.setup(self.num_clients, self.split.layout)
-        if perturbation is not None:
-            perturbation.setup(layout)
-        parts = algorithm, perturbation, personal, self.split, datamodule, self.store, buffer_policy
-        self.clients = self.client_side(*parts, transforms, seed, self.sizes)
-        weights = [algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
+        weights = [self.algorithm.mean_weight(n) for n in self.sizes.tolist()] if "all" in views else [1.0]
         self._total_weight = math.fsum(weights)
         self._shares = torch.tensor(weights, dtype=torch.float64) / self._total_weight
         self.state = ServerState()
@@ -162,9 +135,7 @@ class Federation:
 
     def _buffer(self, name: str) -> Tensor:
         """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
-        if name in self.state.buffers or self._unmoved is None:
-            return self.state.buffers[name]
-        return self._unmoved(name)
+        return self.state.buffers[name] if name in self.state.buffers else self._unmoved(name)
 
     def late(self) -> list[str]:
         """What clients have moved in this round, and none before."""
