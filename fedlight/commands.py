@@ -10,10 +10,8 @@ from fedlight.analysis.result import HessianResult
 from fedlight.analysis.run import analyze
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.run.evaluation import Stage
-from fedlight.run.export import export
 from fedlight.run.interface import TrainerInterface
-from fedlight.run.predict import predict
-from fedlight.run.results import destination, keep
+from fedlight.run.results import destination, export, keep, predict
 from fedlight.run.session import Session
 from fedlight.run.summary import RunSummary
 from fedlight.server.federation import View

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlight.perturbations.base import Perturbation, State
-from fedlight.server.senders import Sender as Sender
+from fedlight.perturbations.base import Perturbation, Sender, State
 
 
 @dataclass(frozen=True)

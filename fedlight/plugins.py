@@ -2,8 +2,10 @@
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -18,3 +20,18 @@ def discover(package: ModuleType, base: type[T]) -> dict[str, type[T]]:
             if isinstance(value, type) and issubclass(value, base) and defined_here and not name.startswith("_"):
                 found[name] = value
     return dict(sorted(found.items()))
+
+
+def offer(package: str, base: type, kind: str) -> tuple[list[str], Callable[[str], Any]]:
+    """Make what :func:`discover` finds attributes of a package, of that name, and say what there is of its ``kind``.
+
+    Returns:
+        The package's ``__all__`` and ``__getattr__``.
+    """
+    found: dict[str, type] = discover(sys.modules[package], base)
+    vars(sys.modules[package]).update(found)
+
+    def missing(name: str) -> Any:
+        raise AttributeError(f"there is no {kind} {name!r}; known are {', '.join(found)}")
+
+    return [*found], missing

@@ -12,7 +12,7 @@ import torch
 
 from fedlight.callbacks import ClientMetrics
 from fedlight.run.loggers import read_metrics
-from fedlight.run.signals import deferred_signals
+from fedlight.run.processes import deferred_signals
 from tests.helpers.interrupted import CASES, ROUNDS
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights

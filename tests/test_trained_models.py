@@ -10,7 +10,7 @@ from fedlight import Classifier, ImageData
 from fedlight.cli.command import main
 from fedlight.data.partition import IID
 from fedlight.models import MLP
-from fedlight.run import export
+from fedlight.run import results
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 
 X = seeded(5, 1, 8, 8)
@@ -95,7 +95,7 @@ def test_what_cannot_be_exported_is_said(run, tmp_path, monkeypatch):
         trainer.export(Pairs(), Clients(), to=tmp_path / "a.pt2")
     with pytest.raises(MisconfigurationException, match="torch cannot export Branching.forward"):
         trainer.export(Branching(), Clients(), to=tmp_path / "a.pt2")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(results, "find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"needs ONNX: pip install .fedlight\[onnx\]"):
         exported(run, tmp_path / "a.onnx")
     assert not list(tmp_path.glob("*.*"))

@@ -14,8 +14,8 @@ from fedlight.module.parameters import ParameterLayout
 from fedlight.penalties.base import Penalty
 from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
+from fedlight.perturbations.base import Sender as Sender
 from fedlight.perturbations.base import State as State
-from fedlight.server.senders import Sender as Sender
 from fedlight.written import Remembers
 
 Message = dict[str, Tensor]

@@ -31,9 +31,8 @@ from fedlight.cli.light import TRAINERS
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
-from fedlight.run.processes import raised_in
+from fedlight.run.processes import exit_by_signal, raised_in
 from fedlight.run.resume import usual_checkpoint
-from fedlight.run.signals import exit_by_signal
 from fedlight.trainer import FederatedTrainer
 
 COMMANDS = {

@@ -1,6 +1,7 @@
 """An app's configuration, where it is run: read, checked and changed as options say."""
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight.trainer import FederatedTrainer
 
 ALLOWED = ("fedlight", "torch", "torchvision", "torchmetrics", "lightning")
-_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_plots": False, "enable_checkpointing": False}
 
 
@@ -51,7 +52,8 @@ def import_paths(value: Any, key: str = "") -> Iterator[str]:
 
 def _is_module(path: str) -> bool:
     """Whether something could be imported by it; others are names of layers or files."""
-    return find_spec(path.partition(".")[0]) is not None
+    top = path.partition(".")[0]
+    return top in sys.modules or find_spec(top) is not None
 
 
 def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Any:

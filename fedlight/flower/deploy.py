@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight import __version__
 from fedlight.cli.command import FederatedCLI, SaveConfig
 from fedlight.data.held_out import training_data
-from fedlight.flower.config import ALLOWED
+from fedlight.flower.config import ALLOWED, import_paths
 from fedlight.flower.local import run_local
 from fedlight.flower.server import check_deployable
 from fedlight.studies.command import positive
@@ -154,11 +154,7 @@ def _write(app: Path, composed: Composed, publisher: str) -> None:
 
 def _imported(config: Any) -> set[str]:
     """The packages that a configuration names classes or functions of, besides what every site allows."""
-    if isinstance(config, dict | list):
-        values = config.values() if isinstance(config, dict) else config
-        return {name for value in values for name in _imported(value)}
-    path = config if isinstance(config, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", config) else ""
-    return {path.partition(".")[0]} & sys.modules.keys() - {*ALLOWED}
+    return {path.partition(".")[0] for path in import_paths(config)} & sys.modules.keys() - {*ALLOWED}
 
 
 def _own_code(config: Any) -> list[tuple[Path, Path]]:

@@ -19,8 +19,7 @@ from fedlight.flower.client import facts
 from fedlight.flower.config import build
 from fedlight.flower.data import RemoteData
 from fedlight.flower.messages import Transport
-from fedlight.flower.remote import RemoteClients
-from fedlight.flower.sites import Sites
+from fedlight.flower.sites import RemoteClients, Sites
 from fedlight.flower.spectrum import SiteHessian
 from fedlight.local import ClientResult
 from fedlight.personal.base import Personalization
@@ -128,7 +127,7 @@ class ServerSession(Session):
 
     def check(self) -> None:
         """Refuse what would fail, and sites that are not like the server."""
-        check_methods(self.module, self.fabric, self.federation, self.schedule)
+        check_methods(self)
         mine, sites = json.loads(json.dumps(facts(self))), self.trainer.sites
         for client, found in sorted(sites.found.items()):
             n, here = found["sizes"][str(client)], int(self.federation.sizes[client])

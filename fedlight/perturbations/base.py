@@ -1,15 +1,34 @@
 """The point at which a local step takes its gradient."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedlight.module.parameters import ParameterLayout
-from fedlight.server.senders import Sender
 
 State = dict[str, Tensor]
 """What an algorithm or perturbation keeps, for the server or for one client: named tensors."""
+
+
+@dataclass(frozen=True)
+class Sender:
+    """The client that sent a message, in figures.
+
+    Attributes:
+        client: its index.
+        num_samples: n_i.
+        weight: p_i = n_i / mean(n) over all clients.
+        num_steps: S, optimizer steps taken.
+        lr_sum: Σ of the learning rate over the steps; S·η where it is constant in the round.
+    """
+
+    client: int
+    num_samples: int
+    weight: float
+    num_steps: int
+    lr_sum: float
 
 
 class Perturbation:

@@ -25,11 +25,10 @@ from fedlight.run.folder import RunFolder
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import make_loggers
 from fedlight.run.movers import Movers
-from fedlight.run.processes import watch_children
+from fedlight.run.processes import deferred_signals, watch_children
 from fedlight.run.processors import resolve_devices
 from fedlight.run.results import destination
 from fedlight.run.setup import be_deterministic, make_fabric
-from fedlight.run.signals import deferred_signals
 from fedlight.run.snapshot import restore_callbacks
 from fedlight.run.views import Views
 from fedlight.server.client_side import ClientSide

@@ -25,7 +25,6 @@ from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
 from fedlight.run.names import smaller_is_better
-from fedlight.run.rows import as_floats
 from fedlight.seeding import derive_seed
 
 Stage = Literal["validation", "test"]
@@ -97,7 +96,7 @@ class Evaluator:
                 log.batch_size = batch_size(batch)
                 seen += log.batch_size
                 call(f"on_{stage}_batch_start", batch, index)
-                output = self._step(stage, batch, index)
+                output = self.step(stage, batch, index)
                 call(f"on_{stage}_batch_end", output, batch, index)
                 if share:
                     records.append((index, log.take()))
@@ -111,7 +110,8 @@ class Evaluator:
             call(f"on_{stage}_end")
         return metrics
 
-    def _prepare(self, batch: Any) -> Any:
+    def prepare(self, batch: Any) -> Any:
+        """A batch on the device, in the precision that steps take it in."""
         return self._fabric.strategy.precision.convert_input(self.transfer(batch))
 
     def loss(self, dataset: Dataset[Any]) -> float:
@@ -122,12 +122,13 @@ class Evaluator:
         alone = with_attributes(quiet, {"model": "start"})
         with self._untouched(), evaluating(self._module), collecting_logs(self._module, log), alone, torch.no_grad():
             for index, batch in self._batches(dataset, self._num_batches(dataset, None), share=False):
-                output, samples = self._step("training", batch, index), batch_size(batch)
+                output, samples = self.step("training", batch, index), batch_size(batch)
                 found = output["loss"] if isinstance(output, Mapping) else output
                 total, size = total + samples * found.double().cpu(), size + samples
         return float(total / size)
 
-    def _step(self, stage: str, batch: Any, index: int) -> Any:
+    def step(self, stage: str, batch: Any, index: int) -> Any:
+        """Call a step of the module as it is called in training, with its precision."""
         with self._fabric.strategy.precision.forward_context():
             return call_step(self._module, f"{stage}_step", batch, index)
 
@@ -136,7 +137,7 @@ class Evaluator:
         dataset, pairs = in_memory(dataset, self._datamodule.collate_fn), []
         with self._untouched(), evaluating(self._module), torch.no_grad():
             for index, batch in self._batches(dataset, self._num_batches(dataset, limit), share=False):
-                found = self._step("predict", batch, index)
+                found = self.step("predict", batch, index)
                 pairs += [pair for pair in zip(batch[1].tolist(), found.tolist(), strict=True) if pair[0] >= 0]
         return pairs
 
@@ -177,8 +178,8 @@ class Evaluator:
         try:
             with self._untouched(), evaluating(self._module), torch.no_grad():
                 for chunk in self._share([[client for client, _ in several] for _, several in chunks]):
-                    data, step = [small[client] for client in chunk], partial(self._step, "validation")
-                    found |= zip(chunk, together(self._module, data, fabric.device, self._prepare, step), strict=True)
+                    data, step = [small[client] for client in chunk], partial(self.step, "validation")
+                    found |= zip(chunk, together(self._module, data, fabric.device, self.prepare, step), strict=True)
         except Exception:  # what is wrong with the module, if anything, is said in a client's own pass
             found = {-1: {}}  # then no client of any process is evaluated so
         found = self._gathered(found)
@@ -215,13 +216,13 @@ class Evaluator:
         if isinstance(dataset, ArrayDataset):
             for index in mine:
                 batch = dataset.part(index * size, min(length, (index + 1) * size), self._fabric.device)
-                yield index, self._prepare(batch)
+                yield index, self.prepare(batch)
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
         seeds = [derive_seed(0, "evaluation", i) for i in mine]
         read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
         for index, batch in zip(mine, read, strict=True):
-            yield index, self._prepare(batch)
+            yield index, self.prepare(batch)
 
     def _reduce(
         self, log: LogCollector, records: Sequence[tuple[int, _Logged]], keep: bool = False
@@ -272,3 +273,15 @@ def evaluating(module: LightningModule) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
+
+
+def as_floats(row: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """A row as Python numbers; tensors are brought from the device together."""
+    tensors = {k: v for k, v in row.items() if isinstance(v, Tensor)}
+    values: list[float] = []
+    if tensors:
+        devices = {v.device for v in tensors.values()}
+        same = {k: (v if len(devices) == 1 else v.cpu()).detach().double().reshape(()) for k, v in tensors.items()}
+        values = torch.stack(list(same.values())).tolist()
+    numbers = dict(zip(tensors, values, strict=True))
+    return {k: numbers[k] if k in numbers else float(v) for k, v in row.items()}

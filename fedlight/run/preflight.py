@@ -1,13 +1,11 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -27,6 +25,7 @@ from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
+from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating
 from fedlight.seeding import generator
 from fedlight.server.federation import Federation
@@ -34,17 +33,17 @@ from fedlight.server.incoming import check_enough
 from fedlight.transforms.attack import attacks_by
 
 
-def check_methods(module: LightningModule, fabric: Fabric, federation: Federation, schedule: RoundSchedule) -> None:
+def check_methods(run: RunContext) -> None:
     """Refuse methods, optimizer and clients that do not fit together; no data are looked at.
 
     Raises:
         MisconfigurationException: naming the keys.
     """
-    trainer: Any = module.trainer
-    check_schedules(module, federation.sizes.tolist(), trainer)
-    _check_optimizer(federation, schedule)
-    _check_lr(federation, schedule)
-    follow(trainer.scheduled, trainer.current_round, fabric.device)
+    trainer, federation = run.trainer, run.federation
+    check_schedules(run.module, federation.sizes.tolist(), trainer)
+    _check_optimizer(federation, run.schedule)
+    _check_lr(federation, run.schedule)
+    follow(trainer.scheduled, trainer.current_round, run.fabric.device)
     for tensor in trainer.scheduled:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
@@ -52,42 +51,35 @@ def check_methods(module: LightningModule, fabric: Fabric, federation: Federatio
     _check_enough(trainer, federation)
 
 
-def check_data(
-    module: LightningModule,
-    fabric: Fabric,
-    datamodule: FederatedDataModule,
-    federation: Federation,
-    transfer: Callable[[Any], Any],
-    whole_epochs: bool = True,
-) -> None:
+def check_data(run: RunContext) -> None:
     """Refuse data that model and settings cannot be trained with.
 
     Raises:
         MisconfigurationException: naming the keys that do not fit together.
     """
-    _check_client_data(module, datamodule, module.trainer)
+    module, datamodule, sizes = run.module, run.datamodule, run.federation.sizes
+    _check_client_data(run)
     labels = _extreme_labels(datamodule)
     _check_labels(module, labels)
-    client = int(federation.sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
+    client = int(sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
     data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
     _check_finite(sets)
     _check_vocabulary(module, sets)
-    attempt = partial(_attempt, module, fabric, transfer)
     for where in ((client, 0), *((client, row) for _, client, row in labels)):
-        _try_one_batch(module, datamodule, attempt, *where)
-    if whole_epochs:
-        _try_batch_of_one(module, datamodule, attempt, federation.sizes)
+        _try_one_batch(run, *where)
+    if run.settings["limit_train_batches"] is None:
+        _try_batch_of_one(run, sizes)
 
 
-def _check_client_data(module: LightningModule, datamodule: FederatedDataModule, trainer: Any) -> None:
+def _check_client_data(run: RunContext) -> None:
     """Refuse, or say in a line, that nothing will be seen of what only an evaluation on clients' own data shows."""
-    personal = trainer.settings["personal"]
+    datamodule, personal = run.datamodule, run.settings["personal"]
     if personal is None and not datamodule.new_clients:
         return
     clients = range(datamodule.num_clients + len(datamodule.new_clients))
-    keys = [k for k in ("client_val_every_n_rounds", "limit_val_batches") if trainer.settings[k] == 0]
-    if keys or not overrides(module, "validation_step"):
+    keys = [k for k in ("client_val_every_n_rounds", "limit_val_batches") if run.settings[k] == 0]
+    if keys or not overrides(run.module, "validation_step"):
         why = f"trainer.{keys[0]}=0" if keys else "the model has no validation_step"
     elif any(datamodule.client_val_dataset(client) for client in clients):
         return
@@ -207,15 +199,14 @@ def _check_finite(sets: list[ArrayDataset]) -> None:
             )
 
 
-def _try_one_batch(
-    module: LightningModule, datamodule: FederatedDataModule, attempt: Callable[[Any], Any], client: int, start: int
-) -> None:
+def _try_one_batch(run: RunContext, client: int, start: int) -> None:
     """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
+    module, datamodule = run.module, run.datamodule
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
         with evaluating(module):
-            loss = attempt(batch)
+            loss = _attempt(run, batch)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
@@ -229,17 +220,15 @@ def _try_one_batch(
         )
 
 
-def _try_batch_of_one(
-    module: LightningModule, datamodule: FederatedDataModule, attempt: Callable[[Any], Any], sizes: Tensor
-) -> None:
+def _try_batch_of_one(run: RunContext, sizes: Tensor) -> None:
     """BatchNorm has no variance to divide by where a batch is one value per channel."""
-    batch_size = datamodule.batch_size
+    batch_size = run.datamodule.batch_size
     alone = (sizes % batch_size == 1 if batch_size > 1 else sizes > 0).nonzero().flatten()
-    if len(alone) == 0 or not any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
+    if len(alone) == 0 or not any(isinstance(m, _BatchNorm) and m.training for m in run.module.modules()):
         return
     client = int(alone[0])
     try:
-        attempt(first_samples(datamodule, client, 1))
+        _attempt(run, first_samples(run.datamodule, client, 1))
     except ValueError as error:
         raise MisconfigurationException(
             f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
@@ -248,10 +237,9 @@ def _try_batch_of_one(
         ) from error
 
 
-def _attempt(module: LightningModule, fabric: Fabric, transfer: Callable[[Any], Any], batch: Any) -> Any:
-    precision = fabric.strategy.precision
-    output = trial_step(module, precision.convert_input(transfer(batch)), precision.forward_context())
-    if fabric.device.type == "cuda":  # where a label is found to be out of range later
+def _attempt(run: RunContext, batch: Any) -> Any:
+    output = trial_step(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
+    if run.fabric.device.type == "cuda":  # where a label is found to be out of range later
         torch.cuda.synchronize()
     return output
 

@@ -1,13 +1,16 @@
-"""What happens when one of several processes dies: the others say which, and how to go on."""
+"""What ends processes: a signal, which lets the round finish, or the death of another one, which the rest explain."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from signal import Signals
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from fedlight.run.context import RunContext
 
@@ -64,7 +67,52 @@ def _what_died(run: RunContext) -> str:
             who = f"process {rank} of {fabric.world_size} (pid {child.pid})"
             how = f"has ended with exit code {code}; what it said is above"
             if code < 0:
-                how = f"was killed by {Signals(-code).name}" + (", perhaps for its memory" if code == -9 else "")
+                how = f"was killed by {signal.Signals(-code).name}" + (", perhaps for its memory" if code == -9 else "")
             break
     go_on = f"continue with ckpt_path={last}" if last is not None and last.exists() else "there is no checkpoint yet"
     return f"{who} {how}. This one, process {fabric.global_rank}, cannot go on without it: {go_on}."
+
+
+class Signals:
+    """Remembers a request to stop; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        if self.received:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        self.received = number
+
+    def raise_received(self, number: int) -> None:
+        """Raise what an unhandled signal would have raised: KeyboardInterrupt, or SystemExit with its exit code."""
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number:
+            raise SystemExit(128 + number)
+
+
+@contextmanager
+def deferred_signals(active: bool = True) -> Iterator[Signals]:
+    """Catch SIGINT and SIGTERM inside (in the main thread), restore the handlers outside."""
+    signals = Signals()
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before: dict[int, Any] = {number: signal.signal(number, signals) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_by_signal(number: int) -> None:
+    """Let the process die by a signal instead of leaving with a code: whoever waits for it sees that it was stopped."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown(exit_code=0)  # a run that was stopped on purpose has not failed
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

@@ -74,10 +74,8 @@ def choose_threads(run: RunContext) -> int | None:
     chosen = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != cores  # by the user, or by Fabric
     if run.fabric.device.type != "cpu" or run.fabric.world_size > 1 or chosen:
         return None
-    data, precision = run.datamodule, run.fabric.strategy.precision
-    batch = first_samples(data, int(run.federation.sizes.argmax()), data.batch_size)
-    batch = precision.convert_input(run.evaluator.transfer(batch))
-    flop = step_flop(run.module, batch, precision.forward_context())
+    batch = first_samples(run.datamodule, int(run.federation.sizes.argmax()), run.datamodule.batch_size)
+    flop = step_flop(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
     return 1 if flop < LARGE_STEP else cores
 
 

@@ -1,15 +1,25 @@
-"""What commands leave behind that look at trained weights: where it goes, and the record of it."""
+"""What comes of trained weights: predictions, a file that needs no fedlight, and a record of their metrics."""
 
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+
+from fedlight.module.hooks import overrides
 from fedlight.run.context import RunContext
-from fedlight.run.folder import RunFolder, optional
+from fedlight.run.evaluation import evaluating
+from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
+from fedlight.run.preflight import first_samples
 
 
 def destination(run: RunContext, output: str | Path | None = None) -> tuple[Path, str]:
@@ -59,3 +69,112 @@ def checkpoint_name(run: RunContext, folder: Path) -> str | None:
         return None
     path = run.checkpoint_path.resolve()
     return str(path.relative_to(folder.resolve()) if path.is_relative_to(folder.resolve()) else path)
+
+
+def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
+    """What ``predict_step`` returns for each batch, on the CPU, in every process; it is written, too.
+
+    Args:
+        run: with the view's weights in its module.
+        view: whose weights they are.
+        output: the folder to write to; by default that of the run.
+
+    Raises:
+        MisconfigurationException: if there is no data to predict from, or the files cannot be written.
+    """
+    fabric, loaders = run.fabric, run.datamodule.predict_dataloader()
+    if isinstance(loaders, list | tuple):
+        if len(loaders) != 1:
+            raise MisconfigurationException(
+                f"data: {type(run.datamodule).__name__} has {len(loaders) or 'nothing'} to predict from: let its"
+                " predict_dataloader return one loader, or give it test data."
+            )
+        loaders = loaders[0]
+    own = []
+    with evaluating(run.module), torch.no_grad():
+        run.hooks("on_predict_start")
+        run.hooks("on_predict_epoch_start")
+        for index, batch in enumerate(loaders):
+            if index % fabric.world_size == fabric.global_rank:
+                batch = run.evaluator.prepare(batch)
+                run.hooks("on_predict_batch_start", batch, index)
+                # Lightning's own step calls forward: with what comes before the targets
+                of_pairs = not overrides(run.module, "predict_step") and isinstance(batch, list | tuple)
+                found = run.evaluator.step("predict", batch[0] if of_pairs else batch, index)
+                run.hooks("on_predict_batch_end", found, batch, index)
+                own.append((index, move_data_to_device(found, torch.device("cpu"))))
+        run.hooks("on_predict_epoch_end")
+        run.hooks("on_predict_end")
+    everyone: list[Any] = [own]
+    if fabric.world_size > 1:
+        everyone = [None] * fabric.world_size
+        torch.distributed.all_gather_object(everyone, own)
+    outputs = [found for _, found in sorted((pair for part in everyone for pair in part), key=lambda pair: pair[0])]
+    if run.is_zero and not run.trainer.fast_dev_run:
+        _write(run, view, outputs, output)
+    return outputs
+
+
+def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | None) -> None:
+    """``<checkpoint>_round<n>.pt``, and where there is a number for each sample a table of them."""
+    folder, stem = destination(run, output)
+    where, rounds = folder if output else folder / "predictions", run.trainer.current_round if run.resumed else None
+    name = stem + (f"_round{rounds}" if run.resumed else "") + (f"_{view}" if view != "server" else "")
+    joined: Any = outputs
+    if all(isinstance(o, Tensor) and o.ndim and o.shape[1:] == outputs[0].shape[1:] for o in outputs):
+        joined = torch.cat(outputs)
+    about = {"view": view, "checkpoint": checkpoint_name(run, folder), "rounds": rounds}
+    with writing(where):
+        where.mkdir(parents=True, exist_ok=True)
+        with atomic_file(where / f"{name}.pt") as file:
+            torch.save({"predictions": joined, **about}, file)
+        if isinstance(joined, Tensor) and joined.ndim == 1:
+            rows = "".join(f"{sample},{value}\n" for sample, value in enumerate(joined.tolist()))
+            atomic_write(where / f"{name}.csv", f"sample,prediction\n{rows}".encode())
+    print(f"predictions: {where / name}.pt", flush=True)
+
+
+def export(run: RunContext, to: Path) -> None:
+    """Write the module's weights, or what its ``forward`` computes for any number of samples.
+
+    Args:
+        run: with the weights in its module.
+        to: ``.pt``: the ``state_dict``; ``.pt2``: a program of ``torch.export``; ``.onnx``.
+
+    Raises:
+        MisconfigurationException: for another ending, or a module that cannot be exported this way.
+    """
+    if to.suffix not in (".pt", ".pt2", ".onnx"):
+        raise MisconfigurationException(f"to={str(to)!r} must end in .pt (weights), .pt2 (torch.export) or .onnx.")
+    if to.suffix == ".onnx" and not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise MisconfigurationException(f'to={str(to)!r} needs ONNX: pip install "fedlight[onnx]"')
+    module = run.module.cpu()
+    content: Any = module.state_dict() if to.suffix == ".pt" else _program(run, to)
+    write: Any = {".pt": torch.save, ".pt2": torch.export.save, ".onnx": torch.onnx.ONNXProgram.save}[to.suffix]
+    with writing(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(to) as file:
+            write(content, file)
+
+
+def _program(run: RunContext, to: Path) -> Any:
+    """What ``forward`` computes, as torch or ONNX has it."""
+    x = run.module.example_input_array
+    if x is None:
+        batch = first_samples(run.datamodule, int(run.federation.sizes.argmax()), 2)
+        x = batch[0] if isinstance(batch, list | tuple) else batch
+    if not isinstance(x, Tensor):
+        raise MisconfigurationException(
+            f"to={str(to)!r}: {type(run.module).__name__}.forward is exported for one tensor, and a batch here begins"
+            f" with {type(x).__name__}. Set example_input_array in the module to what forward takes."
+        )
+    try:
+        with evaluating(run.module), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about itself
+            program = torch.export.export(run.module, (x.cpu(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
+            return program if to.suffix == ".pt2" else torch.onnx.export(program, **names, dynamo=True, verbose=False)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"to={str(to)!r}: torch cannot export {type(run.module).__name__}.forward: {type(error).__name__}: {error}"
+        ) from error

@@ -64,9 +64,8 @@ class Session(Beginning):
 
     def check(self) -> None:
         """Refuse what would fail in the first round."""
-        check_methods(self.module, self.fabric, self.federation, self.schedule)
-        whole_epochs = self.settings["limit_train_batches"] is None
-        check_data(self.module, self.fabric, self.datamodule, self.federation, self.evaluator.transfer, whole_epochs)
+        check_methods(self)
+        check_data(self)
         use_threads(choose_threads(self), self._cleanup)
 
     def start_training(self) -> None:

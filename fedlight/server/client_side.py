@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from lightning.fabric import Fabric
@@ -17,12 +17,38 @@ from fedlight.perturbations.base import State
 from fedlight.seeding import generator
 from fedlight.server.client_states import NOTHING, ClientStates
 from fedlight.server.client_states import BufferPolicy as BufferPolicy
-from fedlight.server.senders import Reply
+from fedlight.server.state import num_bytes
 from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Packed, check_messages, pack, unpack
 
 Receive = Callable[[ClientResult], None]
 Training = tuple[Receive, Iterator[ClientTask]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client answers in a round.
+
+    Attributes:
+        message: what the algorithm sends, as the server receives it.
+        beside: what the perturbation sends.
+        rows: the client's own state after the round, by part; it counts only if the server uses the message.
+        steps_apart: steps that the client took for itself.
+        part: the client's personal entries, which do not cross, ``[P_own]``.
+        packed: the algorithm's message as it crosses.
+    """
+
+    message: dict[str, Tensor]
+    beside: dict[str, Tensor]
+    rows: dict[str, dict[str, Tensor]]
+    steps_apart: int
+    part: Tensor
+    packed: Packed
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of what crosses."""
+        return num_bytes(self.packed.tensors) + num_bytes(self.beside)
 
 
 class ClientSide(ClientStates):
@@ -64,9 +90,7 @@ class ClientSide(ClientStates):
             task,
             objective=replace(own.objective, references=references),
             perturbation=self._begin_perturbation(client, start),
-            buffers=task.buffers
-            if self.buffer_policy == "reset"
-            else task.buffers | self.personal.held(self.own(client)),
+            buffers=task.buffers | held,
             stage=stage,
             length=own.length,
         )

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedlight.perturbations.base import State
 from fedlight.run.folder import writing
+from fedlight.server.state import num_bytes
 
-State = dict[str, Tensor]
 Row = dict[str, State]
 Where = Literal["auto", "device", "cpu", "disk"]
 
@@ -61,13 +62,13 @@ class ClientStore:
         if self._where != "auto" or self.device.type == "cpu":
             return self.device if self._where == "device" else torch.device("cpu")
         self._bytes -= self._device_bytes(old)
-        if self._bytes + _size(new) > self._limit:
+        if self._bytes + num_bytes(new) > self._limit:
             return torch.device("cpu")
-        self._bytes += _size(new)
+        self._bytes += num_bytes(new)
         return self.device
 
     def _device_bytes(self, state: State) -> int:
-        return _size({k: v for k, v in state.items() if v.device.type == self.device.type})
+        return num_bytes({k: v for k, v in state.items() if v.device.type == self.device.type})
 
     def clients(self) -> list[int]:
         """Clients that have state, in order."""
@@ -253,10 +254,6 @@ def _checksum(client: int, rows: Iterable[Any]) -> int:
     for row in rows:
         client = zlib.crc32(row.data, client)
     return client
-
-
-def _size(state: State) -> int:
-    return sum(v.numel() * v.element_size() for v in state.values())
 
 
 def client_store(where: Where, folder: Path, device: torch.device) -> ClientStore:

@@ -1,6 +1,7 @@
 """What stands between what a client would send and what the server receives."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -8,7 +9,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.perturbations.base import State
-from fedlight.server.senders import Packed as Packed
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A client's message as it crosses.
+
+    Attributes:
+        tensors: by name; of a vector that a chain has changed, what it handed on and what lies beside that.
+        lengths: of such vectors, the entries that each link was handed.
+    """
+
+    tensors: dict[str, Tensor]
+    lengths: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Transform:

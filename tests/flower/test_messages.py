@@ -6,10 +6,9 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.flower.client import clients_of
+from fedlight.flower.client import SiteState, clients_of
 from fedlight.flower.config import check_allowed
 from fedlight.flower.messages import Parcel, part
-from fedlight.flower.state import SiteState
 
 try:
     with warnings.catch_warnings(action="ignore"):  # and it sets environment variables, which a test must not
