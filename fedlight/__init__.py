@@ -71,7 +71,9 @@ __all__ += ["penalties", "personal", "perturbations", "sampling", "transforms"]
 
 # Where modules of 0.1 are: their old paths go on working in YAML files, programs and the settings of checkpoints.
 MOVED = {
+    "callbacks.curves": "callbacks.pictures",
     "callbacks.man": "penalties.man",
+    "callbacks.partition": "callbacks.pictures",
     "callbacks.penalty": "penalties.base",
     "checkpoint": "run.checkpoint",
     "clients": "server.clients",

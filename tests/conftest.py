@@ -17,7 +17,7 @@ from lightning.fabric import fabric
 from lightning.pytorch.trainer.connectors import callback_connector
 from PIL import Image
 
-from fedlight.callbacks import curves, partition
+from fedlight.callbacks import pictures
 from fedlight.seeding import preserved_global_rng
 from tests.helpers import leaks
 
@@ -48,7 +48,7 @@ def _global_rng_is_restored() -> Iterator[None]:
         yield
 
 
-REAL = {curves: curves.draw_curves, partition: partition.save_partition_picture}
+REAL = {"curves": pictures.draw_curves, "partition": pictures.save_partition_picture}
 """What draws the pictures of every run."""
 
 
@@ -61,16 +61,16 @@ def _pictures_of_every_run_are_quick() -> Iterator[None]:
         Image.new("L", (1, 1)).save(path)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, draw in REAL.items():
-            patch.setattr(module, draw.__name__, save)
+        for draw in REAL.values():
+            patch.setattr(pictures, draw.__name__, save)
         yield
 
 
 @pytest.fixture(autouse=True)
 def _pictures_that_are_tested_are_drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, draw in REAL.items():
-        if request.node.path.match(f"callbacks/test_{module.__name__.split('.')[-1]}.py"):
-            monkeypatch.setattr(module, draw.__name__, draw)
+    for name, draw in REAL.items():
+        if request.node.path.match(f"callbacks/test_{name}.py"):
+            monkeypatch.setattr(pictures, draw.__name__, draw)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.callbacks.progress import RoundProgress
-from fedlight.cli import completion
+from fedlight.cli.classes import completion
 from fedlight.cli.command import main, parsers
 from fedlight.run.summary import facts
 from fedlight.server.sampling import Bernoulli
@@ -155,7 +155,7 @@ def test_the_bar_shows_round_and_time_on_a_narrow_terminal(columns, monkeypatch)
 
 
 def test_a_script_for_the_shell_completes_what_there_is():
-    found = completion.script(["bash"], parsers())
+    found = completion(["bash"], parsers())
     typed = ("fit --algorithm FedDy", "fit --algorithm fedprox", "test -c paper/c", "ana", "fit --trainer.max_r")
     bash = f"{found}\nCOMP_TYPE=9\n" + "".join(
         f"COMP_WORDS=(fedlight {words}); COMP_CWORD={len(words.split())}; _shtab_fedlight; echo ${{COMPREPLY[@]}}\n"
@@ -167,10 +167,10 @@ def test_a_script_for_the_shell_completes_what_there_is():
 
 def test_a_script_for_no_shell_or_without_shtab_is_refused(monkeypatch):
     with pytest.raises(MisconfigurationException, match="takes one of bash, zsh"):
-        completion.script(["dos"], {})
+        completion(["dos"], {})
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(MisconfigurationException, match=r'needs shtab: pip install "fedlight\[completion\]"'):
-        completion.script(["bash"], {})
+        completion(["bash"], {})
 
 
 @pytest.mark.parametrize("centralized", [False, True])

@@ -81,7 +81,7 @@ class EvaluatedClients(DatasetPartition):
 
 @pytest.mark.usefixtures("offline")
 def test_a_run_and_its_continuation_in_wandb(tmp_path):
-    from fedlight.callbacks.partition import PartitionPicture
+    from fedlight.callbacks.pictures import PartitionPicture
 
     def fit(rounds, ckpt_path=None):
         trainer = quiet_trainer(tmp_path, logger="wandb", max_rounds=rounds, callbacks=[PartitionPicture()])

@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import read_batches
 from fedlight.penalties.batches import batch_size
@@ -71,8 +72,7 @@ def analysis_batches(
         ValueError: if there is no data, or ``max_samples`` or ``batch_size`` is below 1.
     """
     for key, value in (("max_samples", max_samples), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{key}` must be at least 1, got {value}.")
+        check_at_least_one(f"`{key}`", 1 if value is None else value)
     move = transfer if transfer is not None else partial(move_data_to_device, device=device)
     if data is None:
         raise ValueError("There is no data to measure the Hessian on: `data: val` needs validation data.")

@@ -18,6 +18,7 @@ from fedlight.analysis.result import HessianResult
 from fedlight.analysis.stochastic import density as estimate_density
 from fedlight.analysis.stochastic import trace as estimate_trace
 from fedlight.analysis.task import TaskLoss
+from fedlight.checks import check_number
 from fedlight.seeding import generator
 
 _PROBE = 64  # samples that show how much memory a graph needs
@@ -118,8 +119,7 @@ def measure_hessian(
         NoSecondDerivativeError: if a layer cannot be differentiated twice; the message names it.
         ValueError: if an argument is out of range.
     """
-    if not rho > 0:
-        raise ValueError(f"`rho`, the radius of the sharpness, must be positive, got {rho}.")
+    check_number("`rho`, the radius of the sharpness,", rho, positive=True)
     seconds: dict[str, float] = {}
     timed, rng = partial(_timed, seconds=seconds, device=operator.device), partial(generator, seed)
     with timed("gradient"):

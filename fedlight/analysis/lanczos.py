@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedlight.analysis.krylov import KrylovSpace
 from fedlight.analysis.operators import Block, HessianOperator, SymmetricOperator
+from fedlight.checks import check_at_least_one, check_number
 
 Iteration = Generator[Tensor, Tensor, "Eigenpairs"]
 
@@ -229,10 +230,8 @@ def _verified(operator: SymmetricOperator, pairs: Eigenpairs) -> Eigenpairs:
 
 
 def _checked_k(k: int, size: int, tolerance: float) -> int:
-    if k < 1:
-        raise ValueError(f"`top_k` must be at least 1, got {k}.")
-    if not tolerance > 0:
-        raise ValueError(f"`tolerance` must be positive, got {tolerance}.")
+    check_at_least_one("`top_k`", k)
+    check_number("`tolerance`", tolerance, positive=True)
     if k > size:
         warnings.warn(f"`top_k` is {k}, but the model has {size} parameters; all {size} are computed.", stacklevel=3)
     return min(k, size)

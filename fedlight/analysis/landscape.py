@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedlight.analysis.operators import HessianOperator
 from fedlight.analysis.result import save_arrays
+from fedlight.checks import check_number
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,7 @@ def loss_line(
         ValueError: if the vectors do not fit the model, ``margin`` is negative or ``points`` below 3.
     """
     _check(points, 1.0)
-    if margin < 0:
-        raise ValueError(f"`margin` must not be negative, got {margin}.")
+    check_number("`margin`", margin)
     for name, vector in (("start", start), ("end", end)):
         if vector.shape != (operator.size,):
             raise ValueError(f"`{name}` has shape {tuple(vector.shape)}, but the model has {operator.size} parameters.")
@@ -152,5 +152,4 @@ def loss_line(
 def _check(points: int, radius: float) -> None:
     if points < 3:
         raise ValueError(f"`points` must be at least 3, got {points}.")
-    if not radius > 0:
-        raise ValueError(f"`radius` must be positive, got {radius}.")
+    check_number("`radius`", radius, positive=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from time import perf_counter
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,7 +16,8 @@ from fedlight.analysis.operators import Block, NonFiniteLossError, NoSecondDeriv
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.stochastic import TraceEstimate
 from fedlight.analysis.subject import DataName, Subject
-from fedlight.seeding import preserved_global_rng, seed_global_rng
+from fedlight.checks import check_at_least_one, check_number
+from fedlight.seeding import preserved_global_rng
 
 ViewName = Literal["server", "selected", "all", "swa"]
 
@@ -46,12 +47,10 @@ class Measurement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("top_k", "max_samples"):
-            if (value := getattr(self, key)) is not None and value < 1:
-                raise ValueError(f"{self.who}: `{key}` must be at least 1, got {value}.")
-        for key in ("sam_rho", "tolerance"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{self.who}: `{key}` must be positive, got {getattr(self, key)}.")
+        check_at_least_one(f"{self.who}: `top_k`", self.top_k)
+        check_at_least_one(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
+        check_number(f"{self.who}: `sam_rho`", self.sam_rho, positive=True)
+        check_number(f"{self.who}: `tolerance`", self.tolerance, positive=True)
         if self.data not in ("train", "val", "clients"):
             raise ValueError(f"{self.who}: `data` must be train, val or clients, got {self.data!r}.")
         if not self.views or not set(self.views) <= set(get_args(ViewName)):
@@ -97,9 +96,9 @@ class Measurement:
         try:
             with torch.inference_mode(False), preserved_global_rng():
                 loss = subject.loss(double=self.float64)
-                data = subject.data(self.data)
-                reading = subject.reading() | {"graph_memory": 0}
-                operator = hessian_operator(loss.module, data, loss=loss, max_samples=2, batch_size=2, **reading)
+                few: dict[str, Any] = {"max_samples": 2, "batch_size": 2, "graph_memory": 0}
+                few |= {"transfer": subject.transfer, "collate_fn": subject.collate_fn}
+                operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **few)
                 operator.matvec(torch.ones(operator.size, dtype=operator.dtype, device=operator.device))
         except (NoSecondDerivativeError, ValueError, TypeError) as error:
             raise MisconfigurationException(f"{self.who}: {error}") from error
@@ -117,13 +116,7 @@ class Measurement:
         """
         blocks = self.blocks(subject)
         with torch.inference_mode(False), preserved_global_rng():
-            seed_global_rng(self.seed)  # for a dataset that draws when it is read
-            loss = subject.loss(view, self.float64)
-            drawn = {"max_samples": self.max_samples, "seed": self.seed, **subject.sharing(), **subject.reading()}
-            if subject.operator is None:
-                operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **drawn)
-            else:
-                operator = subject.operator(loss, view, self.max_samples, self.seed)
+            _, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
             try:
                 result = measure_hessian(
                     operator,
@@ -143,6 +136,7 @@ class Measurement:
             if self.data != "clients" or subject.clients is None:
                 return result
             start, module = perf_counter(), subject.loss(view, self.float64).module
+            drawn = subject.options(self.max_samples, self.seed)
             values = clients_lambda_max(module, subject.clients(), double=self.float64, **drawn)
         if bad := [client for client, value in enumerate(values) if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")

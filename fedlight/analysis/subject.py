@@ -11,10 +11,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fedlight.analysis.hessian import hessian_operator
 from fedlight.analysis.memory import free_memory
 from fedlight.analysis.operators import HessianOperator
 from fedlight.analysis.task import TaskLoss
 from fedlight.module.parameters import load_flat_parameters, load_tensors
+from fedlight.seeding import seed_global_rng
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -73,18 +75,24 @@ class Subject:
         torch.distributed.all_reduce(value)
         return value
 
-    def sharing(self) -> dict[str, Any]:
-        """Arguments of the analyses that say how processes share the work."""
-        if self.world_size == 1:
-            return {}
-        return {"rank": self.rank, "world_size": self.world_size, "reduce": self.total}
+    def options(self, max_samples: int | None, seed: int) -> dict[str, Any]:
+        """Arguments of the analyses: how batches are drawn and read, and how processes share the work."""
+        out = {"max_samples": max_samples, "seed": seed, "transfer": self.transfer, "collate_fn": self.collate_fn}
+        if self.world_size > 1:
+            out |= {"rank": self.rank, "world_size": self.world_size, "reduce": self.total}
+            if self.device.type == "cpu":  # the processes share the machine's memory
+                out["graph_memory"] = free_memory(self.device) // (4 * self.world_size)
+        return out
 
-    def reading(self) -> dict[str, Any]:
-        """Arguments of the analyses that say how batches are read, and how much memory they may take."""
-        memory = None
-        if self.world_size > 1 and self.device.type == "cpu":  # the processes share the machine's
-            memory = free_memory(self.device) // (4 * self.world_size)
-        return {"transfer": self.transfer, "collate_fn": self.collate_fn, "graph_memory": memory}
+    def hessian(
+        self, data: DataName, view: str, max_samples: int | None, double: bool, seed: int
+    ) -> tuple[TaskLoss, HessianOperator]:
+        """The loss and its Hessian at the weights of a view; every process has its share of the data."""
+        seed_global_rng(seed)  # for a dataset that draws when it is read
+        loss = self.loss(view, double)
+        if self.operator is not None:
+            return loss, self.operator(loss, view, max_samples, seed)
+        return loss, hessian_operator(loss.module, self.data(data), loss=loss, **self.options(max_samples, seed))
 
 
 def is_federated(trainer: Any) -> bool:

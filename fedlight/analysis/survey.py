@@ -1,5 +1,6 @@
 """A look at the loss around a model, or between two, as a setting."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,17 +8,16 @@ from typing import Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedlight.analysis.hessian import hessian_operator
 from fedlight.analysis.lanczos import top_eigenvalues
 from fedlight.analysis.landscape import LossLine, LossSurface, filter_normalised_directions, loss_line, loss_surface
 from fedlight.analysis.operators import HessianOperator, NonFiniteLossError
 from fedlight.analysis.pictures import draw_contour, draw_line, draw_surface
 from fedlight.analysis.subject import DataName, Subject, Weights
-from fedlight.analysis.task import TaskLoss
+from fedlight.checks import check_at_least_one, check_number
 from fedlight.run.checkpoint import check_state_dict, load_checkpoint
-from fedlight.seeding import generator, preserved_global_rng, seed_global_rng
+from fedlight.seeding import generator, preserved_global_rng
 
 Directions = Literal["random", "eigenvectors"]
 _NAMES = {
@@ -50,12 +50,10 @@ class Survey:
     def __post_init__(self) -> None:
         if self.directions not in _NAMES:
             raise ValueError(f"{self.who}: `directions` must be random or eigenvectors, got {self.directions!r}.")
-        if self.radius is not None and not self.radius > 0:
-            raise ValueError(f"{self.who}: `radius` must be positive, got {self.radius}.")
+        check_number(f"{self.who}: `radius`", 1 if self.radius is None else self.radius, positive=True)
+        check_at_least_one(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
         if self.points < 3:
             raise ValueError(f"{self.who}: `points` must be at least 3, got {self.points}.")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"{self.who}: `max_samples` must be at least 1, got {self.max_samples}.")
         if self.data not in ("train", "val"):
             raise ValueError(f"{self.who}: `data` must be train or val, got {self.data!r}.")
 
@@ -67,13 +65,15 @@ class Survey:
         """
         if subject.weights and view not in subject.weights:
             raise MisconfigurationException(f"{self.who}: view {view!r} is not known here. Add it to trainer.views.")
+        if subject.operator is not None:
+            raise MisconfigurationException(f"{self.who}: the loss is not drawn where data are at sites. Leave it out.")
         if subject.data(self.data) is None:
             raise MisconfigurationException(f"{self.who}: `data: val`, but there is no validation data. Use `train`.")
 
     def surface(self, subject: Subject, view: str = "server") -> LossSurface:
         """The loss on a plane through the weights of a view. Every process calls it and gets the same."""
         with torch.inference_mode(False), preserved_global_rng():
-            _, operator = self._operator(subject, view, self.data)
+            _, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
             try:
                 vectors = self._vectors(operator)
             except NonFiniteLossError:  # then there are none, and the surface shows it
@@ -83,23 +83,14 @@ class Survey:
 
     def line(self, subject: Subject, other: Weights, view: str = "server") -> dict[str, LossLine]:
         """The losses, in training and in validation where there is such data, from a view (t = 0) to other weights."""
-        lines = {}
+        lines, points = {}, 2 * self.points - 1
+        names: dict[DataName, str] = {"train": "training", "val": "validation"}
         with torch.inference_mode(False), preserved_global_rng():
-            for name, data in (("training", "train"), ("validation", "val")):
-                if subject.data(data) is None:  # type: ignore[arg-type]
-                    continue
-                loss, operator = self._operator(subject, view, data)
-                mixed = _BufferMixer(loss, other[1])
-                lines[name] = loss_line(
-                    operator, operator.flat(), other[0], points=2 * self.points - 1, before_each=mixed
-                )
+            for data in (data for data in names if subject.data(data) is not None):
+                loss, operator = subject.hessian(data, view, self.max_samples, self.float64, self.seed)
+                mixed = _mixing(loss.module, other[1])
+                lines[names[data]] = loss_line(operator, operator.flat(), other[0], points=points, before_each=mixed)
         return lines
-
-    def _operator(self, subject: Subject, view: str, data: str) -> tuple[TaskLoss, HessianOperator]:
-        seed_global_rng(self.seed)
-        loss = subject.loss(view, self.float64)
-        options = {"max_samples": self.max_samples, "seed": self.seed, **subject.sharing(), **subject.reading()}
-        return loss, hessian_operator(loss.module, subject.data(data), loss=loss, **options)  # type: ignore[arg-type]
 
     def _vectors(self, operator: HessianOperator) -> Tensor:
         rng = generator(self.seed, "landscape directions")
@@ -110,20 +101,16 @@ class Survey:
         return pairs.vectors
 
 
-class _BufferMixer:
+def _mixing(module: nn.Module, others: dict[str, Tensor]) -> Callable[[float], None]:
     """Sets a module's buffers to (1 − t)·its own + t·others; what is not a floating-point number changes at t = ½."""
+    tensors = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    sets = [(tensors[name].detach(), tensors[name].detach().clone(), others[name].to(tensors[name])) for name in others]
 
-    def __init__(self, loss: TaskLoss, others: dict[str, Tensor]) -> None:
-        tensors = {**dict(loss.module.named_buffers()), **dict(loss.module.named_parameters())}
-        self._buffers = {name: tensors[name].detach() for name in others}
-        self._own = {name: value.clone() for name, value in self._buffers.items()}
-        self._others = {name: others[name].to(value) for name, value in self._own.items()}
-
-    @torch.no_grad()
-    def __call__(self, t: float) -> None:
-        for name, value in self._buffers.items():
-            own, other = self._own[name], self._others[name]
+    def mix(t: float) -> None:
+        for value, own, other in sets:
             value.copy_(torch.lerp(own, other, t) if value.is_floating_point() else other if t > 0.5 else own)
+
+    return mix
 
 
 def checkpoint_weights(path: str | Path, subject: Subject, view: str, who: str) -> Weights:

@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlight.analysis.diagnosis import differentiable_once, explain
+from fedlight.analysis.layers import differentiable_once, explain
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step, unwrapped

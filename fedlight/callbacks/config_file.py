@@ -7,8 +7,7 @@ import yaml
 
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.callbacks.curves import Curves
-from fedlight.callbacks.partition import PartitionPicture
+from fedlight.callbacks.pictures import Curves, PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.run.folder import atomic_write, keep_config, writing
 from fedlight.run.loggers import tell

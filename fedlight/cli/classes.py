@@ -1,18 +1,20 @@
-"""The classes that are known by short names: listed, and folded in the help."""
+"""The classes that are known by short names: listed, folded in the help, and completed by a shell."""
 
+import argparse
 import inspect
 import re
 import shutil
-from argparse import Action
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jsonargparse import DefaultHelpFormatter
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedlight.algorithms.base import Algorithm
+from fedlight.cli.configs import configs, part_names
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import Partitioner
 from fedlight.personal.base import Personalization
@@ -55,7 +57,7 @@ def _first_line(cls: type) -> str:
 class ShortHelp(DefaultHelpFormatter):
     """Names the classes of fedlight, and says how many others there are."""
 
-    def _expand_help(self, action: Action) -> str:
+    def _expand_help(self, action: argparse.Action) -> str:
         return re.sub(r"known subclasses: ([\w., ]+)", _folded, super()._expand_help(action))
 
 
@@ -74,3 +76,39 @@ def _known(base: type) -> list[type]:
     children: list[type] = base.__subclasses__()
     found = {c for child in children for c in (child, *_known(child))} | {base}
     return [c for c in found if not c.__name__.startswith("_")]
+
+
+def completion(args: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser]) -> str:
+    """The script of ``fedlight --print_completion SHELL``: it completes commands, keys, classes, configurations.
+
+    Args:
+        args: the shell: bash, zsh or tcsh.
+        parsers: those of the commands that take a configuration.
+
+    Raises:
+        MisconfigurationException: for another shell, or without shtab.
+    """
+    try:
+        import shtab
+    except ModuleNotFoundError as error:
+        message = '--print_completion needs shtab: pip install "fedlight[completion]"'
+        raise MisconfigurationException(message) from error
+    if len(args) != 1 or args[0] not in shtab.SUPPORTED_SHELLS:
+        raise MisconfigurationException(f"--print_completion takes one of {', '.join(shtab.SUPPORTED_SHELLS)}.")
+    values: dict[str, list[str]] = {"config": list(configs()), "ckpt_path": ["last", "best"]}
+    for name, key in (class_names() | part_names()).items():
+        values.setdefault(key.removesuffix("+"), []).append(name)
+    parser = argparse.ArgumentParser("fedlight", add_help=False)
+    below = parser.add_subparsers()
+    for name, known in parsers.items():
+        command = below.add_parser(name, add_help=False, help=name)  # shtab leaves out those without
+        for action in known._actions:
+            choices = values.get(action.dest.removesuffix(".help")) or action.choices
+            command.add_argument(*action.option_strings, dest=action.dest, choices=choices)
+    for name in ("study", "report"):
+        below.add_parser(name, help=name).add_argument("path").complete = shtab.FILE  # type: ignore[attr-defined]
+    for name, key in (("configs", "config"), ("check-fidelity", "algorithm")):
+        below.add_parser(name, help=name).add_argument("name", choices=values[key])
+    below.add_parser("new", help="new")
+    below.add_parser("deploy", help="deploy").add_argument("target", choices=["flower"])
+    return str(shtab.complete(parser, args[0]))

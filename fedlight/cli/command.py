@@ -1,5 +1,6 @@
 """The commands that train and evaluate, ``study`` and ``report`` about many runs, ``deploy``."""
 
+import ast
 import importlib
 import json
 import os
@@ -23,9 +24,7 @@ import fedlight.perturbations
 import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
-from fedlight.cli import completion
-from fedlight.cli.arguments import yaml_argument
-from fedlight.cli.classes import ShortHelp, class_names, list_classes
+from fedlight.cli.classes import ShortHelp, class_names, completion, list_classes
 from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
 from fedlight.cli.light import TRAINERS
 from fedlight.cli.messages import readable, suggestions
@@ -159,6 +158,22 @@ class FederatedCLI(LightningCLI):
         return super().instantiate_trainer(**parts, seed=0 if seed is False else int(seed), **kwargs)
 
 
+def yaml_argument(argument: str) -> str:
+    """``--key=value`` with a value that YAML reads, where Python's ``None`` stands in it.
+
+    Sweep agents write values with Python's ``str``. YAML reads numbers, booleans, lists and dictionaries the same way,
+    but ``None`` as a word.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not key.startswith("-") or "None" not in value:
+        return argument
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return argument  # a string, such as a path
+    return argument if isinstance(parsed, str | bytes) else f"{key}={json.dumps(parsed)}"
+
+
 def parsers() -> dict[str, Any]:
     """The parsers of all commands that take a configuration."""
     found: dict[str, Any] = {}
@@ -183,7 +198,7 @@ def main(args: ArgsType = None) -> None:
         if isinstance(given, list) and given and given[0] in COMMANDS:
             sys.exit(importlib.import_module(COMMANDS[given[0]]).main(given[1:]))
         if isinstance(given, list) and given[:1] == ["--print_completion"]:
-            print(completion.script(given[1:], parsers()))
+            print(completion(given[1:], parsers()))
             return
         FederatedCLI(args)
     except KeyboardInterrupt:

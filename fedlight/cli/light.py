@@ -1,11 +1,13 @@
 """What the command line answers without loading torch."""
 
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedlight import __version__
-from fedlight.cli import configs, new
+from fedlight.cli import configs
 
 TRAINERS = ("fit", "validate", "test", "predict", "export", "analyze")
 """The commands that take a configuration."""
@@ -27,7 +29,7 @@ def light(args: Sequence[str]) -> int | None:
             file=sys.stderr,
         )
         return 2
-    return {"configs": configs.main, "new": new.main}[name](rest) if name in ("configs", "new") else None
+    return {"configs": configs.main, "new": new}[name](rest) if name in ("configs", "new") else None
 
 
 def command_first(args: Sequence[str]) -> list[str]:
@@ -37,3 +39,24 @@ def command_first(args: Sequence[str]) -> list[str]:
         if word in TRAINERS and not (before.startswith("-") and "=" not in before):
             return [word, *args[:i], *args[i + 1 :]]
     return list(args)
+
+
+def new(args: Sequence[str]) -> int:
+    """``fedlight new``: a project that trains at once, from the templates; 2 where the folder cannot be made."""
+    if len(args) != 1 or args[0].startswith("-"):
+        print("usage: fedlight new FOLDER\n\nWrites module.py, config.yaml, sweep.yaml, a test and a README to FOLDER.")
+        return 0 if args and args[0] in ("-h", "--help") else 2
+    folder = Path(args[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if found := sorted(p.name for p in folder.iterdir()):
+            raise FileExistsError(f"it holds {', '.join(found[:3])}; name a folder that is new or empty")
+        name = re.sub(r"[^\w-]+", "-", folder.resolve().name).strip("-") or "my_project"
+        for file in sorted(p for p in configs.shipped("templates").iterdir() if p.is_file()):
+            (folder / file.name).write_text(file.read_text().replace("my_project", name))
+    except OSError as error:
+        print(f"fedlight: error: new {folder}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    go = f"  cd {shlex.quote(str(folder))}\n  fedlight fit -c config.yaml"
+    print(f"{folder}/ trains at once:\n\n{go}\n\nREADME.md says what is what.")
+    return 0

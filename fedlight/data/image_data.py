@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from fedlight.checks import check_number
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
 from fedlight.data.images import ImageArrays, channel_statistics, holdout, limit
@@ -94,8 +95,7 @@ class ImageData(PartitionedDataModule):
             held_out_clients=held_out_clients,
         )
         self._eval_batch_size_is_given = eval_batch_size is not None
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"`data.val_fraction` must be at least 0 and below 1, got {val_fraction}.")
+        check_number("`data.val_fraction`", val_fraction, below=1)
         if isinstance(normalize, str) and normalize not in ("auto", "none", *STATISTICS):
             known = ", ".join(["auto", "none", *STATISTICS])
             raise ValueError(f"`data.normalize` is {normalize!r}, but must be one of {known}, or [means, deviations].")

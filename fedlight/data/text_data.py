@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_at_least_one, check_number
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.held_out import draw_clients
 from fedlight.data.images import held_out_for_test, holdout
@@ -91,8 +91,7 @@ class TextData(PartitionedDataModule):
         self.max_length = check_at_least_one("`data.max_length`", max_length)
         if vocab_size < 3:
             raise ValueError(f"`data.vocab_size` must be at least 3: padding and unknown are two. Found {vocab_size}.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"`data.val_fraction` must be at least 0 and below 1, got {val_fraction}.")
+        check_number("`data.val_fraction`", val_fraction, below=1)
         if next_token and (label is None or tokenizer not in ("words", "chars")):
             raise ValueError("`data.next_token` needs `data.label`, and `data.tokenizer` words or chars.")
         self.source, self.tokenizer, self.vocab_size = source, tokenizer, vocab_size

@@ -1,10 +1,11 @@
 """Convolutional networks of the papers. Each is a plain stack: convolution, ReLU, pooling, then dense layers."""
 
 from collections import OrderedDict
+from itertools import pairwise
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fedlight.models._shapes import check_images, dense_layers
 from fedlight.written import Remembers
 
 
@@ -19,21 +20,39 @@ def _stages(*convolutions: nn.Conv2d, groups: int = 0) -> dict[str, nn.Module]:
     return layers
 
 
-class _ImageStack(Remembers, nn.Sequential):
-    """Layers in sequence, for images ``[B, in_channels, image_size, image_size]``."""
+def dense_layers(sizes: list[int], first_relu: int = 1) -> dict[str, nn.Module]:
+    """``flatten``, and layers ``fc1, fc2, ...`` with a ReLU after each but the last, counted from ``first_relu``."""
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layers[f"fc{i + 1}"] = nn.Linear(inputs, outputs)
+        if i + 2 < len(sizes):
+            layers[f"relu{first_relu + i}"] = nn.ReLU()
+    return layers
 
-    def __init__(self, layers: dict[str, nn.Module], in_channels: int, image_size: int) -> None:
+
+class ImageStack(Remembers, nn.Sequential):
+    """Layers in sequence, for images ``[B, in_channels, image_size, image_size]``; of any size where that is None."""
+
+    def __init__(self, layers: dict[str, nn.Module], in_channels: int, image_size: int | None = None) -> None:
         super().__init__(OrderedDict(layers))
         self.in_channels, self.image_size = in_channels, image_size
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of images ``[B, in_channels, image_size, image_size]``."""
-        check_images(self, input, self.in_channels, self.image_size)
+        size, channels = self.image_size, self.in_channels
+        if input.ndim != 4 or input.shape[1] != channels or (size and tuple(input.shape[2:]) != (size, size)):
+            hint = "choose a `data.source` of that shape, or another `model.net`"
+            if input.ndim == 4 and input.shape[1] != channels:
+                hint = f"set `model.net.in_channels: {input.shape[1]}` if the channels differ, or {hint}"
+            raise MisconfigurationException(
+                f"`model.net`: {type(self).__name__} takes images of shape [batch, {channels}, {size or 'any'},"
+                f" {size or 'any'}], but the batch has shape {list(input.shape)}. To fix it, {hint}."
+            )
         logits: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return logits
 
 
-class CifarCNN(_ImageStack):
+class CifarCNN(ImageStack):
     """The CIFAR network of the MAN paper (WACV 2024), without normalisation.
 
     Two times convolution 5x5 with 64 channels, ReLU, max-pooling 2; then dense layers 1600, 384, 192, classes with a
@@ -49,7 +68,7 @@ class CifarCNN(_ImageStack):
         super().__init__(stages | dense_layers([64 * 5 * 5, 384, 192, num_classes], first_relu=3), in_channels, 32)
 
 
-class TinyImageNetCNN(_ImageStack):
+class TinyImageNetCNN(ImageStack):
     """The Tiny-ImageNet network of the MAN paper (WACV 2024).
 
     Three times convolution 3x3 with 64 channels (padding 1), GroupNorm with 4 groups, ReLU, max-pooling 2; then dense
@@ -65,7 +84,7 @@ class TinyImageNetCNN(_ImageStack):
         super().__init__(stages | dense_layers([64 * 8 * 8, 512, 384, num_classes], first_relu=4), in_channels, 64)
 
 
-class SmallCNN(_ImageStack):
+class SmallCNN(ImageStack):
     """The small CNN with dropout that pfl-research's CIFAR-10 benchmark trains.
 
     Convolutions 3x3 with 32 and 64 channels, a ReLU after each, max-pooling 2, dropout ¼, a dense layer of 128, ReLU,
@@ -100,7 +119,7 @@ class SmallCNN(_ImageStack):
         )
 
 
-class LeNet(_ImageStack):
+class LeNet(ImageStack):
     """LeNet-5 (LeCun 1998) for 28x28 images, with ReLU and max-pooling as it is used today.
 
     Convolutions 5x5 with 6 (padding 2) and 16 channels, ReLU and max-pooling 2 after each; then dense layers 400, 120,

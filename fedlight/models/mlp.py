@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from fedlight.models._shapes import dense_layers
+from fedlight.models.cnn import dense_layers
 from fedlight.written import Remembers
 
 

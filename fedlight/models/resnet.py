@@ -5,8 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from fedlight.models._shapes import check_images
-from fedlight.written import Remembers
+from fedlight.models.cnn import ImageStack
 
 
 class _Block(nn.Module):
@@ -32,7 +31,7 @@ class _Block(nn.Module):
         return result
 
 
-class ResNet18GN(Remembers, nn.Module):
+class ResNet18GN(ImageStack):
     """ResNet-18 (He 2016) for images of about 32x32, GroupNorm in place of BatchNorm.
 
     BatchNorm's statistics differ between clients; GroupNorm has none. The stem is one 3x3 convolution without
@@ -45,24 +44,16 @@ class ResNet18GN(Remembers, nn.Module):
     """
 
     def __init__(self, num_classes: int, groups: int = 2, in_channels: int = 3) -> None:
-        super().__init__()
         if groups < 1 or 64 % groups:
             raise ValueError(f"`model.net.groups` must divide 64, got {groups}.")
-        self.in_channels = in_channels
-        self.conv = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(groups, 64)
-        self.relu = nn.ReLU()
+        layers: dict[str, nn.Module] = {
+            "conv": nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False),
+            "norm": nn.GroupNorm(groups, 64),
+            "relu": nn.ReLU(),
+        }
         stages: OrderedDict[str, nn.Module] = OrderedDict()
         for stage, (inputs, outputs) in enumerate(pairwise((64, 64, 128, 256, 512)), start=1):
             blocks = _Block(inputs, outputs, 1 if stage == 1 else 2, groups), _Block(outputs, outputs, 1, groups)
             stages[f"stage{stage}"] = nn.Sequential(*blocks)
-        self.stages = nn.Sequential(stages)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` of images ``[B, in_channels, H, W]``."""
-        check_images(self, x, self.in_channels)
-        out = self.stages(self.relu(self.norm(self.conv(x))))
-        logits: Tensor = self.fc(self.pool(out).flatten(1))
-        return logits
+        layers |= {"stages": nn.Sequential(stages), "pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        super().__init__(layers | {"fc": nn.Linear(512, num_classes)}, in_channels)

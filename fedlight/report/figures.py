@@ -155,11 +155,9 @@ def _curve(axes: "Axes", study: Study, group: Group, metric: str, scale: int = 1
 
 
 def _count_rounds(axes: "Axes", against: str = "rounds") -> None:
-    from matplotlib.ticker import MaxNLocator
-
     axes.set_xlabel(_AXES[against])
     if against == "rounds":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.locator_params(axis="x", integer=True)
 
 
 def _bars(axes: "Axes", values: Sequence[tuple[Group, float, float]], name: str) -> None:

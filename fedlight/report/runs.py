@@ -129,41 +129,35 @@ def _first_line(error: str) -> str:
 def read_run(path: Path) -> Run:
     """Read a run's folder; what cannot be read makes a run ``torn`` and raises nothing."""
     run = Run(path, "interrupted")
+    run.status, run.detail = _filled_in(run)
+    return run
+
+
+def _filled_in(run: Run) -> tuple[Status, str]:
+    """Read what there is of a run, and tell what became of it."""
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
+        config = yaml.safe_load((run.path / "config.yaml").read_text())
     except FileNotFoundError:
-        return _torn(run, "config.yaml is missing")
+        return "torn", "config.yaml is missing"
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return _torn(run, "config.yaml cannot be read")
+        return "torn", "config.yaml cannot be read"
     if not isinstance(config, dict) or not {"trainer", "algorithm", "data"} <= set(config):
-        run.status, run.detail = "foreign", "its config.yaml was not written by fedlight"
-        return run
+        return "foreign", "its config.yaml was not written by fedlight"
     run.config = dotted(config)
     try:
-        run.rows = read_metrics(path / "metrics.csv", strict=True)
+        run.rows = read_metrics(run.path / "metrics.csv", strict=True)
     except (OSError, ValueError, UnicodeDecodeError):
-        return _torn(run, "metrics.csv cannot be read")
-    summary_path = path / "summary.json"
-    run.summary = _json(summary_path)
-    if run.summary and "final" in run.summary:
-        run.status, run.detail = "finished", _other_version(run.summary)
-        if (changes := _changes(path)) is not None:
-            run.status, run.detail = "changed", changes
-        return run if run.rows else _torn(run, "metrics.csv has no rows")
-    if summary_path.exists():
-        return _torn(run, "summary.json cannot be read")
-    return _unfinished(run)
-
-
-def _torn(run: Run, detail: str) -> Run:
-    run.status, run.detail = "torn", detail
-    return run
-
-
-def _unfinished(run: Run) -> Run:
-    run.status = "running" if is_locked(run.path) else "interrupted"
-    run.detail = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
-    return run
+        return "torn", "metrics.csv cannot be read"
+    run.summary = _json(run.path / "summary.json")
+    if "final" in run.summary:
+        if not run.rows:
+            return "torn", "metrics.csv has no rows"
+        changes = _changes(run.path)
+        return ("finished", _other_version(run.summary)) if changes is None else ("changed", changes)
+    if (run.path / "summary.json").exists():
+        return "torn", "summary.json cannot be read"
+    rounds = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
+    return "running" if is_locked(run.path) else "interrupted", rounds
 
 
 def _changes(path: Path) -> str | None:

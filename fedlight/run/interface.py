@@ -12,8 +12,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.config_file import ConfigFile
-from fedlight.callbacks.curves import Curves
-from fedlight.callbacks.partition import PartitionPicture
+from fedlight.callbacks.pictures import Curves, PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.module.hooks import in_federated_terms
 from fedlight.penalties.base import Penalty

@@ -8,9 +8,9 @@ from pathlib import Path
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.folder import RunSlot, study_folder
-from fedlight.studies.keys import nearest
-from fedlight.studies.plan import PlannedRun, command, plan
+from fedlight.studies.distributions import nearest
+from fedlight.studies.folder import RunSlot
+from fedlight.studies.plan import PlannedRun, command, plan, study_folder
 from fedlight.studies.runner import StudyRunner
 from fedlight.studies.study import load_study
 

@@ -1,16 +1,15 @@
 """What a parameter of a study may be: W&B's distributions."""
 
+import difflib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-from fedlight.studies.keys import check_keys, nearest
 
 _BOUNDS, _BELL, _SHAPE = {"min", "max"}, {"mu", "sigma"}, {"a", "b"}
 _Draw = Callable[[random.Random, Mapping[str, Any]], Any]
@@ -168,3 +167,23 @@ def _check_numbers(kind: str, settings: Mapping[str, Any], key: str) -> None:
         raise MisconfigurationException(f"`{key}.min` must be above 0 for {kind}, found {settings['min']}.")
     if settings.get("q", 1) <= 0:
         raise MisconfigurationException(f"`{key}.q` must be above 0, found {settings['q']}.")
+
+
+def check_keys(content: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+    """Refuse a key that is not known, and name the nearest that is.
+
+    Raises:
+        MisconfigurationException: for the first such key.
+    """
+    known = sorted(known)
+    for key in content:
+        if key not in known:
+            name = f"{where}.{key}" if where else str(key)
+            near = nearest(str(key), known) or f"; known are {', '.join(known)}"
+            raise MisconfigurationException(f"`{name}` is not known{near}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

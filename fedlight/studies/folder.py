@@ -4,14 +4,15 @@ import fcntl
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from fedlight.run.folder import atomic_write, versions, writing
-from fedlight.studies.plan import PlannedRun, folder_name
+from fedlight.studies.plan import PlannedRun
 from fedlight.studies.study import Study
 
-PLAN, RESULT, OUTPUT = "study.json", "run.json", "output.log"
+OUTPUT = "output.log"
 
 
 class RunSlot:
@@ -54,11 +55,8 @@ class RunSlot:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a version that is finished, or None."""
         for version in reversed(versions(self.path)):
-            try:
-                summary: dict[str, Any] = json.loads((self.path / f"version_{version}" / "summary.json").read_text())
-                return summary
-            except (OSError, ValueError):
-                continue
+            with suppress(OSError, ValueError, TypeError):
+                return dict(json.loads((self.path / f"version_{version}" / "summary.json").read_text()))
         return None
 
     def resumable(self) -> bool:
@@ -68,12 +66,7 @@ class RunSlot:
     def record(self, command: Sequence[str], **result: Any) -> None:
         """Write ``run.json``."""
         content = {"parameters": dict(self.run.parameters), "command": list(command), **result}
-        write_json(self.path / RESULT, content)
-
-
-def study_folder(root: Path, study: Study) -> Path:
-    """Where a study is kept."""
-    return root / folder_name(study.name)
+        _write_json(self.path / "run.json", content)
 
 
 def write_plan(folder: Path, study: Study, runs: Sequence[PlannedRun]) -> None:
@@ -86,11 +79,10 @@ def write_plan(folder: Path, study: Study, runs: Sequence[PlannedRun]) -> None:
     }
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, content)
+        _write_json(folder / "study.json", content)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file at once or not at all."""
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     atomic_write(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 

@@ -126,13 +126,13 @@ def command(study: Study, run: PlannedRun, root: Path, resume: bool) -> list[str
     words = _without_wandb(words)
     if words[0] == "fedlight":
         words[:1] = [sys.executable, "-m", "fedlight"]
-    words += [f"--trainer.default_root_dir={root / folder_name(study.name)}", f"--trainer.name={run.name}"]
+    words += [f"--trainer.default_root_dir={study_folder(root, study)}", f"--trainer.name={run.name}"]
     return [*words, "--ckpt_path=last"] if resume else words
 
 
-def folder_name(name: str) -> str:
-    """A study's name as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "study"
+def study_folder(root: Path, study: Study) -> Path:
+    """Where a study is kept, by its name."""
+    return root / (re.sub(r"[^A-Za-z0-9._+-]+", "-", study.name).strip("-.") or "study")
 
 
 def _expanded(word: str, study: Study, parameters: Mapping[str, Any]) -> list[str]:

@@ -3,21 +3,22 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedlight.studies.folder import OUTPUT, RunSlot, log_tail, now, study_folder, write_plan
-from fedlight.studies.plan import PlannedRun, command
+from fedlight.studies.folder import OUTPUT, RunSlot, log_tail, now, write_plan
+from fedlight.studies.plan import PlannedRun, command, study_folder
 from fedlight.studies.study import Study
 
 _POLL_S = 0.1
+_say = partial(print, flush=True)
 _INTERRUPTED = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
@@ -56,16 +57,12 @@ class StudyRunner:
     def run(self) -> int:
         """Run them all: the exit code is 0 if every run is finished, 1 if one failed, or what a signal asks for."""
         write_plan(self.folder, self.study, self.runs)
-        finished = [slot for slot in self._slots if slot.summary() is not None]
-        self._done = len(finished)
-        for slot in finished:
-            self._slots.remove(slot)
-        left, total = len(self._slots), len(self.runs)
-        self._say(
-            f"study {self.study.name}: {total} runs, {self._done} finished before, {left} to do, in {self.folder}"
-        )
+        self._slots = deque(slot for slot in self._slots if slot.summary() is None)
+        self._done = len(self.runs) - len(self._slots)
+        counts = f"{len(self.runs)} runs, {self._done} finished before, {len(self._slots)} to do"
+        _say(f"study {self.study.name}: {counts}, in {self.folder}")
         if self.study.early_terminate:
-            self._say("early_terminate is W&B's: here, every run trains to its end.")
+            _say("early_terminate is W&B's: here, every run trains to its end.")
         with _stopping(self._on_signal):
             while self._active or (self._slots and not self._stop):
                 self._begin_runs()
@@ -82,7 +79,7 @@ class StudyRunner:
             if descriptor is None:
                 self._slots.append(slot)
                 if not self._waiting_said and not self._active:
-                    self._say(f"{len(self._slots)} runs are in the hands of another process; waiting for them.")
+                    _say(f"{len(self._slots)} runs are in the hands of another process; waiting for them.")
                     self._waiting_said = True
             elif slot.summary() is not None:  # another process has finished it
                 slot.release()
@@ -121,7 +118,9 @@ class StudyRunner:
         """Cores and, where ``CUDA_VISIBLE_DEVICES`` lists several, GPUs are shared among the jobs."""
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self.jobs > 1:
-            env.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // self.jobs)))
+            from fedlight.run.processors import available_cores
+
+            env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.jobs)))
             devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
             if len(devices) > 1:
                 env["CUDA_VISIBLE_DEVICES"] = devices[job % len(devices)]
@@ -129,21 +128,15 @@ class StudyRunner:
 
     def _end_runs(self) -> None:
         for active in list(self._active):
-            code = active.process.poll()
-            if code is None:
-                continue
-            self._active.remove(active)
-            self._end(active, code)
-            active.slot.release()
+            if (code := active.process.poll()) is not None:
+                self._active.remove(active)
+                self._end(active, code)
+                active.slot.release()
 
     def _end(self, active: _Active, code: int) -> None:
         slot, seconds = active.slot, time.monotonic() - active.began
-        times: dict[str, Any] = {
-            "returncode": code,
-            "began": active.began_at,
-            "ended": now(),
-            "seconds": round(seconds, 1),
-        }
+        when = {"began": active.began_at, "ended": now(), "seconds": round(seconds, 1)}
+        times: dict[str, Any] = {"returncode": code, **when}
         summary = slot.summary()
         if code == 0 and summary is not None:
             slot.record(active.words, status="finished", **times)
@@ -153,7 +146,7 @@ class StudyRunner:
             self._finish_line(slot, f"finished in {seconds:.0f} s{shown}")
         elif self._stop and code in _INTERRUPTED:
             slot.record(active.words, status="interrupted", **times)
-            self._say(f"{slot.run.label}: interrupted after {seconds:.0f} s")
+            _say(f"{slot.run.label}: interrupted after {seconds:.0f} s")
         else:
             said = log_tail(slot.path / OUTPUT)
             reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -168,7 +161,7 @@ class StudyRunner:
     def _finish_line(self, slot: RunSlot, what: str) -> None:
         self._done += 1
         width = len(str(len(self.runs)))
-        self._say(f"[{self._done:>{width}}/{len(self.runs)}] {slot.run.label}: {what}")
+        _say(f"[{self._done:>{width}}/{len(self.runs)}] {slot.run.label}: {what}")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask the runs to stop after their round; the second time, at once; the third time, kill them."""
@@ -177,25 +170,17 @@ class StudyRunner:
         for active in self._active:
             active.process.send_signal(signal.SIGTERM if self._signals < 3 else signal.SIGKILL)
         if self._signals == 1:
-            self._say(f"stopping: {len(self._active)} runs end their round; Ctrl-C again to end them at once")
+            _say(f"stopping: {len(self._active)} runs end their round; Ctrl-C again to end them at once")
 
     def _conclude(self) -> int:
         if self.failed:
-            self._say(f"{len(self.failed)} of {len(self.runs)} runs failed; what they said is in their {OUTPUT}:")
+            _say(f"{len(self.failed)} of {len(self.runs)} runs failed; what they said is in their {OUTPUT}:")
             for name, error in self.failed.items():
-                self._say(f"  {self.folder / name}\n" + "\n".join(f"    {line}" for line in error.splitlines()))
+                _say(f"  {self.folder / name}\n" + "\n".join(f"    {line}" for line in error.splitlines()))
         if self._stop:
-            self._say("interrupted; the same command goes on from here")
+            _say("interrupted; the same command goes on from here")
             return 128 + self._stop
         return 1 if self.failed else 0
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(text, flush=True, file=sys.stdout)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.distributions import Distribution
-from fedlight.studies.keys import check_keys, nearest
+from fedlight.studies.distributions import Distribution, check_keys, nearest
 
 _DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 _KEYS = frozenset({

@@ -5,8 +5,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from matplotlib.image import imread
 
-from fedlight.callbacks import curves
-from fedlight.callbacks.curves import draw_curves
+from fedlight.callbacks import pictures
+from fedlight.callbacks.pictures import draw_curves
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
 DRAWN = []
@@ -19,7 +19,7 @@ ROWS = [
 
 def test_the_lines_of_the_picture(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(curves, "drawn", lambda path, plot, size: figures.append((plot, size)) or path)
+    monkeypatch.setattr(pictures, "drawn", lambda path, plot, size: figures.append((plot, size)) or path)
     draw_curves(ROWS, tmp_path / "x.png")
     from matplotlib.figure import Figure
 
@@ -57,11 +57,11 @@ class Failing(Callback):
 
 def test_an_interrupted_run_draws_what_there_is_and_failing_pictures_end_nothing(tmp_path, monkeypatch):
     DRAWN.clear()
-    monkeypatch.setattr(curves, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
+    monkeypatch.setattr(pictures, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
     with pytest.raises(KeyboardInterrupt):
         quiet_trainer(tmp_path, callbacks=[Failing()]).fit(Regression(), Clients())
     assert DRAWN == [2]
-    monkeypatch.setattr(curves, "draw_curves", lambda rows, path: 1 / 0)
+    monkeypatch.setattr(pictures, "draw_curves", lambda rows, path: 1 / 0)
     trainer = quiet_trainer(tmp_path)
     with pytest.warns(UserWarning, match="Curves failed, and the run goes on without it: ZeroDivisionError"):
         trainer.fit(Regression(), Clients())
@@ -70,7 +70,7 @@ def test_an_interrupted_run_draws_what_there_is_and_failing_pictures_end_nothing
 
 def test_a_fit_that_trains_nothing_leaves_the_picture_alone(tmp_path, monkeypatch):
     DRAWN.clear()
-    monkeypatch.setattr(curves, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
+    monkeypatch.setattr(pictures, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
     quiet_trainer(tmp_path).fit(Regression(), Clients())
     quiet_trainer(tmp_path).fit(Regression(), Clients(), ckpt_path="last")  # it is finished
     with pytest.raises(MisconfigurationException):

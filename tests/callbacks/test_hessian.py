@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
 from fedlight.analysis import records
-from fedlight.callbacks.partition import PartitionPicture
+from fedlight.callbacks.pictures import PartitionPicture
 from fedlight.data.arrays import ArrayDataset
 from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
@@ -239,8 +239,8 @@ def test_two_of_them_are_refused(tmp_path):
         ({"every_n_rounds": 0}, "`every_n_rounds` must be at least 1"),
         ({"top_k": 0}, "`top_k` must be at least 1"),
         ({"max_samples": 0}, "`max_samples` must be at least 1"),
-        ({"sam_rho": 0.0}, "`sam_rho` must be positive"),
-        ({"tolerance": -1.0}, "`tolerance` must be positive"),
+        ({"sam_rho": 0.0}, "`sam_rho` must be a finite number above 0"),
+        ({"tolerance": -1.0}, "`tolerance` must be a finite number above 0"),
         ({"data": "test"}, "`data` must be train, val or clients"),
         ({"views": ["best"]}, "`views` must be of server, selected, all, swa, got"),
     ],

@@ -156,7 +156,7 @@ def test_a_line_to_another_model_is_refused(tmp_path):
     ("settings", "message"),
     [
         ({"directions": "axes"}, "`directions` must be random or eigenvectors"),
-        ({"radius": 0.0}, "`radius` must be positive"),
+        ({"radius": 0.0}, "`radius` must be a finite number above 0"),
         ({"points": 2}, "`points` must be at least 3"),
         ({"max_samples": 0}, "`max_samples` must be at least 1"),
         ({"data": "clients"}, "`data` must be train or val"),

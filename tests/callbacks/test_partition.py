@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from PIL import Image
 
-from fedlight.callbacks import partition
+from fedlight.callbacks import pictures
 from fedlight.data import DatasetPartition, ImageData
 from fedlight.models import MLP, Classifier
 from fedlight.trainer import FederatedTrainer
@@ -58,7 +58,7 @@ def test_it_is_drawn_after_the_first_checkpoint(tmp_path, monkeypatch):
     def draw(counts, path, names):
         found.extend(p.name for p in path.parents[1].rglob("*.ckpt"))
 
-    monkeypatch.setattr(partition, "save_partition_picture", draw)
+    monkeypatch.setattr(pictures, "save_partition_picture", draw)
     for rounds in (1, 3):
         fit(ImageData("digits", num_clients=4, limit_samples=120), tmp_path, max_rounds=rounds)
         assert "last.ckpt" in found
@@ -69,7 +69,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path, monkeypat
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(partition, "save_partition_picture", fail)
+    monkeypatch.setattr(pictures, "save_partition_picture", fail)
     with pytest.warns(
         UserWarning, match="PartitionPicture failed, and the run goes on without it: OSError.*space"
     ) as said:

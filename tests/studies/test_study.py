@@ -7,7 +7,7 @@ import pytest
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli.arguments import yaml_argument
+from fedlight.cli.command import yaml_argument
 from fedlight.studies.distributions import Distribution
 from fedlight.studies.plan import command, plan
 from fedlight.studies.study import load_study

@@ -1,4 +1,4 @@
-"""The picture of a run: accuracy, loss and learning rate by rounds."""
+"""The pictures of a run: accuracy, loss and learning rate by rounds, and the partition."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedlight.analysis.pictures import drawn, line_style
 from fedlight.callbacks._rounds import RoundCallback
+from fedlight.data.picture import partition_csv, save_partition_picture
+from fedlight.run.folder import atomic_write
 from fedlight.run.loggers import log_picture, read_metrics
 from fedlight.run.names import aggregate
 
@@ -46,6 +48,30 @@ class Curves(RoundCallback):
             self.on_train_end(trainer, pl_module)
 
 
+class PartitionPicture(RoundCallback):
+    """Writes ``plots/partition.png`` and ``partition.csv``: which client holds how many samples of which class.
+
+    Every run whose datamodule knows its labels has one. It is drawn after the first round, so that training starts
+    without waiting for it, and handed to the loggers that take pictures.
+    """
+
+    optional_hooks = ("on_round_end",)
+
+    def on_round_end(self, trainer: Any, pl_module: Any) -> None:
+        """Draw it, once."""
+        if trainer.run_dir is None or not trainer.is_global_zero:
+            return
+        picture = Path(trainer.run_dir) / "plots" / "partition.png"
+        counts = None if picture.exists() else trainer.datamodule.partition_counts()
+        if counts is None:
+            return
+        names = getattr(trainer.datamodule, "classes", None) or None
+        picture.parent.mkdir(exist_ok=True)
+        save_partition_picture(counts, picture, names)
+        atomic_write(Path(trainer.run_dir) / "partition.csv", partition_csv(counts, names).encode())
+        log_picture(trainer.loggers, "partition", picture)
+
+
 def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has; rounds from 1."""
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.startswith(_ELSEWHERE)]
@@ -56,8 +82,6 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     panels = {title: shown for title, shown in panels.items() if shown}
 
     def plot(figure: "Figure") -> None:
-        from matplotlib.ticker import MaxNLocator
-
         for axes, (title, shown) in zip(
             figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
         ):
@@ -66,7 +90,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
                 axes.plot(*zip(*points, strict=True), label=name, **line_style(i, marker=len(points) < 15))
             axes.set_xlabel("round")
             axes.set_ylabel(title)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.locator_params(axis="x", integer=True)
             if len(shown) > 1:
                 axes.legend(fontsize=8, handlelength=3)
 
