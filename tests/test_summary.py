@@ -94,7 +94,7 @@ def test_the_facts_of_other_runs(tmp_path):
     class Facts(Regression):
         def on_train_start(self):
             session = self.trainer._session
-            SEEN.append(facts(session, session.engine))
+            SEEN.append(facts(session))
 
     SEEN.clear()
     model = Facts()

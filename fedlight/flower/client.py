@@ -14,6 +14,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from fedlight import __version__
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.flower.config import build, check_allowed
 from fedlight.flower.data import OwnData
@@ -28,7 +29,6 @@ from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processors import choose_threads
 from fedlight.run.session import Session
 from fedlight.run.setup import use_threads
-from fedlight.run.snapshot import package_version
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply
 from fedlight.server.clients import Row
@@ -155,7 +155,7 @@ def facts(run: RunContext) -> dict[str, Any]:
         sent |= {name for name in buffers if not run.federation.clients.is_local(name)}
     held = {k: v for k, v in {**dict(module.named_parameters()), **buffers}.items() if k not in sent}
     return {
-        "fedlight": package_version(),
+        "fedlight": __version__,
         "torch": torch.__version__.partition("+")[0],
         "parameters": [[info.name, list(info.shape)] for info in layout.parameters],
         "initial values of what is not sent": {name: _checksum(value) for name, value in sorted(held.items())},

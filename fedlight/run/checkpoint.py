@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils._pytree import tree_map_only
 
 from fedlight.run.folder import atomic_file, unwritable
 from fedlight.server.rows import SavedRows, append_rows
@@ -26,10 +27,13 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         OSError: if the disk is full or read-only; an older file of that name is then untouched.
     """
-    rows = checkpoint.get("fedlight", {}).get("clients", {}).get("rows")
+    fedlight = checkpoint.get("fedlight", {})
+    clients = {**fedlight.get("clients", {})}
+    if (rows := clients.pop("rows", None)) is not None:
+        checkpoint = {**checkpoint, "fedlight": {**fedlight, "clients": clients}}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        torch.save(_on_cpu(checkpoint, but=rows), file)
+        torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, checkpoint), file)
         if rows is not None:
             append_rows(file, rows)
 
@@ -86,14 +90,6 @@ class CheckpointWriter:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
-
-
-def _on_cpu(value: Any, but: Any = None) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {k: _on_cpu(v, but) for k, v in value.items() if v is None or v is not but}
-    return type(value)(_on_cpu(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

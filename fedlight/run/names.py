@@ -1,5 +1,6 @@
 """What a method is called in tables, pictures and loggers, and what the names of metrics say."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -46,6 +47,13 @@ def preferred_metric(logged: Iterable[str]) -> str | None:
 def smaller_is_better(metric: str) -> bool:
     """Whether the name of a metric means a loss or an error."""
     return re.search(_SMALLER, metric.lower()) is not None
+
+
+def best_row(rows: Iterable[Mapping[str, float]], metric: str) -> Mapping[str, float] | None:
+    """The row with the best value of a metric, the first of equals; None if none has one."""
+    having = [row for row in rows if not math.isnan(row.get(metric, math.nan))]
+    best: Any = min if smaller_is_better(metric) else max
+    return best(having, key=lambda row: row[metric], default=None)  # type: ignore[no-any-return]
 
 
 def dotted(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:

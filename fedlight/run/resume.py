@@ -147,13 +147,13 @@ def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool
     return anew
 
 
-def restore_schedule(run: RunContext, checkpoint: dict[str, Any]) -> None:
+def restore_schedule(run: RunContext, checkpoint: dict[str, Any] | None) -> None:
     """Let the learning rates go on; those of another optimizer or schedule begin where they would be by now."""
-    if not any(key.startswith("optimizer") for key in run.changes):
+    if any(key.startswith("optimizer") for key in run.changes):
+        for round in range(run.trainer.current_round):
+            run.schedule.advance("round", round + 1, {}, evaluated=False)
+    elif checkpoint is not None:
         run.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
-        return
-    for round in range(run.trainer.current_round):
-        run.schedule.advance("round", round + 1, {}, evaluated=False)
 
 
 def _held(checkpoint: dict[str, Any]) -> dict[str, Any]:

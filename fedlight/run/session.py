@@ -1,30 +1,90 @@
 """What surrounds the round loop: setting up and tearing down, evaluating, logging."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.federated import not_federated
+from fedlight.data.held_out import training_data
+from fedlight.data.sharing import share_among_processes
 from fedlight.engines import Engine, start_engine
-from fedlight.module.hooks import check_callbacks, check_module
+from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
+from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
 from fedlight.run import resume
-from fedlight.run.beginning import Beginning
-from fedlight.run.clock import RoundClock, start_profiler
-from fedlight.run.folder import writing
-from fedlight.run.loggers import close_loggers, tell_wandb
+from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
+from fedlight.run.clock import RoundClock, make_profiler, start_profiler
+from fedlight.run.context import Command, RunContext
+from fedlight.run.evaluation import Evaluator
+from fedlight.run.float32 import float32_products
+from fedlight.run.folder import RunFolder, writing
+from fedlight.run.interface import TrainerInterface
+from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
+from fedlight.run.movers import Movers
 from fedlight.run.preflight import check_data, check_methods
-from fedlight.run.processes import lost_process
-from fedlight.run.processors import choose_threads
-from fedlight.run.setup import local_training, use_threads
-from fedlight.run.snapshot import make_checkpoint, write_checkpoint
+from fedlight.run.processes import deferred_signals, lost_process, watch_children
+from fedlight.run.processors import choose_threads, resolve_devices
+from fedlight.run.results import destination
+from fedlight.run.setup import be_deterministic, local_training, make_fabric, use_threads
+from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
+from fedlight.run.views import Views
+from fedlight.server.client_side import ClientSide
+from fedlight.server.federation import Federation
+from fedlight.server.rows import ClientRows
 
 
-class Session(Beginning):
-    """One call of ``fit``, ``validate``, ``test`` or ``predict``, from its beginning to its end."""
+class Session(RunContext):
+    """One call of ``fit``, ``validate``, ``test`` or ``predict``, from its beginning to its end.
+
+    Args:
+        trainer: whose settings are followed.
+        model: the module; without one, module, data and best checkpoint are those of the last call.
+        datamodule: the data.
+        command: what is called.
+        ckpt_path: ``last``, ``best``, a file, or None.
+
+    Attributes:
+        movers: what clients and evaluations change of the module besides its trained parameters.
+        clock: seconds of a round's parts; set by :meth:`start_fit`.
+        views: evaluates the weights that are of interest.
+    """
+
+    clients_class, views_class = ClientSide, Views
+    snapshot, save_checkpoint = make_checkpoint, write_checkpoint
+
+    def __init__(
+        self,
+        trainer: TrainerInterface,
+        model: LightningModule | None,
+        datamodule: LightningDataModule | None,
+        command: Command,
+        ckpt_path: str | Path | None,
+    ) -> None:
+        model, datamodule, ckpt_path = resume.of_last_call(trainer, model, datamodule, ckpt_path)
+        self.trainer, self.module, self.command = trainer, model, command
+        self.stage = RunningStage("train" if command == "fit" else command)
+        self.settings = trainer.settings
+        if not isinstance(datamodule, FederatedDataModule):
+            raise MisconfigurationException(not_federated(datamodule))
+        datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
+        self.datamodule = training_data(datamodule, self.settings["centralized"])
+        trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
+        self.profiler = make_profiler(self.settings["profiler"])
+        self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
+        self.loggers, self.folder = [], None
+        self._finished = self._created = False
+        self.resumed, self.ckpt_path = ckpt_path is not None, ckpt_path
+        self._checkpoint: dict[str, Any] | None = None
+        self.first_round, self.experiment, self.changes = 0, {}, {}
+        self._started, self._cleanup = time.perf_counter(), ExitStack()
+        self.movers, self.writer = Movers(self), CheckpointWriter()
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
@@ -45,15 +105,14 @@ class Session(Beginning):
     def start_fit(self) -> None:
         """Check what could fail, make schedule and engine, and call the hooks of the start."""
         trainer = self.trainer
-        if self._checkpoint is not None:
-            resume.restore_schedule(self, self._checkpoint)
+        resume.restore_schedule(self, self._checkpoint)
         self.check()
         self.first_round = trainer.current_round
         self.start_training()
         if self._checkpoint is not None and self.metrics_csv is not None:
             with writing(self.metrics_csv.path):
                 self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
-        say_start(self, self.engine)
+        say_start(self)
         profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
@@ -75,7 +134,9 @@ class Session(Beginning):
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
         self.hooks("on_fit_start")
-        self._follow_freezing(self._checkpoint)
+        if ParameterLayout.of(self.module) != self.layout:  # hooks have frozen or unfrozen something
+            self._make_federation()
+            resume.restore_schedule(self, self._checkpoint)
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
@@ -91,7 +152,7 @@ class Session(Beginning):
         tell_wandb(self.loggers, self.views.log_confusion)
         self._finished = True
         if self.folder is not None and self.is_zero:
-            say_end(self, time.perf_counter() - self._started, self.views.logged, self.engine)
+            say_end(self, time.perf_counter() - self._started, self.views.logged)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -129,10 +190,110 @@ class Session(Beginning):
             raise SystemExit(0)
         self._signals.raise_received(stop)
 
-    def snapshot(self) -> dict[str, Any]:
-        """All that is needed to continue, now."""
-        return make_checkpoint(self)
+    def _set_up(self) -> None:
+        settings, cleanup = self.settings, self._cleanup
+        self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
+        self.fabric.launch()
+        cleanup.callback(watch_children(self))
+        self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
+        if settings["tf32"] is not None:
+            cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
+        if settings["deterministic"]:
+            be_deterministic(self.fabric.device, cleanup)
+        self._checkpoint = self._open_folder()
+        self.module.trainer = self.trainer  # type: ignore[assignment]
+        cleanup.callback(setattr, self.module, "trainer", None)
+        with self.fabric.rank_zero_first(local=True):
+            self.datamodule.prepare_data()
+        resume.set_up_data(self.datamodule, self.command, self._checkpoint or {})
+        share_among_processes(self.fabric, self.datamodule)
+        self._set_up_module()
+        self._begin_federation()
 
-    def save_checkpoint(self, path: Path, content: dict[str, Any], wait: bool = True) -> None:
-        """Write a snapshot; the first process writes, every process calls."""
-        write_checkpoint(self, path, content, wait)
+    def _set_up_module(self) -> None:
+        module, stage = self.module, self.command
+        for callback, seen in self.hooks.audience:
+            callback.setup(seen, module, stage)
+        module.setup(stage)
+        if overrides(module, "configure_model"):
+            module.configure_model()
+        # After the module's own: it is handed over with the devices and data types that it trains with.
+        self.fabric.strategy.precision.convert_module(module)
+        self.fabric.to_device(module)
+        hooks = self.hooks, self.hooks.module_only
+        self.evaluator = Evaluator(module, self.fabric, self.datamodule, *hooks, self.movers.untouched)
+
+    def _begin_federation(self) -> None:
+        """Make the federation; of a checkpoint, with its values, and with the parameters that its run trained.
+
+        In a fit the flags are put back then: what hooks before training freeze is compared when they have been called.
+        """
+        module, checkpoint = self.module, self._checkpoint
+        if checkpoint is None:
+            return self._make_federation()
+        saved = checkpoint["state_dict"]
+        check_state_dict(self.checkpoint_path, saved, module.state_dict())
+        parameters = dict(module.named_parameters())
+        flags = {name for name, p in parameters.items() if p.requires_grad}
+        trained = checkpoint["fedlight"].get("experiment", {}).get("model", {}).get("trained", flags)
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        load_tensors(module, {n: saved[n] for n in parameters if n in saved and n not in trained})
+        self._make_federation()
+        if self.command == "fit":
+            restore_callbacks(self, checkpoint)
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in flags)
+        return None
+
+    def _make_federation(self) -> None:
+        settings, trainer, checkpoint = self.settings, self.trainer, self._checkpoint
+        self.layout = ParameterLayout.of(self.module)
+        folder = Path("clients") if self.folder is None else self.folder.path / "clients"
+        rows = ClientRows.of(settings["client_state"], folder, self.datamodule.num_clients, self.fabric)
+        self._cleanup.callback(rows.close)
+        self._cleanup.callback(self.writer.close)  # before the connections that it may be using
+        trainer.personal.setup(self.module, self.layout)
+        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.layout, self.datamodule, rows.store
+        buffers = trainer.algorithm.buffers or settings["buffers"]
+        clients = self.clients_class(*methods, buffers, settings["transforms"], trainer.seed)
+        swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]
+        self.federation = Federation(clients, rows, settings["views"], self.movers.unmoved, swa)
+        self.views = self.views_class(self)
+        needed = (trainer.algorithm, settings["aggregator"] or trainer.algorithm)
+        least = min(max(2, *(part.min_clients for part in needed)), self.federation.num_clients)
+        per_round = least if trainer.fast_dev_run else settings["clients_per_round"]
+        trainer.sampler.setup(self.federation.num_clients, per_round, self.federation.sizes)
+        anew = self.command == "fit" and resume.begin_experiment(self, checkpoint)
+        self.federation.initialise(flat_parameters(self.module), dict(self.module.named_buffers()))
+        if checkpoint is not None:
+            self.federation.load_state_dict(checkpoint["fedlight"], clients=self.command == "fit", anew=anew)
+            self.views.load("server")
+        if self.folder is not None and self.command == "fit" and self.is_zero:
+            self.folder.check_room(self.federation.num_bytes())
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Find the checkpoint, and the folder that the run writes to; both the same in every process."""
+        trainer, checkpoint = self.trainer, None
+        if self.ckpt_path is not None:
+            checkpoint, self.checkpoint_path, self.folder = resume.read_checkpoint(self, self.ckpt_path)
+        if trainer.fast_dev_run:
+            return checkpoint
+        folder = destination(self)[0]
+        if fit := self.command == "fit":
+            trainer.run_dir = folder = resume.decided(self.fabric, self._take_folder)
+            self.folder = self.folder or RunFolder(folder)
+        # A run in a folder of its own is one of its own for W&B, too.
+        ids = {} if checkpoint is None or self._created else checkpoint["fedlight"]["loggers"]
+        if self.is_zero:
+            wanted, name = self.settings["logger"], f"{trainer.method_name}-seed{trainer.seed}"
+            self.loggers = make_loggers(wanted, folder, ids, name)[0 if fit else 1 :]  # without metrics.csv
+        return checkpoint
+
+    def _take_folder(self) -> Path:
+        """Make the run's folder if there is none yet, and lock it."""
+        self._created = self.folder is None
+        self.folder = self.folder or RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
+        self.folder.lock()
+        self._cleanup.callback(self.folder.unlock)
+        return self.folder.path

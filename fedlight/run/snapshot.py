@@ -1,35 +1,23 @@
-"""What a run leaves on disk: the checkpoint's content, and the summary of a run."""
+"""What a checkpoint holds of a run, and how it is written and read."""
 
-import platform
 from collections import deque
 from collections.abc import Mapping
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from fedlight import __version__
 from fedlight.data.held_out import given_data
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
-from fedlight.run.loggers import logger_ids, read_metrics, tell_wandb
-from fedlight.run.names import smaller_is_better
+from fedlight.run.loggers import logger_ids, tell_wandb
 from fedlight.run.wandb import note_checkpoint
 from fedlight.server.clients import DiskClientStore
 from fedlight.written import Lost, written
-
-
-@lru_cache
-def package_version() -> str:
-    """The version of fedlight that is installed."""
-    try:
-        return version("fedlight")
-    except PackageNotFoundError:
-        return "0+unknown"
 
 
 def make_checkpoint(run: RunContext) -> dict[str, Any]:
@@ -40,7 +28,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
     trainer, module, state, data = run.trainer, run.module, run.federation.state, given_data(run.datamodule)
-    callbacks = {c.state_key: _copied(plain(c.state_dict())) for c in trainer.callbacks}
+    callbacks = {c.state_key: _copied(c.state_dict()) for c in trainer.callbacks}
     checkpoint = {
         "state_dict": server_state_dict(run),
         "hyper_parameters": _copied(_hyper_parameters(module)),
@@ -51,7 +39,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
         **({type(data).__qualname__: plain(held)} if (held := data.state_dict()) else {}),
         "fedlight": {
             "format": FORMAT,
-            "version": package_version(),
+            "version": __version__,
             "experiment": run.experiment,
             "schedule": run.schedule.state_dict(),
             "loggers": logger_ids(run.loggers),
@@ -61,7 +49,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     }
     known = set(checkpoint)
     run.hooks("on_save_checkpoint", checkpoint)
-    added = {k: _copied(plain(v)) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
+    added = {k: _copied(v) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
     return {**plain(checkpoint), **added, "fedlight": fedlight}
 
@@ -75,7 +63,7 @@ def _hyper_parameters(module: Any) -> dict[str, Any]:
     return {**made, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
 
 
-def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait: bool) -> None:
+def write_checkpoint(run: RunContext, path: Path, content: dict[str, Any], wait: bool = True) -> None:
     """Write a snapshot; the first process writes, every process calls.
 
     Without ``wait`` it is written while training goes on, and what goes wrong is found in ``run.writer``; the other
@@ -146,55 +134,9 @@ def plain(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    """A plain value with tensors of its own, which those who gave it may go on changing."""
-    if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(v) for v in value)
-    return value.clone() if isinstance(value, Tensor) else value
+    """The plain part of a value with tensors of its own, which those who gave it may go on changing."""
+    return tree_map_only(Tensor, Tensor.clone, plain(value))
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, Tensor | Mapping) or type(value) in (bool, int, float, str, list, tuple)
-
-
-def write_summary(run: RunContext, seconds: float, logged: list[str], engine: str) -> None:
-    """Write ``summary.json``: final and best metrics, rounds, seconds, seed, versions."""
-    assert run.folder is not None
-    if run.trainer.current_round == run.first_round and (run.folder.path / "summary.json").exists():
-        return  # it was finished before
-    rows = read_metrics(run.folder.path / "metrics.csv")
-    trainer, final = run.trainer, {}
-    for row in rows:
-        final.update(row)
-    judged = logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all", "_swa"))]
-    best = {
-        name: {"value": row[name], "round": int(row["round"])}
-        for name in (of for name in judged for of in (name, f"{name}_all", f"{name}_swa"))
-        if (having := [r for r in rows if r.get(name) == r.get(name, float("nan"))])
-        for row in [(min if smaller_is_better(name) else max)(having, key=lambda r, n=name: r[n])]  # type: ignore[misc]
-    }
-    run.folder.write_json(
-        "summary.json",
-        {
-            "final": final,
-            "best": best,
-            "rounds": trainer.current_round,
-            "seconds": round(seconds, 3),
-            "seed": trainer.seed,
-            "algorithm": type(trainer.algorithm).__name__,
-            "perturbation": None if trainer.perturbation is None else type(trainer.perturbation).__name__,
-            "num_clients": run.federation.num_clients,
-            "buffers": run.federation.clients.buffer_policy,
-            "parameters": run.layout.numel,
-            "device": str(run.fabric.device),
-            "precision": trainer.settings["precision"],
-            "engine": engine,
-            "versions": {
-                "fedlight": package_version(),
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-                "python": platform.python_version(),
-            },
-        },
-    )

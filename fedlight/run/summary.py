@@ -1,6 +1,7 @@
 """What a person reads of a run: what is trained and how, before the first round; what came of it, after the last."""
 
 import json
+import platform
 import shlex
 from base64 import b64encode
 from html import escape
@@ -8,25 +9,22 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from fedlight.engines.base import Engine
+from fedlight import __version__
 from fedlight.run.context import RunContext
 from fedlight.run.folder import writing
 from fedlight.run.interface import TrainerInterface
-from fedlight.run.snapshot import write_summary
+from fedlight.run.loggers import read_metrics
+from fedlight.run.names import best_row
 from fedlight.server.sampling import Bernoulli
 from fedlight.transforms.attack import attacks_by
 
 
-def facts(run: RunContext, engine: Engine) -> dict[str, str]:
-    """What is being trained, a phrase each: method, clients, model, device, engine, and where there is one, folder.
-
-    Args:
-        run: a fit that is set up.
-        engine: what executes its local trainings.
-    """
+def facts(run: RunContext) -> dict[str, str]:
+    """What a fit that is set up trains, a phrase each: method, clients, model, device, engine, its folder if any."""
     trainer, sampler, data, device = run.trainer, run.trainer.sampler, run.datamodule, run.fabric.device
     epochs = trainer.local_epochs
     work = _count(trainer.local_steps or 0, "local step") if epochs is None else _count(epochs, "local epoch")
@@ -42,7 +40,7 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
         "clients": clients + spread if len(sizes) > 1 else f"all data in one place; {sum(sizes):,} samples",
         "model": f"{type(run.module).__name__}, {run.layout.numel:,} parameters{f', {frozen:,} frozen' * (frozen > 0)}",
         "device": f"{name}, {shares}, {trainer.settings['precision']}",
-        "engine": f"{type(engine).__name__}: {engine.reason}",
+        "engine": f"{type(run.engine).__name__}: {run.engine.reason}",
     }
     if new := list(data.new_clients):
         found["new clients"] = f"{len(new)} never train: {', '.join(map(str, new[:20]))}{', ...' * (len(new) > 20)}"
@@ -63,9 +61,9 @@ def facts(run: RunContext, engine: Engine) -> dict[str, str]:
     return found
 
 
-def say_start(run: RunContext, engine: Engine) -> None:
+def say_start(run: RunContext) -> None:
     """Say what is being trained, and let the trainer know it."""
-    run.trainer.facts = facts(run, engine)
+    run.trainer.facts = facts(run)
     attackers = {type(attack).__name__: sorted(attack.attackers) for attack in attacks_by(run.settings["transforms"])}
     chosen = {"held_out_clients": list(run.datamodule.new_clients), "attackers": attackers}
     for name, found in chosen.items():
@@ -75,19 +73,51 @@ def say_start(run: RunContext, engine: Engine) -> None:
     rank_zero_info(_lines(run.trainer.facts))
 
 
-def say_end(run: RunContext, seconds: float, logged: list[str], engine: Engine) -> None:
+def say_end(run: RunContext, seconds: float, logged: list[str]) -> None:
     """Write ``summary.json`` and say what came of the run, and what to type next.
 
     Args:
         run: a fit that has ended.
         seconds: that it took.
         logged: what the module logs in validation.
-        engine: what executed its local trainings.
     """
     assert run.folder is not None
+    finished_before = run.trainer.current_round == run.first_round and (run.folder.path / "summary.json").exists()
     with writing(run.folder.path):
-        write_summary(run, seconds, logged, type(engine).__name__)
+        if not finished_before:
+            run.folder.write_json("summary.json", _summary(run, run.folder.path, seconds, logged))
     rank_zero_info(_lines(results(run.folder.path) | next_commands(run)))
+
+
+def _summary(run: RunContext, folder: Path, seconds: float, logged: list[str]) -> dict[str, Any]:
+    """Final and best metrics, rounds, seconds, seed, versions."""
+    trainer, rows, final = run.trainer, read_metrics(folder / "metrics.csv"), dict[str, float]()
+    for row in rows:
+        final.update(row)
+    judged = logged or [n for n in final if n.startswith("val") and not n.endswith(("_selected", "_all", "_swa"))]
+    names = (of for name in judged for of in (name, f"{name}_all", f"{name}_swa"))
+    best = {name: {"value": top[name], "round": int(top["round"])} for name in names if (top := best_row(rows, name))}
+    return {
+        "final": final,
+        "best": best,
+        "rounds": trainer.current_round,
+        "seconds": round(seconds, 3),
+        "seed": trainer.seed,
+        "algorithm": type(trainer.algorithm).__name__,
+        "perturbation": None if trainer.perturbation is None else type(trainer.perturbation).__name__,
+        "num_clients": run.federation.num_clients,
+        "buffers": run.federation.clients.buffer_policy,
+        "parameters": run.layout.numel,
+        "device": str(run.fabric.device),
+        "precision": trainer.settings["precision"],
+        "engine": type(run.engine).__name__,
+        "versions": {
+            "fedlight": __version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def say_stopped(run: RunContext) -> None:

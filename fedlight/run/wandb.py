@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from fedlight.run.names import aggregate, preferred_metric, smaller_is_better
+from fedlight.run.names import aggregate, best_row, preferred_metric
 
 PREFIX = "wandb:"
 """What a ``ckpt_path`` begins with that names an artifact."""
@@ -99,8 +99,7 @@ def log_best(logger: Any, rows: Iterable[Mapping[str, float]]) -> None:
     """Put the best value of what validation logged, and its round, into the summary below ``best/``."""
     names = dict.fromkeys(name for row in rows for name in row if not name.endswith("_selected"))
     for name in [n for n in names if n.startswith("val")] or [n for n in names if aggregate(n)]:
-        if having := [row for row in rows if not math.isnan(row.get(name, math.nan))]:
-            best = (min if smaller_is_better(name) else max)(having, key=lambda row, n=name: row[n])  # type: ignore[misc]
+        if best := best_row(rows, name):
             logger.experiment.summary.update({f"best/{name}": best[name], f"best/{name}_round": int(best["round"])})
 
 
