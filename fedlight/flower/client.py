@@ -32,7 +32,7 @@ from fedlight.run.setup import use_threads
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply
 from fedlight.server.clients import Row
-from fedlight.server.state import ServerState
+from fedlight.server.state import ServerState, moved
 from fedlight.trainer import FederatedTrainer
 
 _FILE = re.compile(r"round_(\d+)\.pt")
@@ -149,7 +149,7 @@ def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
 def facts(run: RunContext) -> dict[str, Any]:
     """What server and sites must have in common: versions, the order of parameters, and what nobody sends."""
     layout, module = run.layout, run.module
-    sent = {info.name for info, own in zip(layout.parameters, _personal(run), strict=True) if not own}
+    sent = {name for name, own in layout.views(run.trainer.personal.entries).items() if not own.any()}
     buffers = dict(module.named_buffers())
     if run.federation.clients.sends_buffers:
         sent |= {name for name in buffers if not run.federation.clients.is_local(name)}
@@ -161,11 +161,6 @@ def facts(run: RunContext) -> dict[str, Any]:
         "initial values of what is not sent": {name: _checksum(value) for name, value in sorted(held.items())},
         "num_classes": getattr(module, "num_classes", None),
     }
-
-
-def _personal(run: RunContext) -> list[bool]:
-    entries = run.trainer.personal.entries
-    return [bool(view.any()) for view in run.layout.views(entries).values()]
 
 
 def _checksum(value: Tensor) -> int:
@@ -199,9 +194,7 @@ class SiteSession(Session):
     def _receive(self, job: Parcel, clients: list[int]) -> None:
         """Be where the server is, with the clients' own state."""
         info, side, device = job.info, self.federation.clients, self.fabric.device
-        received = {name: value.to(device) for name, value in job.part("received").items()}
-        server = {name: value.to(device) for name, value in job.part("server").items()}
-        buffers = {name: value.to(device) for name, value in job.part("buffers").items()}
+        received, server, buffers = (moved(job.part(name), device) for name in ("received", "server", "buffers"))
         state = self.federation.state
         self.movers.join(sorted(buffers.keys() - state.buffers.keys()))
         self.federation.state = ServerState(

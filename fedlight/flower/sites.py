@@ -16,12 +16,12 @@ from fedlight.flower.messages import Parcel, Transport, part
 from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.client_side import ClientSide, Receive, Reply
+from fedlight.server.state import moved
 from fedlight.transforms.attack import chain_of
 from fedlight.transforms.base import Packed, unpack
 
 _EVERY_S = 1.0
 _PART = "site"
-_PARTS = ("message", "beside", "buffers")
 
 
 class Sites:
@@ -225,7 +225,7 @@ class RemoteClients(ClientSide):
             ValueError: if it is not what this server expects.
         """
         n = int(self._sizes[client])
-        tensors = {k: {n: v.to(device) for n, v in parcel.part(f"{client}/{k}").items()} for k in _PARTS}
+        tensors = {name: moved(parcel.part(f"{client}/{name}"), device) for name in ("message", "beside", "buffers")}
         packed = Packed(tensors["message"], dict(figures["lengths"]))
         message = unpack(chain_of(self.transforms, client), self._received, packed)
         for found, expected in zip((message, tensors["beside"]), self.expected, strict=True):

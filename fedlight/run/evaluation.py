@@ -26,6 +26,7 @@ from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
 from fedlight.run.names import smaller_is_better
 from fedlight.seeding import derive_seed
+from fedlight.server.rows import from_all
 
 Stage = Literal["validation", "test"]
 Models = Callable[[Sequence[int]], Iterable[int]]
@@ -189,10 +190,7 @@ class Evaluator:
         return items[self._fabric.global_rank :: self._fabric.world_size]
 
     def _gathered(self, own: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-        everyone = [own] * self._fabric.world_size
-        if len(everyone) > 1:
-            torch.distributed.all_gather_object(everyone, own)
-        return {client: metrics for part in everyone for client, metrics in part.items()}
+        return {client: metrics for part in from_all(own, self._fabric.world_size) for client, metrics in part.items()}
 
     def _on_client(self, client: int, limit: int | float | None) -> dict[str, Tensor] | None:
         dataset = self._datamodule.client_val_dataset(client)
@@ -232,9 +230,7 @@ class Evaluator:
         last = {name: (*sums, log.reduction(name)) for name, sums in log.sums(keep).items()}
         records = [*records, (2**62 + self._fabric.global_rank, last)]
         own = [(i, {n: (v.cpu(), w.cpu(), how) for n, (v, w, how) in logged.items()}) for i, logged in records]
-        gathered: list[Any] = [None] * self._fabric.world_size
-        torch.distributed.all_gather_object(gathered, own)
-        total = LogCollector("cpu")
+        total, gathered = LogCollector("cpu"), from_all(own, self._fabric.world_size)
         for _, logged in sorted((record for part in gathered for record in part), key=lambda record: record[0]):
             for name, (value, weight, reduction) in logged.items():
                 total.merge(name, value, weight, reduction)

@@ -20,6 +20,7 @@ from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
 from fedlight.run.preflight import first_samples
+from fedlight.server.rows import from_all
 
 
 def destination(run: RunContext, output: str | Path | None = None) -> tuple[Path, str]:
@@ -105,10 +106,7 @@ def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
                 own.append((index, move_data_to_device(found, torch.device("cpu"))))
         run.hooks("on_predict_epoch_end")
         run.hooks("on_predict_end")
-    everyone: list[Any] = [own]
-    if fabric.world_size > 1:
-        everyone = [None] * fabric.world_size
-        torch.distributed.all_gather_object(everyone, own)
+    everyone = from_all(own, fabric.world_size)
     outputs = [found for _, found in sorted((pair for part in everyone for pair in part), key=lambda pair: pair[0])]
     if run.is_zero and not run.trainer.fast_dev_run:
         _write(run, view, outputs, output)

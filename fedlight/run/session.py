@@ -26,12 +26,11 @@ from fedlight.run.float32 import float32_products
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
-from fedlight.run.movers import Movers
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, watch_children
 from fedlight.run.processors import choose_threads, resolve_devices
 from fedlight.run.results import destination
-from fedlight.run.setup import be_deterministic, local_training, make_fabric, use_threads
+from fedlight.run.setup import Movers, be_deterministic, local_training, make_fabric, use_threads
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views

@@ -1,10 +1,12 @@
-"""What a run makes of the trainer's settings."""
+"""What a run makes of the trainer's settings, and what must leave no trace in its module."""
 
 import math
 import os
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,17 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from fedlight.engines import runs_python
 from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
 from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
+from fedlight.module.parameters import load_tensors
+from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step
 from fedlight.run.context import RunContext
-from fedlight.run.movers import Movers
 from fedlight.server.sampling import expected_clients
 
 
@@ -59,6 +63,53 @@ def use_threads(threads: int | None, cleanup: ExitStack) -> None:
     if threads is not None:
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(threads)
+
+
+class Movers:
+    """What clients and evaluations change of a run's module besides its trained parameters."""
+
+    def __init__(self, run: RunContext) -> None:
+        self._run = run
+
+    @cached_property
+    def state(self) -> ModuleState:
+        """All of the module but the content of what the federation holds: what is trained or moves, and buffers."""
+        return ModuleState({"self": self._run.module}, self._held)
+
+    def _held(self) -> list[Tensor]:
+        run = self._run
+        names = {info.name for info in run.layout.parameters} | run.federation.state.buffers.keys()
+        return [*(p for name, p in run.module.named_parameters() if name in names), *run.module.buffers()]
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Whatever an evaluation in here changes in the module is undone on exit."""
+        self.state.refresh()
+        try:
+            yield
+        finally:
+            self.state.restore()
+            load_tensors(self._run.module, self._run.federation.state.buffers)
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Treat these parameters, which have not moved yet, as buffers."""
+        federation = self._run.federation
+        new = {n: self.unmoved(n).clone() for n in names if n not in federation.state.buffers}
+        federation.clients.initial_buffers = {**federation.clients.initial_buffers, **new}
+        federation.state.buffers = {**federation.state.buffers, **new}
+
+    def unmoved(self, name: str) -> Tensor:
+        """A parameter without a gradient as it is between two clients."""
+        return self._run.module.get_parameter(name).detach()
+
+    def join(self, late: list[str]) -> None:
+        """Parameters without gradient that a client of the round was the first to move are buffers of all."""
+        if late:
+            rank_zero_info(
+                f"model: from now on {', '.join(late)} change without a gradient, and are treated as buffers."
+            )
+            self.adopt(late)
+            self.state.capture()
 
 
 def local_training(run: RunContext, movers: Movers) -> LocalTraining:

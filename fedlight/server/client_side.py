@@ -17,6 +17,7 @@ from fedlight.perturbations.base import State
 from fedlight.seeding import generator
 from fedlight.server.client_states import NOTHING, ClientStates
 from fedlight.server.client_states import BufferPolicy as BufferPolicy
+from fedlight.server.rows import from_all
 from fedlight.server.state import num_bytes
 from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Packed, check_messages, pack, unpack
@@ -173,15 +174,13 @@ class ClientSide(ClientStates):
     def meet(self, fabric: Fabric) -> list[ClientResult]:
         """Let the attackers of all processes know what they have trained; the results that waited in this one."""
         mine = dict[int, Tensor]()
-        everyone: list[dict[int, Tensor]] = [{}] * fabric.world_size
         for result in self._held:
             shared, own = self.split.result(result), self._own(result.client)
             _, message = self.algorithm.client_update(self._received, own, shared)
             mine[result.client] = (message["params"] - self._received["params"]).cpu()
         attacks = [attack for attack in attacks_by(self.transforms) if attack.colludes]
-        if attacks and fabric.world_size > 1:
-            torch.distributed.all_gather_object(everyone, mine)
-        updates = {client: update for part in (mine, *everyone) for client, update in part.items()}
+        everyone = from_all(mine, fabric.world_size) if attacks else []
+        updates = {client: update for part in everyone for client, update in part.items()}
         for attack in attacks:
             if trained := [updates[client] for client in sorted(updates.keys() & attack.attackers)]:
                 attack.meet(torch.stack(trained).double())

@@ -15,6 +15,7 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.aggregators import Aggregator
+from fedlight.server.rows import from_all
 from fedlight.server.state import moved
 from fedlight.server.sums import ExactSums, in_range, stack_terms
 
@@ -127,11 +128,14 @@ class Incoming:
         for entry, used in zip(waiting, good, strict=True):
             if not used:
                 continue
-            for name, value in entry.maxima.items():
-                self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+            self._raise(entry.maxima)
             self.keep(entry.report.client, entry.rows)
             if entry.kept is not None:
                 self.kept[entry.report.client] = entry.kept
+
+    def _raise(self, maxima: State) -> None:
+        for name, value in maxima.items():
+            self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
     def name_left_out(self, round: int) -> None:
         """Warn of clients whose message cannot be used; a FloatingPointError if there is no other."""
@@ -154,17 +158,13 @@ class Incoming:
             shapes = {name: part.shape for name, part in self.sums.parts.items()}
             kept = {client: moved(state, "cpu") for client, state in self.kept.items()}
             own = (self.reports, shapes, self.sums.terms, moved(self.maxima, "cpu"), kept, stop)
-            everyone: list[Any] = [None] * fabric.world_size
-            torch.distributed.all_gather_object(everyone, own)
+            everyone = from_all(own, fabric.world_size)
             self.reports = [report for reports, *_ in everyone for report in reports]
             self.sums.count(sum(terms for _, _, terms, *_ in everyone))
             self.kept = {c: moved(s, fabric.device) for *_, states, _ in everyone for c, s in states.items()}
             self._reduce({name: shape for _, shapes, *_ in everyone for name, shape in shapes.items()}, fabric)
             for _, _, _, maxima, *_ in everyone:
-                for name, value in maxima.items():
-                    mine = self.maxima.get(name)
-                    there = value.to(fabric.device)
-                    self.maxima[name] = there if mine is None else torch.maximum(mine, there)
+                self._raise(moved(maxima, fabric.device))
             stop = max(s for *_, s in everyone)
         self.reports.sort(key=lambda report: report.client)
         self.kept = dict(sorted(self.kept.items()))

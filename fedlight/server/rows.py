@@ -5,7 +5,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -14,6 +14,7 @@ from torch import distributed
 from fedlight.server.clients import ClientStore, Row, Where, client_store
 
 Rows = Iterable[tuple[int, Row]]
+T = TypeVar("T")
 _BLOCK_BYTES = 2**24
 _ENTRIES = "archive/rows/"  # torch wants all entries of its files below archive/
 
@@ -81,10 +82,7 @@ class ClientRows:
         The first process receives rows while it writes them; the others have to :meth:`hand_over` theirs meanwhile.
         """
         if own["where"] == "disk":
-            ranks = [own] * self._world
-            if self._world > 1:
-                distributed.all_gather_object(ranks, own)
-            return {"where": "disk", "ranks": ranks}
+            return {"where": "disk", "ranks": from_all(own, self._world)}
         return {
             "where": "memory",
             "rows": self._collected(own["rows"], self._background) if self._world > 1 else own["rows"],
@@ -133,6 +131,14 @@ class ClientRows:
         for group in (self._group, self._background):
             if group is not None:
                 distributed.destroy_process_group(group)
+
+
+def from_all(own: T, world: int) -> list[T]:
+    """What each of so many processes has, in their order; every process calls."""
+    everyone = [own] * world
+    if world > 1:
+        distributed.all_gather_object(everyone, own)
+    return everyone
 
 
 def _send(rows: Rows, target: int, group: Any) -> None:
