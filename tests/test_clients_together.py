@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from fedlight import FederatedDataModule
 from fedlight.data.arrays import ArrayDataset
+from fedlight.module.hooks import Hooks
 from fedlight.module.state import untouched
 from fedlight.run.evaluation import Evaluator
 
@@ -69,11 +70,7 @@ class Net(LightningModule):
 def evaluator(module, data):
     module._trainer = SimpleNamespace(current_epoch=1)
     fabric = Fabric(accelerator="cpu", devices=1)
-
-    def call(name, *args):
-        getattr(module, name)(*args)
-
-    return Evaluator(module, fabric, data, call, call, partial(untouched, module))
+    return Evaluator(module, fabric, data, Hooks(None, module, []), partial(untouched, module))
 
 
 @pytest.mark.parametrize("kind", ["views", "storages", "dicts"])

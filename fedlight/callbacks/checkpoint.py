@@ -73,7 +73,7 @@ class Checkpoint(RoundCallback):
         if not last and not (cheap and self._pending):
             return
         started, wait = time.monotonic(), bool(final or self.max_overhead == 1)
-        writer.begin()
+        writer.seconds = 0.0
         # The best comes first: what last.ckpt says about it is then true whenever the run is killed.
         if self._pending is not None:
             trainer.save_checkpoint("best", self._pending, wait=wait)

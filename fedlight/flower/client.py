@@ -31,7 +31,7 @@ from fedlight.run.session import Session
 from fedlight.run.setup import use_threads
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply
-from fedlight.server.clients import Row
+from fedlight.server.clients import Row, tensor_bytes
 from fedlight.server.state import ServerState, moved
 from fedlight.trainer import FederatedTrainer
 
@@ -154,17 +154,14 @@ def facts(run: RunContext) -> dict[str, Any]:
     if run.federation.clients.sends_buffers:
         sent |= {name for name in buffers if not run.federation.clients.is_local(name)}
     held = {k: v for k, v in {**dict(module.named_parameters()), **buffers}.items() if k not in sent}
+    checksums = {name: zlib.crc32(tensor_bytes(value).data) for name, value in sorted(held.items())}
     return {
         "fedlight": __version__,
         "torch": torch.__version__.partition("+")[0],
         "parameters": [[info.name, list(info.shape)] for info in layout.parameters],
-        "initial values of what is not sent": {name: _checksum(value) for name, value in sorted(held.items())},
+        "initial values of what is not sent": checksums,
         "num_classes": getattr(module, "num_classes", None),
     }
-
-
-def _checksum(value: Tensor) -> int:
-    return zlib.crc32(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class SiteSession(Session):

@@ -99,11 +99,6 @@ class LocalFederation:
         self.programs.append(Program([*guard, *command], log, self.environment | environment))
         return self.programs[-1]
 
-    def start_superlink(self) -> None:
-        """Start the SuperLink, and the program that starts the app's server for it."""
-        self.start("superlink", *self.superlink).wait_for("Uvicorn running")
-        self.start("server", "flower-superexec", *self.trust, "--runtime-api-address", self.address)
-
     def start_node(self, node: int) -> Program:
         """Start a SuperNode, also for a second time: what its clients keep is where it was.
 
@@ -175,7 +170,9 @@ def local_federation(
     with TemporaryDirectory(prefix="fedlight-flower-") as home:
         federation = LocalFederation(Path(app), ids, allow, secure, Path(home))
         try:
-            federation.start_superlink()
+            federation.start("superlink", *federation.superlink).wait_for("Uvicorn running")
+            starts_servers = ["flower-superexec", *federation.trust, "--runtime-api-address", federation.address]
+            federation.start("server", *starts_servers)
             for program in [federation.start_node(node) for node in range(nodes)]:
                 program.wait_for("SuperNode ID")
             yield federation

@@ -44,16 +44,12 @@ class CheckpointWriter:
     What it writes must not change any more: a snapshot's tensors do not.
 
     Attributes:
-        seconds: what the writes since the last :meth:`begin` have taken.
+        seconds: what the writes have taken since it was set to 0.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._writes: list[Future[None]] = []
-        self.seconds = 0.0
-
-    def begin(self) -> None:
-        """Count seconds anew."""
         self.seconds = 0.0
 
     def submit(self, path: Path, *steps: Callable[[], object]) -> None:
@@ -133,14 +129,13 @@ def check_state_dict(path: Path, saved: dict[str, Any], expected: dict[str, Any]
     """
     missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
     shapes = [k for k in expected if k in saved and expected[k].shape != saved[k].shape]
-    if not (missing or surplus or shapes):
-        return
-    details = []
-    if missing:
-        details.append(f"it lacks {missing[0]!r}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
-    if surplus:
-        details.append(f"it has {surplus[0]!r}" + (f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""))
+    details = [
+        f"it {verb} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for verb, names in (("lacks", missing), ("has", surplus))
+        if names
+    ]
     details += [f"{k!r} is {tuple(saved[k].shape)} there and {tuple(expected[k].shape)} here" for k in shapes[:1]]
-    raise MisconfigurationException(
-        f"ckpt_path={str(path)!r} belongs to another model: {'; '.join(details)}. Use the `model` of that run."
-    )
+    if details:
+        raise MisconfigurationException(
+            f"ckpt_path={str(path)!r} belongs to another model: {'; '.join(details)}. Use the `model` of that run."
+        )

@@ -19,6 +19,7 @@ from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.reading import read_batches
 from fedlight.engines.base import named
 from fedlight.engines.batch_order import num_batches
+from fedlight.module.hooks import Hooks
 from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
@@ -40,8 +41,7 @@ class Evaluator:
         module: evaluated with the parameters that it holds.
         fabric: device, precision and processes.
         datamodule: gives batch size, workers and collate function.
-        call: calls a hook of callbacks and module.
-        module_call: calls a hook of the module alone.
+        hooks: calls hooks of callbacks and module.
         untouched: makes a context that leaves no trace in the module.
     """
 
@@ -50,13 +50,11 @@ class Evaluator:
         module: LightningModule,
         fabric: Fabric,
         datamodule: FederatedDataModule,
-        call: Callable[..., Any],
-        module_call: Callable[..., Any],
+        hooks: Hooks,
         untouched: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
-        self._call, self._module_call, self._untouched = call, module_call, untouched
-        self._overridden: Callable[[str], list[str]] = getattr(call, "overridden", lambda name: [])
+        self._hooks, self._untouched = hooks, untouched
         self._clients_log: bool | None = None
         self.transfer = transfer_function(module, fabric.device)
 
@@ -82,7 +80,7 @@ class Evaluator:
                 end hook what is known by then, if anyone has that hook.
         """
         dataset = in_memory(dataset, self._datamodule.collate_fn)
-        call = self._module_call if quiet else self._call
+        call: Callable[..., object] = self._hooks.module_only if quiet else self._hooks
         log = LogCollector(self._fabric.device)
         log.dtype = torch.float64 if self._fabric.device.type != "mps" else torch.float32
         world, count = self._fabric.world_size, self._num_batches(dataset, limit)
@@ -102,7 +100,7 @@ class Evaluator:
                 if share:
                     records.append((index, log.take()))
             log.batch_size = seen
-            if publish is not None and self._overridden(f"on_{stage}_epoch_end"):
+            if publish is not None and self._hooks.overridden(f"on_{stage}_epoch_end"):
                 publish(self._reduce(log, records, keep=True) if share else log.compute(keep=True))
             call(f"on_{stage}_epoch_end")
             metrics = self._reduce(log, records) if share else log.compute()

@@ -7,12 +7,6 @@ from typing import Any, Literal
 import torch
 
 
-def _backends() -> tuple[Any, ...]:
-    cudnn: Any = torch.backends.cudnn
-    mkldnn: Any = torch.backends.mkldnn
-    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
-
-
 @contextmanager
 def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Inside, products and convolutions of float32 tensors are computed in float32, or in TensorFloat-32 on GPUs.
@@ -20,7 +14,9 @@ def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     Args:
         precision: ``ieee`` is float32 everywhere; ``tf32`` lets GPUs round the factors to 10 bits of mantissa.
     """
-    backends = _backends()
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    backends = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends[: 3 if precision == "tf32" else None]:

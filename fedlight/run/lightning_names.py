@@ -170,18 +170,13 @@ def _callbacks(kind: type, t: Any, s: Any) -> list[Any]:
     return [callback for callback in t.callbacks if isinstance(callback, kind)]
 
 
-def _callback(kind: type, t: Any, s: Any) -> Any:
-    return next(iter(_callbacks(kind, t, s)), None)
-
-
-_STAGES = {"training": "TRAINING", "validating": "VALIDATING", "testing": "TESTING", "predicting": "PREDICTING"}
 _PARTS = {
     **{name: f"fabric.{name}" for name in ("print", "global_rank", "local_rank", "node_rank", "world_size")},
     **{"is_global_zero": "fabric.is_global_zero", "model": "module", "lightning_module": "module"},
     **{name: name for name in ("datamodule", "profiler", "ckpt_path", "federation", "resumed", "views", "evaluator")},
 }
 _VALUES: dict[str, Callable[[Any, Any], Any]] = {
-    **{name: partial(_stage, stage) for name, stage in _STAGES.items()},
+    **{name: partial(_stage, name.upper()) for name in ("training", "validating", "testing", "predicting")},
     **{name: partial(_part, path) for name, path in _PARTS.items()},
     **dict.fromkeys(("min_epochs", "min_steps", "progress_bar_callback"), lambda t, s: None),
     **dict.fromkeys(("overfit_batches", "num_sanity_val_steps", "sanity_checking"), lambda t, s: False),
@@ -211,9 +206,9 @@ _VALUES: dict[str, Callable[[Any, Any], Any]] = {
     "is_last_batch": _is_last_batch,
     "optimizers": lambda t, s: _optimization(t, s)[0],
     "lr_scheduler_configs": lambda t, s: _optimization(t, s)[1],
-    "checkpoint_callback": partial(_callback, Checkpoint),
+    "checkpoint_callback": lambda t, s: next(iter(t.checkpoint_callbacks), None),
     "checkpoint_callbacks": partial(_callbacks, Checkpoint),
-    "early_stopping_callback": partial(_callback, EarlyStopping),
+    "early_stopping_callback": lambda t, s: next(iter(t.early_stopping_callbacks), None),
     "early_stopping_callbacks": partial(_callbacks, EarlyStopping),
     "loggers": lambda t, s: sorted(s.loggers, key=lambda logger: isinstance(logger, MetricsCSV)),
     "logger": lambda t, s: next(iter(t.loggers), None) or DummyLogger(),

@@ -35,6 +35,7 @@ from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_chec
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
 from fedlight.server.client_side import ClientSide
+from fedlight.server.clients import client_store
 from fedlight.server.federation import Federation
 from fedlight.server.rows import ClientRows
 
@@ -219,8 +220,7 @@ class Session(RunContext):
         # After the module's own: it is handed over with the devices and data types that it trains with.
         self.fabric.strategy.precision.convert_module(module)
         self.fabric.to_device(module)
-        hooks = self.hooks, self.hooks.module_only
-        self.evaluator = Evaluator(module, self.fabric, self.datamodule, *hooks, self.movers.untouched)
+        self.evaluator = Evaluator(module, self.fabric, self.datamodule, self.hooks, self.movers.untouched)
 
     def _begin_federation(self) -> None:
         """Make the federation; of a checkpoint, with its values, and with the parameters that its run trained.
@@ -249,11 +249,12 @@ class Session(RunContext):
         settings, trainer, checkpoint = self.settings, self.trainer, self._checkpoint
         self.layout = ParameterLayout.of(self.module)
         folder = Path("clients") if self.folder is None else self.folder.path / "clients"
-        rows = ClientRows.of(settings["client_state"], folder, self.datamodule.num_clients, self.fabric)
+        store = client_store(settings["client_state"], folder / f"rank{self.fabric.global_rank}", self.fabric.device)
+        rows = ClientRows(store, self.datamodule.num_clients, self.fabric)
         self._cleanup.callback(rows.close)
         self._cleanup.callback(self.writer.close)  # before the connections that it may be using
         trainer.personal.setup(self.module, self.layout)
-        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.layout, self.datamodule, rows.store
+        methods = trainer.algorithm, trainer.perturbation, trainer.personal, self.layout, self.datamodule, store
         buffers = trainer.algorithm.buffers or settings["buffers"]
         clients = self.clients_class(*methods, buffers, settings["transforms"], trainer.seed)
         swa = int(settings["swa_start"] * trainer.max_rounds + 1e-9), settings["swa_every_n_rounds"]

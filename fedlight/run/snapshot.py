@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from fedlight import __version__
 from fedlight.data.held_out import given_data
+from fedlight.personal.matching import tensor_names
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.loggers import logger_ids, tell_wandb
@@ -105,11 +106,10 @@ def server_state_dict(run: RunContext) -> dict[str, Tensor]:
     """The module's ``state_dict`` with the server's parameters and buffers; the module itself may hold others."""
     module, known = run.module, run.layout.views(run.federation.params) | run.federation.state.buffers
     by_tensor: dict[int, str] = {}
-    for named in (module.named_parameters, module.named_buffers):
-        for name, tensor in named(remove_duplicate=False):  # tied ones have several names, and one value
-            first = by_tensor.setdefault(id(tensor), name)
-            if first in known:
-                known[name] = known[first]
+    for name, tensor in tensor_names(module).items():  # tied ones have several names, and one value
+        first = by_tensor.setdefault(tensor, name)
+        if first in known:
+            known[name] = known[first]
     own = module.state_dict()
     return {k: known[k] if k in known else v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
 

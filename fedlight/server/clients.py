@@ -148,7 +148,7 @@ class DiskClientStore(ClientStore):
         if client in slots:
             retired.append(slots[client])
         slots[client] = slot
-        rows = {name: _bytes(state[name]) for name in self._shapes[part]}
+        rows = {name: tensor_bytes(state[name]) for name in self._shapes[part]}
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, row in rows.items():
@@ -183,7 +183,7 @@ class DiskClientStore(ClientStore):
             for name, value in state.items():
                 with self._file(part, name).open("rb") as file:
                     file.seek(slot * value.nbytes)
-                    if file.readinto(_bytes(value)) < value.nbytes:
+                    if file.readinto(tensor_bytes(value)) < value.nbytes:
                         raise OSError(f"{file.name} has lost its end")
         return state
 
@@ -230,7 +230,7 @@ class DiskClientStore(ClientStore):
         return None
 
     def _verify(self, part: str) -> None:
-        rows = ((i, map(_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
+        rows = ((i, map(tensor_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
         changed = [i for i, row in rows if _checksum(i, row) != self._sums[part][i]]
         if changed:
             raise ValueError(
@@ -245,7 +245,7 @@ class DiskClientStore(ClientStore):
             retired.clear()
 
 
-def _bytes(value: Tensor) -> Any:
+def tensor_bytes(value: Tensor) -> Any:
     """A tensor's bytes, as an array that shares its memory where it is contiguous and in main memory."""
     return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import distributed
 
-from fedlight.server.clients import ClientStore, Row, Where, client_store
+from fedlight.server.clients import ClientStore, Row
 
 Rows = Iterable[tuple[int, Row]]
 T = TypeVar("T")
@@ -43,12 +43,6 @@ class ClientRows:
         # messages of threads that write checkpoints must not meet those of the rounds.
         self._group: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
         self._background: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
-
-    @classmethod
-    def of(cls, where: Where, folder: Path, num_clients: int, fabric: Fabric) -> "ClientRows":
-        """Those for ``trainer.client_state``; on disk, each process has a folder of its own."""
-        store = client_store(where, folder / f"rank{fabric.global_rank}", fabric.device)
-        return cls(store, num_clients, fabric)
 
     def bring(self, shares: Sequence[list[int]]) -> list[int]:
         """Let the rows of those that train in each process be there; every process calls.
@@ -83,15 +77,12 @@ class ClientRows:
         """
         if own["where"] == "disk":
             return {"where": "disk", "ranks": from_all(own, self._world)}
-        return {
-            "where": "memory",
-            "rows": self._collected(own["rows"], self._background) if self._world > 1 else own["rows"],
-        }
+        return {"where": "memory", "rows": self._collected(own["rows"]) if self._world > 1 else own["rows"]}
 
-    def _collected(self, own: Rows, group: Any) -> Iterator[tuple[int, Row]]:
+    def _collected(self, own: Rows) -> Iterator[tuple[int, Row]]:
         yield from own
         for rank in range(1, self._world):
-            yield from _receive(rank, group)
+            yield from _receive(rank, self._background)
 
     def hand_over(self, own: dict[str, Any]) -> None:
         """Send what was kept here when a checkpoint was made to the first process, which writes it."""
