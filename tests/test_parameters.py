@@ -39,6 +39,15 @@ def test_views_keep_leading_dimensions():
     assert torch.equal(views["0.weight"][3, 1], layout.views(stacked[3, 1])["0.weight"])
 
 
+def test_a_parameter_may_be_a_scalar():
+    net = nn.ParameterDict({"scale": nn.Parameter(torch.tensor(3.0)), "other": nn.Parameter(torch.tensor([4.0]))})
+    layout = ParameterLayout.of(net)
+    assert {k: v.tolist() for k, v in layout.views(torch.tensor([1.0, 2.0])).items()} == {"other": [1.0], "scale": 2.0}
+    flat = FlatParameters(net)
+    (net["scale"] * 5).backward()
+    assert (flat.params.tolist(), flat.grad.tolist()) == ([4.0, 3.0], [0.0, 5.0])
+
+
 def test_masks_by_kind():
     layout = ParameterLayout.of(network())
     sizes = {"is_norm": 8 + 8, "is_bias": 4 + 4 + 4}

@@ -232,6 +232,21 @@ def test_the_trial_leaves_no_trace(tmp_path):
     assert torch.equal(model.net[0].running_mean, torch.zeros(3))
 
 
+def test_a_step_may_take_gradients_itself(tmp_path):
+    """A gradient penalty: the gradient of w·x + b with respect to x is w."""
+
+    class Penalized(Regression):
+        def training_step(self, batch, batch_idx):
+            x = batch[0].requires_grad_()
+            (gradient,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+            return gradient.square().sum(1).mean()
+
+    model = Penalized()
+    expected = model.net.weight.detach() * (1 - 0.1 * 2) ** 2
+    quiet_trainer(tmp_path, max_rounds=1, local_steps=2).fit(model, Clients())
+    assert torch.allclose(model.net.weight, expected)
+
+
 ESTIMATING = ("SCAFFOLD", "FedDC", "FedGAMMA", "FedLESAM_S")
 
 

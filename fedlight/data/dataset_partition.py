@@ -80,6 +80,8 @@ class DatasetPartition(PartitionedDataModule):
         if held.sizes is not None:
             if partitioner is not None or groups is not None:
                 raise ValueError("`data.train` is a list with the data of each client; it takes no partitioner.")
+            if 0 in held.sizes:
+                raise ValueError(f"`data.train[{held.sizes.index(0)}]` is empty: leave out clients without data.")
             self.num_clients, self.partitioner = len(held.sizes), NaturalGroups()
             self._groups = np.repeat(np.arange(len(held.sizes)), held.sizes).tolist()
         tested = loaded(test, "`data.test`")
@@ -139,7 +141,7 @@ class DatasetPartition(PartitionedDataModule):
             return None, []
         if len(found) != size:
             raise ValueError(f"`data.{key}` has {len(found)} entries, but the training data has {size} samples.")
-        return numbered(found, names)
+        return numbered(found, names, key)
 
     def _encode(self) -> None:
         """Hugging Face's labels become numbers, other columns but strings tensors; PyG's data become batches of PyG."""
@@ -196,21 +198,31 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
     return (found.tolist() if hasattr(found, "tolist") else list(found)) if fits else None
 
 
-def numbered(values: Any, names: Sequence[str] = ()) -> tuple[Tensor, list[str]]:
+def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Tensor, list[str]]:
     """Classes or groups as ``[n]`` int64, and the names of strings, which are numbered by ``names`` or as they sort.
 
+    With ``key``, of data that are known to be classes or groups, whole floating-point numbers are taken, too.
+
     Raises:
-        ValueError: if they are neither integers nor strings.
+        ValueError: if they are neither integers nor strings, or a sample has none.
     """
-    if not isinstance(values, Tensor) and len(values) and all(isinstance(value, str) for value in values):
-        names = list(names) or sorted(set(values))
-        number = {name: i for i, name in enumerate(names)}
-        return torch.tensor([number.get(value, len(names)) for value in values]), names
-    tensor = torch.as_tensor(values).cpu()
-    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex():
+    if not isinstance(values, Tensor):
+        values = [_plain(value) for value in values]
+        lost = [i for i, v in enumerate(values) if v is None or (isinstance(v, float) and v != v)]
+        strings = [isinstance(value, str) for value in values]
+        if lost or (any(strings) and not all(strings)):
+            found = f"{len(lost)} samples have none, the first is {lost[0]}" if lost else "some are strings, others not"
+            raise ValueError(f"`data.{key}`: {found}. Each sample has one integer, or one string.")
+        if values and all(strings):
+            names = list(names) or sorted(set(values))
+            number = {name: i for i, name in enumerate(names)}
+            return torch.tensor([number.get(value, len(names)) for value in values]), names
+    tensor = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).cpu()
+    whole = bool(key) and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
+    if tensor.ndim != 1 or (tensor.is_floating_point() and not whole) or tensor.is_complex():
         raise ValueError(
-            "Classes and groups are one integer per sample, or one string, got "
-            f"{tensor.dtype} of shape {list(tensor.shape)}."
+            f"`data.{key}`: classes and groups are one integer per sample, or one string, got {tensor.dtype} of shape"
+            f" {list(tensor.shape)}."
         )
     return tensor.long(), list(names)
 
@@ -222,4 +234,10 @@ def _label(sample: Any) -> Any:
     else:
         held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
         label = next((held[key] for key in LABELS if held.get(key) is not None), None)
-    return label.item() if hasattr(label, "item") and np.size(label) == 1 else label
+    return _plain(label)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it, where it is one value."""
+    value = value.item() if hasattr(value, "item") and np.shape(value) in ((), (1,)) else value
+    return value.decode() if isinstance(value, bytes) else value

@@ -52,6 +52,12 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     # Without a test set all is taken for both, and divided then.
     both = ImageArrays(x[0], y[0], x[-1], y[-1], group.get("train"), group.get(splits[-1]), classes, groups)
     if test:
+        check(both, str(path))
+        if not classes and int(y[1].max()) > (most := int(y[0].max())):
+            raise ValueError(
+                f"{where}: labels of y_{test} go up to {int(y[1].max())}, and those of y_train to {most}. Write both"
+                " from 0 on; or give the names of all classes as `classes`, if some are not trained on."
+            )
         return both
     check(both, str(path))
     _, strata = torch.unique(torch.stack([y[0], *codes]), dim=1, return_inverse=True)

@@ -15,7 +15,22 @@ from fedlight.checks import check_at_least_one
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".jp2",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".avif",
+    ".ppm",
+    ".pgm",
+    ".tif",
+}
+EXTENSIONS |= {".tiff"}
 _NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
 _SPELLINGS = {
     "train": "training|train|trn",
@@ -120,6 +135,14 @@ def _split(root: Path, suffixes: Collection[str]) -> tuple[list[_File], list[_Fi
         raise ValueError(
             f"`data.source` ({root}): all images must lie in <class>/, or all in <domain>/<class>/, and all or none "
             f"below splits, but there are {', '.join(map(str, layouts.values()))}. Move what does not belong there."
+        )
+    places = {(f.domain, f.label) for f in labelled if f.domain}
+    if len(domains := {domain for domain, _ in places}) > 1 and len({label for _, label in places}) == len(places):
+        uppers, lowers = sorted(domains)[:3], sorted(label for _, label in places)[:3]
+        raise ValueError(
+            f"`data.source` ({root}): its folders can be read in two ways, as no two of {uppers} hold a folder of one"
+            f" name. Either these are the classes: then move the images of {lowers} up into them. Or {lowers} are, and"
+            " none is in two domains: then move them up beside one another."
         )
     train = [f for f in labelled if f.split in ("", "train")]
     classes = {f.label for f in train}

@@ -82,28 +82,30 @@ def _opened(path: Path) -> Iterator[Any]:
 def _look(path: Path) -> tuple[tuple[int, int], bool, str]:
     """Height and width, whether there is colour, and which of :data:`_KINDS` it is if it has more than eight bits."""
     with _opened(path) as image:
-        if image.format == "TIFF" and image.n_frames > 1:
+        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:  # a photograph's MPO holds its preview, too
             raise ValueError(f"it holds {image.n_frames} images; write each to a file of its own")
         kind = {"I": "32-bit integer", "F": "floating-point"}.get(image.mode[0], "")
         if image.mode[1:] or image.format != "TIFF":  # I;16, I;16B, and what Pillow reads of PNG and PGM
             kind = kind and "16-bit"
         palette = image.getpalette() if image.mode[0] == "P" else None
         grey = kind or image.mode in ("1", "L", "LA") or (palette and palette[::3] == palette[1::3] == palette[2::3])
-        return (image.height, image.width), not grey, kind
+        lying = image.format != "TIFF" and image.getexif().get(0x0112, 1) > 4  # Pillow has turned a TIFF
+        return (image.size if lying else image.size[::-1]), not grey, kind
 
 
 def _decode(path: Path, size: tuple[int, int] | None, mode: str) -> tuple[np.ndarray[Any, Any], float, float]:
     """Pixels ``[H, W]`` or ``[H, W, 3]``; and of those with more than eight bits the least and the largest."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     with _opened(path) as image:
         low = high = 0.0
         if image.mode[0] in "IF":
             values = np.asarray(image).astype(np.float32)
             low, high = float(values.min()), float(values.max())
-            read = Image.fromarray(values)  # Pillow resizes these numbers, too
+            read: Any = Image.fromarray(values)  # Pillow resizes these numbers, too
         else:
-            read = image.convert("RGBA") if "transparency" in image.info else image
+            read = ImageOps.exif_transpose(image)  # upright, as viewers show it
+            read = read.convert("RGBA") if "transparency" in read.info else read
             *channels, alpha = read.getextrema() if read.mode in ("LA", "PA", "RGBA") else ((0, 0),)
             if alpha[0] < alpha[1] and all(a == b for a, b in channels):
                 raise ValueError("it is one colour and differs in transparency alone; lay it on a background")

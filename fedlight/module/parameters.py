@@ -83,7 +83,7 @@ class ParameterLayout:
         """The vector's slices, shaped as the parameters. Leading batch dimensions are kept: ``[..., P]``."""
         lead = vector.shape[:-1]
         return {
-            info.name: vector[..., info.offset : info.offset + info.numel].view(*lead, *info.shape)
+            info.name: vector[..., info.offset : info.offset + info.numel].view((*lead, *info.shape))
             for info in self.parameters
         }
 

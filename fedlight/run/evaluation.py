@@ -1,6 +1,5 @@
 """Evaluation of one set of weights on one dataset."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
@@ -21,12 +21,13 @@ from fedlight.engines.base import named
 from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import Hooks
 from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
+from fedlight.module.state import ModuleState
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
-from fedlight.run.names import smaller_is_better
-from fedlight.seeding import derive_seed
+from fedlight.run.names import client_names, smaller_is_better
+from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
 from fedlight.server.rows import from_all
 
 Stage = Literal["validation", "test"]
@@ -56,6 +57,7 @@ class Evaluator:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
         self._hooks, self._untouched = hooks, untouched
         self._clients_log: bool | None = None
+        self._separable: dict[str, bool] = {}
         self.transfer = transfer_function(module, fabric.device)
 
     def run(
@@ -85,10 +87,11 @@ class Evaluator:
         log.dtype = torch.float64 if self._fabric.device.type != "mps" else torch.float32
         world, count = self._fabric.world_size, self._num_batches(dataset, limit)
         # A process without a batch would not know what others log: where there are too few, everyone evaluates all.
-        share, seen, records = share and 1 < world <= count, 0, []
+        share, seen, records = share and 1 < world <= count and self._separate(dataset, stage), 0, []
         log.alone = not share
         context = self._untouched() if quiet else nullcontext()
         with context, evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
+            seed_global_rng(derive_seed(0, "evaluation"))
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
             for index, batch in self._batches(dataset, count, share):
@@ -100,6 +103,7 @@ class Evaluator:
                 if share:
                     records.append((index, log.take()))
             log.batch_size = seen
+            seed_global_rng(derive_seed(0, "evaluation"))  # what hooks draw depends on no batch
             if publish is not None and self._hooks.overridden(f"on_{stage}_epoch_end"):
                 publish(self._reduce(log, records, keep=True) if share else log.compute(keep=True))
             call(f"on_{stage}_epoch_end")
@@ -108,6 +112,24 @@ class Evaluator:
                 publish(metrics)
             call(f"on_{stage}_end")
         return metrics
+
+    def _separate(self, dataset: Dataset[Any], stage: Stage) -> bool:
+        """Whether a batch leaves nothing in the module, but for torchmetrics, that a later one or a hook could read.
+
+        If it does (hidden states, lists of outputs), every process evaluates all batches, so that all find the same.
+        """
+        if stage not in self._separable:
+            module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
+            with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():
+                call(f"on_{stage}_start")
+                call(f"on_{stage}_epoch_start")
+                others: list[Any] = [*module.parameters(), *(m for m in module.modules() if isinstance(m, Metric))]
+                state = ModuleState({"self": module}, lambda: others)
+                index, batch = next(self._batches(dataset, 1, share=False))
+                call(f"on_{stage}_batch_start", batch, index)
+                call(f"on_{stage}_batch_end", self.step(stage, batch, index), batch, index)
+                self._separable[stage] = not state.changes()
+        return self._separable[stage]
 
     def prepare(self, batch: Any) -> Any:
         """A batch on the device, in the precision that steps take it in."""
@@ -205,6 +227,7 @@ class Evaluator:
         return num_batches(len(dataset), self._batch_size, limit)  # type: ignore[arg-type]
 
     def _batches(self, dataset: Dataset[Any], count: int, share: bool) -> Iterator[tuple[int, Any]]:
+        """Each batch and its index, on which alone depends what a step draws."""
         data = self._datamodule
         size, length = self._batch_size, len(dataset)  # type: ignore[arg-type]
         rank, world = (self._fabric.global_rank, self._fabric.world_size) if share else (0, 1)
@@ -212,12 +235,14 @@ class Evaluator:
         if isinstance(dataset, ArrayDataset):
             for index in mine:
                 batch = dataset.part(index * size, min(length, (index + 1) * size), self._fabric.device)
+                seed_global_rng(derive_seed(0, "evaluation", index))
                 yield index, self.prepare(batch)
             return
         order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
         seeds = [derive_seed(0, "evaluation", i) for i in mine]
         read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
         for index, batch in zip(mine, read, strict=True):
+            seed_global_rng(derive_seed(0, "evaluation", index))
             yield index, self.prepare(batch)
 
     def _reduce(
@@ -247,23 +272,14 @@ def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     return out
 
 
-def client_names(logged: Iterable[str]) -> dict[str, str]:
-    """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
-    names: dict[str, str] = {}
-    for name in sorted(logged, key=lambda name: not name.startswith("val/")):
-        names[name] = re.sub("^val[/_](?=.)", "", name)
-        while list(names.values()).count(names[name]) > 1:
-            names[name] = f"logged_{names[name]}"
-    return names
-
-
 @contextmanager
 def evaluating(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode inside, each submodule's own mode again outside."""
+    """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
-        yield
+        with preserved_global_rng():
+            yield
     finally:
         for m, mode in modes.items():
             m.training = mode

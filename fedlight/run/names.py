@@ -74,3 +74,13 @@ def aggregate(metric: str) -> str | None:
     """What a summary keeps of a metric besides the last value, in W&B's words: the largest accuracy, the least loss."""
     found = None if metric.endswith("_std") else re.search(f"(loss)|{_PREFERRED[3]}", metric.lower())
     return None if found is None else "min,last" if found[1] else "max,last"
+
+
+def client_names(logged: Iterable[str]) -> dict[str, str]:
+    """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
+    names: dict[str, str] = {}
+    for name in sorted(logged, key=lambda name: not name.startswith("val/")):
+        names[name] = re.sub("^val[/_](?=.)", "", name)
+        while list(names.values()).count(names[name]) > 1:
+            names[name] = f"logged_{names[name]}"
+    return names

@@ -200,7 +200,7 @@ def _check_finite(sets: list[ArrayDataset]) -> None:
 
 
 def _try_one_batch(run: RunContext, client: int, start: int) -> None:
-    """One forward pass without a gradient, so that shapes and labels that do not fit are found before training."""
+    """One forward pass, so that shapes and labels that do not fit are found before training."""
     module, datamodule = run.module, run.datamodule
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
@@ -245,7 +245,7 @@ def _attempt(run: RunContext, batch: Any) -> Any:
 
 
 def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:
-    """What ``training_step`` returns, without a gradient; all of the module and all random numbers are as before.
+    """What ``training_step`` returns; all of the module and all random numbers are as before.
 
     Args:
         module: the module, in the mode that it is to be tried in.
@@ -254,7 +254,8 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
     """
     log = LogCollector(module.device)
     undone = untouched(module)
-    with undone, watched(module, set()), collecting_logs(module, log), torch.no_grad(), context or nullcontext():
+    # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
+    with undone, watched(module, set()), collecting_logs(module, log), torch.enable_grad(), context or nullcontext():
         return call_step(module, "training_step", batch, 0)
 
 

@@ -20,6 +20,7 @@ from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
 from fedlight.run.preflight import first_samples
+from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 
 
@@ -97,6 +98,7 @@ def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
         run.hooks("on_predict_epoch_start")
         for index, batch in enumerate(loaders):
             if index % fabric.world_size == fabric.global_rank:
+                seed_global_rng(derive_seed(0, "evaluation", index))
                 batch = run.evaluator.prepare(batch)
                 run.hooks("on_predict_batch_start", batch, index)
                 # Lightning's own step calls forward: with what comes before the targets

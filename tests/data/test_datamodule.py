@@ -1,5 +1,6 @@
 """FederatedDataModule and DatasetPartition: any torch dataset, federated or in a plain Trainer."""
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -108,10 +109,12 @@ def test_without_labels_only_what_needs_none():
     assert ready(told).partition_counts().shape == (4, 3)
 
 
-def test_natural_groups_of_any_dataset():
-    data = ready(
-        DatasetPartition(Words(), num_clients=None, partitioner=NaturalGroups(), groups=[i // 10 for i in range(30)])
-    )
+@pytest.mark.parametrize(
+    "kind", [int, float, lambda i: float(i + 2**53 - 3), lambda i: f"{i}".encode(), lambda i: np.float32(i)]
+)
+def test_natural_groups_of_any_dataset(kind):
+    groups = [kind(i // 10) for i in range(30)]
+    data = ready(DatasetPartition(Words(), num_clients=None, partitioner=NaturalGroups(), groups=groups))
     assert data.num_clients == 3
     assert sorted(data.client_rows(1).tolist()) == list(range(10, 20))
 
@@ -122,6 +125,10 @@ def test_natural_groups_of_any_dataset():
         ({"targets": [0, 1]}, r"`data\.targets` has 2 entries, but the training data has 30"),
         ({"groups": [0, 1]}, r"`data\.groups` has 2 entries"),
         ({"targets": [0.5] * 30}, "one integer per sample"),
+        ({"targets": [0.0, float("nan")] * 15}, r"`data\.targets`: 15 samples have none, the first is 1"),
+        ({"groups": ["a", "b", None] * 10}, r"`data\.groups`: 10 samples have none, the first is 2"),
+        ({"groups": ["a", 2, 3] * 10}, r"`data\.groups`: some are strings, others not"),
+        ({"train": [Words(3), Words(0)]}, r"`data\.train\[1\]` is empty"),
         ({"num_clients": 31}, r"`data\.num_clients` is 31"),
         ({"train": Words(0)}, r"`data\.train` is empty"),
     ],

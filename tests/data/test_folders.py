@@ -115,6 +115,12 @@ def test_a_tree_that_can_be_read_in_two_ways_is_refused_with_both(tmp_path, layo
         load_source(tree(tmp_path, layout))
 
 
+def test_folders_of_patients_below_classes_are_no_classes(tmp_path):
+    layout = {"train/benign/p1": [1], "train/malignant/p2": [2], "train/malignant/p3": [3], "test/benign/p4": [4]}
+    with pytest.raises(ValueError, match=r"two ways, as no two of \['benign', 'malignant'\] .* images of \['p1', 'p2'"):
+        load_source(tree(tmp_path, layout))
+
+
 @pytest.mark.parametrize(
     ("layout", "message"),
     [

@@ -143,6 +143,26 @@ def test_one_coloured_file_makes_all_of_them_coloured(tmp_path):
     assert torch.allclose(x[:, :, 0, 1], torch.tensor([[100] * 3, [255] * 3, [200, 0, 0]]) / 255)
 
 
+@pytest.mark.parametrize("end", ["png", "jpg", "tif"])
+def test_photographs_are_turned_upright(tmp_path, end):
+    """Orientation 6: the right side of what is stored is the bottom."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(np.repeat([0, 0, 255, 255], 8).astype(np.uint8).reshape(4, 8).repeat(2, 0).T.copy())
+    stored.save(tmp_path / f"a.{end}", exif=exif, **({"quality": 100} if end == "jpg" else {}))
+    x = read_images([tmp_path / f"a.{end}"])
+    assert x.shape == (1, 1, 8, 8)
+    assert torch.equal(x[0, 0] > 127, (torch.arange(8) > 3)[:, None].expand(8, 8))
+
+
+def test_gif(tmp_path):
+    image = Image.fromarray(np.array([[[0, 0, 0], [200, 0, 0], [255, 255, 255]]], np.uint8))
+    assert read_images([saved(image, tmp_path / "a.gif")])[0, :, 0].T.tolist() == [[0] * 3, [200, 0, 0], [255] * 3]
+    image.save(tmp_path / "b.gif", save_all=True, append_images=[image.rotate(180)])
+    with pytest.raises(ValueError, match="b.gif .* holds 2 images"):
+        read_images([tmp_path / "b.gif"])
+
+
 def test_what_cannot_be_converted_is_refused_by_name(tmp_path):
     ink = Image.new("RGBA", (2, 2))
     ink.putpixel((0, 0), (0, 0, 0, 255))

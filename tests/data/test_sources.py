@@ -121,6 +121,7 @@ def test_npz_of_other_numbers(load):
         ({"x_test": np.full((6, 6, 5, 3), np.inf)}, "6 images of x_test hold NaN"),
         ({"y_train": np.arange(12) - 1}, r"y_train lie in -1 \.\. 10"),
         ({"classes": np.array(["a", "b"])}, r"y_train lie in 0 \.\. 2, but must lie in 0 \.\. 1"),
+        ({"y_test": np.arange(6) % 3 + 1}, "y_test go up to 3, and those of y_train to 2. Write both from 0"),
         ({"y_train": np.linspace(0, 1, 12)}, "one integer per image"),
         ({"y_train": np.array([np.nan] * 12)}, "one integer per image"),
         ({"y_train": np.zeros((12, 10))}, r"y_train\) has shape \[12, 10\]"),

@@ -6,6 +6,7 @@ by a SIGTERM that the first process alone receives; ``FOLDER many`` runs some ca
 """
 
 import os
+import random
 import signal
 import sys
 import warnings
@@ -58,6 +59,27 @@ class Measured(Regression):
         self.log("val/largest", batch[1].max(), reduce_fx="max")
 
 
+class Remembering(Regression):
+    """Evaluation draws, goes on from the batch before, and keeps outputs; a parameter is a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.hidden, self.outputs = nn.Parameter(torch.ones(())), torch.zeros(()), list[torch.Tensor]()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.hidden = self.hidden / 2 + self(batch[0]).mean()
+        self.log("val/noisy", self.hidden + torch.randn(()) + random.random())
+        self.outputs.append(self(batch[0]))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({"val/median": torch.cat(self.outputs).median(), "val/drawn": torch.rand(())})
+        self.outputs.clear()
+
+
 class Own(Clients):
     """Every client has validation data of its own."""
 
@@ -104,6 +126,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a client diverges": {"data": diverging, "model": Regression, "clients_per_round": 1.0},
     "all models at once": {"algorithm": lambda: Middle(), "clients_per_round": 3},
     "resumed": {"resume": 2, "max_rounds": 4, "personal": lambda: PersonalParts(["BatchNorm", "head"], "alternating")},
+    "evaluation that draws and remembers": {"model": Remembering, "resume": 2},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
     "own models, new clients": {
         "personal": lambda: APFL(0.4, adaptive=True),
