@@ -26,9 +26,8 @@ from fedlight.perturbations.base import State
 from fedlight.run.context import RunContext
 from fedlight.run.folder import atomic_file
 from fedlight.run.preflight import check_data, check_methods
-from fedlight.run.processors import choose_threads
+from fedlight.run.processors import use_threads
 from fedlight.run.session import Session
-from fedlight.run.setup import use_threads
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply
 from fedlight.server.clients import Row, tensor_bytes
@@ -93,14 +92,6 @@ class _AtSite(ClientSide):
         return super().broadcast(server) if self.received is None else self.received
 
 
-class SiteTrainer(FederatedTrainer):
-    """A trainer for what one message asks for; of the callbacks those that act on rounds have no part in it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.callbacks = [c for c in self.callbacks if not isinstance(c, RoundCallback)]
-
-
 def clients_of(node: Mapping[str, Any]) -> list[int]:
     """The clients that live at a node, by its ``partition-ids`` or ``partition-id``.
 
@@ -129,13 +120,14 @@ def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
     started = time.perf_counter()
     try:
         check_allowed(yaml.safe_load(config.read_text()), str(node.get("allow", "")))
-        cli = build(config, SiteTrainer, {**job.info.get("options", {}), **node}, site=True)
-        data, mine = cli.datamodule, clients_of(node)
+        cli = build(config, FederatedTrainer, {**job.info.get("options", {}), **node}, site=True)
+        trainer, data, mine = cli.trainer, cli.datamodule, clients_of(node)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RoundCallback)]  # no round is complete
         if node.get("source") or node.get("own-data"):
             if len(mine) > 1:
                 raise MisconfigurationException("node-config: a site with its own data is one client (partition-id).")
             data = OwnData(data, mine[0], job.info["num_clients"] or mine[0] + 1)
-        session = SiteSession(cli.trainer, cli.model, data, "fit", None)
+        session = SiteSession(trainer, cli.model, data, "fit", None)
         session.node = node
         with session:
             found: Parcel = getattr(session, f"on_{job.kind}")(job, mine)
@@ -215,7 +207,7 @@ class SiteSession(Session):
         return SiteState(Path(str(self.node["state"])), job.info["experiment"], client)
 
     def _begin(self, job: Parcel) -> list[int]:
-        use_threads(choose_threads(self), self._cleanup)
+        use_threads(self, self._cleanup)
         self.start_training()
         self.hooks("on_train_start")
         clients: list[int] = job.info["clients"]

@@ -187,10 +187,6 @@ class ServerTrainer(FederatedTrainer):
     sites: Sites
     measures_at_sites = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.callbacks.append(_Crossed())
-
     @property
     def remote_operator(self) -> Any:
         """Makes the Hessian over all sites' data; None where the server has them as well."""
@@ -234,6 +230,7 @@ def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> Ser
     """
     cli = build(config, ServerTrainer, options, site=False)
     trainer: ServerTrainer = cli.trainer
+    trainer.callbacks.append(_Crossed())
     data: FederatedDataModule = cli.datamodule
     check_deployable(trainer, data)
     trainer.sites = Sites(transport, options)

@@ -42,16 +42,12 @@ class Sites:
         self._transport, self._options = transport, options
         self._timeout = float(options.get("timeout") or 3600)
         self._known: dict[int, list[int]] = {}
+        followed = {key: options[key] for key in ("rounds", "seed") if key in options}  # by the sites as well
+        self._passed_on: dict[str, Any] = {"options": followed, "num_clients": int(options.get("clients") or 0)}
         self.homes: dict[int, int] = {}
         self.found: dict[int, dict[str, Any]] = {}
         self.missing: dict[int, str] = {}
         self.down_bytes = self.up_bytes = 0
-
-    @property
-    def _passed_on(self) -> dict[str, Any]:
-        """What sites follow of the options as well."""
-        options = {key: self._options[key] for key in ("rounds", "seed") if key in self._options}
-        return {"options": options, "num_clients": int(self._options.get("clients") or 0)}
 
     def gather(self) -> None:
         """Wait until every client has a home.
@@ -61,7 +57,12 @@ class Sites:
             MisconfigurationException: if two nodes have the same client, or a node cannot take part.
         """
         wait, began, said = float(self._options.get("wait") or 600), time.monotonic(), False
-        while not (self.look(strict=True) and len(self.homes) == (total := self._num_clients())):
+        given = self._passed_on["num_clients"]
+        while True:
+            complete = self.look(strict=True)
+            total = given or max((found["num_clients"] for found in self.found.values()), default=0)
+            if complete and len(self.homes) == total:
+                return
             if not said:
                 rank_zero_info("sites: waiting until all of them are there.")
                 said = True
@@ -72,10 +73,6 @@ class Sites:
                     " partition-ids, or raise `wait`."
                 )
             time.sleep(min(_EVERY_S, wait / 10))
-
-    def _num_clients(self) -> int:
-        given = int(self._options.get("clients") or 0)
-        return given or max((found["num_clients"] for found in self.found.values()), default=0)
 
     def look(self, strict: bool = False) -> bool:
         """Find out who has come and gone; False if nobody is there.

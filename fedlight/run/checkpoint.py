@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils._pytree import tree_map_only
 
-from fedlight.run.folder import atomic_file, unwritable
+from fedlight.run.folder import atomic_file, writing
 from fedlight.server.rows import SavedRows, append_rows
 
 FORMAT = 2
@@ -60,10 +60,9 @@ class CheckpointWriter:
     def _write(self, path: Path, *steps: Callable[[], object]) -> None:
         started = time.perf_counter()
         try:
-            for step in steps:
-                step()
-        except OSError as error:
-            raise unwritable(path.parent, error) from error
+            with writing(path.parent):
+                for step in steps:
+                    step()
         finally:
             self.seconds += time.perf_counter() - started
 

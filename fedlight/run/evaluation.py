@@ -263,7 +263,7 @@ class Evaluator:
 def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """The spread over the clients of each metric that they have, and what the worst of them has."""
     out: dict[str, float] = {}
-    for name, short in client_names(dict.fromkeys(name for metrics in found.values() for name in metrics)).items():
+    for name, short in client_names(found).items():
         each = torch.tensor([metrics[name] for metrics in found.values() if name in metrics], dtype=torch.float64)
         figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "max": each.max()}
         figures |= {f"p{percent}": each.quantile(percent / 100) for percent in (10, 90)}

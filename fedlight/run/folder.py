@@ -39,7 +39,7 @@ class RunFolder:
         """
         parent = root / name
         above = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-        try:
+        with writing(parent):
             while True:
                 parent.mkdir(parents=True, exist_ok=True)
                 path = parent / f"version_{max(versions(parent), default=-1) + 1}"
@@ -47,8 +47,6 @@ class RunFolder:
                 with suppress(FileExistsError, FileNotFoundError):
                     path.mkdir()
                     break
-        except OSError as error:
-            raise unwritable(parent, error) from error
         for version in versions(parent):
             cls(parent / f"version_{version}").remove_unfinished()
         folder = cls(path)

@@ -76,9 +76,9 @@ def aggregate(metric: str) -> str | None:
     return None if found is None else "min,last" if found[1] else "max,last"
 
 
-def client_names(logged: Iterable[str]) -> dict[str, str]:
-    """What each logged name is called below ``clients/``: without ``val/`` or ``val_``, and never like another."""
-    names: dict[str, str] = {}
+def client_names(found: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
+    """What each metric of clients is called below ``clients/``: without ``val/`` or ``val_``, never like another."""
+    names, logged = dict[str, str](), dict.fromkeys(name for metrics in found.values() for name in metrics)
     for name in sorted(logged, key=lambda name: not name.startswith("val/")):
         names[name] = re.sub("^val[/_](?=.)", "", name)
         while list(names.values()).count(names[name]) > 1:

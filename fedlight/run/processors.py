@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,8 @@ def resolve_devices(run: RunContext) -> Any:
     More than one is chosen for the ``fedlight`` command only: each further process runs the program again from its
     start, which a script has to be written for.
     """
-    settings, given = run.settings, run.settings["devices"]
-    if given != "auto" or not _on_cpu(settings["accelerator"]):
+    settings, given, kind = run.settings, run.settings["devices"], run.settings["accelerator"]
+    if given != "auto" or not (kind == "cpu" or (kind == "auto" and not torch.accelerator.is_available())):
         return given
     if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a launcher, or this process's first one, has chosen
         here = os.environ.get("LOCAL_WORLD_SIZE")
@@ -65,22 +65,19 @@ def resolve_devices(run: RunContext) -> Any:
     return given if work is None else num_processes(*work, available_cores())
 
 
-def choose_threads(run: RunContext) -> int | None:
-    """Threads for a fit in one process on a CPU; None where that is not fedlight's choice.
+def use_threads(run: RunContext, cleanup: ExitStack) -> None:
+    """Choose threads for a fit in one process on a CPU, until the end, where that is fedlight's choice.
 
     Operations of a few microseconds only wait for a second thread, above all when another program has its core.
     """
     cores = available_cores()
     chosen = "OMP_NUM_THREADS" in os.environ or torch.get_num_threads() != cores  # by the user, or by Fabric
     if run.fabric.device.type != "cpu" or run.fabric.world_size > 1 or chosen:
-        return None
+        return
     batch = first_samples(run.datamodule, int(run.federation.sizes.argmax()), run.datamodule.batch_size)
     flop = step_flop(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
-    return 1 if flop < LARGE_STEP else cores
-
-
-def _on_cpu(accelerator: str) -> bool:
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1 if flop < LARGE_STEP else cores)
 
 
 def started_as_command() -> bool:

@@ -28,9 +28,9 @@ from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, watch_children
-from fedlight.run.processors import choose_threads, resolve_devices
+from fedlight.run.processors import resolve_devices, use_threads
 from fedlight.run.results import destination
-from fedlight.run.setup import Movers, be_deterministic, local_training, make_fabric, use_threads
+from fedlight.run.setup import Movers, be_deterministic, local_training, make_fabric
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
@@ -125,7 +125,7 @@ class Session(RunContext):
         """Refuse what would fail in the first round."""
         check_methods(self)
         check_data(self)
-        use_threads(choose_threads(self), self._cleanup)
+        use_threads(self, self._cleanup)
 
     def start_training(self) -> None:
         """Make the engine, after the hooks of a fit's start."""

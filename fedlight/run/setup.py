@@ -58,13 +58,6 @@ def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def use_threads(threads: int | None, cleanup: ExitStack) -> None:
-    """Set torch's threads until the end; None leaves them."""
-    if threads is not None:
-        cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(threads)
-
-
 class Movers:
     """What clients and evaluations change of a run's module besides its trained parameters."""
 

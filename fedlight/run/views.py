@@ -168,7 +168,7 @@ def evaluate_clients(run: RunContext, clients: Sequence[int] | None = None) -> d
     count, limit = run.federation.num_clients, run.settings["limit_val_batches"]
     clients = range(count + len(run.datamodule.new_clients)) if clients is None else clients
     found = run.evaluator.client_metrics(clients, limit)
-    names = client_names(dict.fromkeys(name for metrics in found.values() for name in metrics))
+    names = client_names(found)
     own = {client: metrics for client, metrics in found.items() if client >= count}
     if type(run.trainer.personal) is not Personalization:
         own = run.evaluator.client_metrics(list(found), limit, lambda clients: _in_turn(run, clients))
