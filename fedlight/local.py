@@ -149,18 +149,13 @@ def local_gradient(
     return (g if clip is None else clip(g)), state
 
 
-@dataclass(frozen=True)
-class ClientResult:
-    """What comes back from a client's local training.
+@dataclass(frozen=True, kw_only=True)
+class ClientResult(Sender):
+    """What comes back from a client's local training, with the client's figures.
 
     Attributes:
-        client: its index.
         start: the parameters it started from, ``[P]``.
         params: the parameters it ended with, ``[P]``.
-        num_samples: n_i.
-        weight: p_i = n_i / mean(n) over all clients.
-        num_steps: S, optimizer steps taken.
-        lr_sum: Σ of the learning rate over the steps; S·η where it is constant in the round.
         buffers: the module's buffers after training.
         perturbation: the perturbation's state after the last step.
         optimizer: what ``Algorithm.optimizer_state`` names of the optimizer's state after the last step, ``[P]`` each.
@@ -170,13 +165,8 @@ class ClientResult:
         loss: of the model that it started from on all its data, where the algorithm ``needs_loss``.
     """
 
-    client: int
     start: Tensor
     params: Tensor
-    num_samples: int
-    weight: float
-    num_steps: int
-    lr_sum: float
     buffers: State = field(default_factory=dict)
     perturbation: State = field(default_factory=dict)
     optimizer: State = field(default_factory=dict)
@@ -184,11 +174,6 @@ class ClientResult:
     reductions: dict[str, str] = field(default_factory=dict)
     loss_scale: Tensor | None = None
     loss: float = 0.0
-
-    @property
-    def sender(self) -> Sender:
-        """What the server is told of the client."""
-        return Sender(self.client, self.num_samples, self.weight, self.num_steps, self.lr_sum)
 
     @property
     def update(self) -> Tensor:

@@ -3,11 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -162,11 +161,11 @@ class Sites:
             rank_zero_warn(f"round {round}: goes on without {text}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SiteResult(ClientResult):
     """A client's result, of which the server has no more than what was sent."""
 
-    reply: Reply = field(kw_only=True)
+    reply: Reply
 
 
 class RemoteClients(ClientSide):
@@ -182,14 +181,6 @@ class RemoteClients(ClientSide):
         """What was sent."""
         assert isinstance(result, SiteResult)
         return result.reply
-
-    def holds(self, result: ClientResult) -> bool:
-        """Nobody waits."""
-        return False
-
-    def meet(self, fabric: Fabric) -> list[ClientResult]:
-        """Nobody has waited."""
-        return []
 
     def check(self) -> None:
         """Refuse what the chain of transforms cannot take, and know what clients will send."""

@@ -17,9 +17,8 @@ from fedlight.data.sharing import share_among_processes
 from fedlight.engines import Engine, start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
-from fedlight.run import resume
+from fedlight.run import resume, setup
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
-from fedlight.run.clock import RoundClock, make_profiler, start_profiler
 from fedlight.run.context import Command, RunContext
 from fedlight.run.evaluation import Evaluator
 from fedlight.run.float32 import float32_products
@@ -30,7 +29,6 @@ from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, watch_children
 from fedlight.run.processors import resolve_devices, use_threads
 from fedlight.run.results import destination
-from fedlight.run.setup import Movers, be_deterministic, local_training, make_fabric
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
@@ -76,7 +74,7 @@ class Session(RunContext):
         datamodule.trainer = trainer  # type: ignore[assignment]  # what Lightning's datamodules may read
         self.datamodule = training_data(datamodule, self.settings["centralized"])
         trainer.callbacks = with_module_callbacks(trainer.callbacks, model)
-        self.profiler = make_profiler(self.settings["profiler"])
+        self.profiler = setup.make_profiler(self.settings["profiler"])
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
         self.loggers, self.folder = [], None
         self._finished = self._created = False
@@ -84,7 +82,7 @@ class Session(RunContext):
         self._checkpoint: dict[str, Any] | None = None
         self.first_round, self.experiment, self.changes = 0, {}, {}
         self._started, self._cleanup = time.perf_counter(), ExitStack()
-        self.movers, self.writer = Movers(self), CheckpointWriter()
+        self.movers, self.writer = setup.Movers(self), CheckpointWriter()
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
@@ -113,8 +111,8 @@ class Session(RunContext):
             with writing(self.metrics_csv.path):
                 self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
         say_start(self)
-        profiler = start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
-        self.clock = RoundClock(profiler, self.fabric.device)
+        profiler = setup.start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
+        self.clock = setup.RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
             resume.record_changes(self.folder.path, trainer.current_round, self.changes)
         self.hooks("on_train_start")
@@ -143,7 +141,7 @@ class Session(RunContext):
 
     def make_engine(self) -> Engine:
         """What executes the local trainings."""
-        return start_engine(self.settings["engine"], local_training(self, self.movers))
+        return start_engine(self.settings["engine"], setup.local_training(self, self.movers))
 
     def end_fit(self) -> None:
         """Leave the server's model in the module, and the run's summary in its folder."""
@@ -192,14 +190,14 @@ class Session(RunContext):
 
     def _set_up(self) -> None:
         settings, cleanup = self.settings, self._cleanup
-        self.fabric = make_fabric({**settings, "devices": resolve_devices(self)})
+        self.fabric = setup.make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
         cleanup.callback(watch_children(self))
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["tf32"] is not None:
             cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
         if settings["deterministic"]:
-            be_deterministic(self.fabric.device, cleanup)
+            setup.be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()
         self.module.trainer = self.trainer  # type: ignore[assignment]
         cleanup.callback(setattr, self.module, "trainer", None)

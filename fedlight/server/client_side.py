@@ -206,7 +206,7 @@ class ClientSide(ClientStates):
         start = self.algorithm.objective(self._received, own, 1.0).start
         zeros = {"step": start.new_zeros(())}  # all others are vectors
         optimizer = {name: zeros.get(name, torch.zeros_like(start)) for name in self.algorithm.optimizer_state}
-        result = ClientResult(0, start, start, 1, 1.0, 1, 1.0, optimizer=optimizer)
+        result = ClientResult(0, 1, 1.0, 1, 1.0, start=start, params=start, optimizer=optimizer)
         _, sent = self.algorithm.client_update(self._received, own, result)
         if self.perturbation is None:
             return sent, {}

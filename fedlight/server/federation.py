@@ -103,7 +103,7 @@ class Federation:
         if waits and self.clients.holds(result):
             return
         reply, algorithm = self.clients.reply(result), self.algorithm
-        sender, rows, private = result.sender, reply.rows, self.privacy
+        rows, private = reply.rows, self.privacy
         weight = 1.0 if private else algorithm.mean_weight(result.num_samples)
         update = reply.message["params"].to(torch.float64, copy=True).sub_(self._start)
         message, square = {**reply.message, "update": update}, torch.dot(update, update)
@@ -112,18 +112,18 @@ class Federation:
             changed = [k for k, v in result.buffers.items() if not torch.equal(v, self._buffer(k))]
             bounded = private.bound(update, changed)
         if algorithm.keeps_updates:
-            row = self.store.get(sender.client, "last_update")
+            row = self.store.get(result.client, "last_update")
             message["last_update"] = torch.zeros_like(update) if row is None else row["params"].double()
             rows["last_update"] = {"params": update.to(self.state.algorithm["params"].dtype)}
-        terms = {**algorithm.contribution(message, sender), **bounded}
+        terms = {**algorithm.contribution(message, result), **bounded}
         alone = not terms and self.aggregator is None
         terms["update"] = update.mul_(weight) if alone else weight * update  # another long vector costs page faults
         if self.perturbation is not None:
-            beside = self.perturbation.contribution(reply.beside, sender)
+            beside = self.perturbation.contribution(reply.beside, result)
             terms |= {_PERTURBATION + k: v for k, v in beside.items()}
         if "all" in self.views:
             latest = self.split.model(reply.message["params"], reply.part)
-            before = self.store.get(sender.client, "latest") or {"params": self.state.latest_mean["initial"]}
+            before = self.store.get(result.client, "latest") or {"params": self.state.latest_mean["initial"]}
             terms["latest"], rows["latest"] = weight * (latest.double() - before["params"]), {"params": latest}
         moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}

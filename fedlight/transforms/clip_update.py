@@ -17,7 +17,6 @@ class ClipUpdate(Transform):
     Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", ICLR 2018, algorithm 1.
     """
 
-    stage = 0
     update_only = True
 
     def __init__(self, norm: Number = 1.0) -> None:

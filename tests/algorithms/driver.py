@@ -70,14 +70,14 @@ class Driver:
             weight = algorithm.mean_weight(result.num_samples)
             add(total, {"update": weight * message["update"], "weight": torch.tensor(weight, dtype=torch.float64)})
             add(total, {"clients": 1})
-            add(total, algorithm.contribution(message, result.sender))
+            add(total, algorithm.contribution(message, result))
             sent = {}
             if perturbation is not None:
                 before = self.clients_perturbation.get(i) or perturbation.init_client(params)
                 self.clients_perturbation[i], sent = perturbation.client_update(
                     before, result.perturbation, result.start
                 )
-                add(total_perturbation, {**perturbation.contribution(sent, result.sender), "clients": 1})
+                add(total_perturbation, {**perturbation.contribution(sent, result), "clients": 1})
             self.up = up + sum(v.numel() for v in sent.values())
         self.server = algorithm.aggregate(self.server, total)
         if perturbation is not None:

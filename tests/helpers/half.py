@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.precision import MixedPrecision
 
-from fedlight.run import session
+from fedlight.run import setup
 
 
 class OnCPU(MixedPrecision):
@@ -19,11 +19,11 @@ class OnCPU(MixedPrecision):
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers whose precision is 16-mixed with a scaler."""
-    plain = session.make_fabric
+    plain = setup.make_fabric
 
     def with_scaler(settings: dict[str, Any]) -> Any:
         fabric = plain(settings)
         fabric._strategy._precision = fabric._precision = OnCPU()
         return fabric
 
-    monkeypatch.setattr(session, "make_fabric", with_scaler)
+    monkeypatch.setattr(setup, "make_fabric", with_scaler)
