@@ -64,7 +64,6 @@ class TrainerInterface(LightningNames):
     Attributes:
         current_round: rounds that are complete; inside a round, its 0-based number.
         global_step: local steps of all clients so far; inside a round, those before it and the present client's.
-        personal: what clients have for themselves.
         should_stop: set it to stop after the current round.
         callback_metrics: the latest value of every metric.
         federation: the server's and the clients' state.
@@ -108,7 +107,7 @@ class TrainerInterface(LightningNames):
         settings["default_root_dir"] = Path(settings["default_root_dir"])
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
-        self.personal = one_personalization(settings)
+        self._personal = one_personalization(settings)
         self.settings = settings
         for key in ("algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"):
             setattr(self, key, settings[key])
@@ -127,6 +126,11 @@ class TrainerInterface(LightningNames):
         penalties = [type(penalty).__name__ for penalty in self.penalties]
         parts = [None if self.settings[k] is None else type(self.settings[k]).__name__ for k in _ADDED]
         return method_name(type(self.algorithm).__name__, parts, penalties, self.settings["centralized"])
+
+    @property
+    def personal(self) -> Personalization:
+        """What clients have for themselves."""
+        return self._personal
 
     @property
     def scheduled(self) -> list[Any]:
