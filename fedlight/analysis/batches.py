@@ -36,11 +36,6 @@ class Batches(Sequence[Any]):
             raise IndexError(index)
         return self._get(index)
 
-    @property
-    def samples(self) -> int:
-        """Samples of all batches here."""
-        return sum(self.sizes)
-
 
 def analysis_batches(
     data: Dataset[Any] | Iterable[Any] | None,

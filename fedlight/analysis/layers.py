@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fedlight.analysis.operators import Block, NoSecondDerivativeError
 from fedlight.module.state import untouched
@@ -66,16 +66,12 @@ def differentiable_once(loss: Tensor) -> list[str]:
 
 
 def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> NoSecondDerivativeError:
-    """The error of automatic differentiation with the names of the layers that cause it.
-
-    Args:
-        error: what was raised.
-        module: the module.
-        run: calls the module's forward pass on the batch that failed.
-    """
+    """The error of automatic differentiation with the names of the layers that cause it, which ``run`` leads to."""
     calls, in_place = _recorded(module, run)
     failing = [name for name, (args, kwargs) in calls.items() if not _twice(module.get_submodule(name), args, kwargs)]
-    deepest = [name for name in failing if not any(o != name and _inside(o, name) for o in failing)]
+    deepest = [
+        name for name in failing if not any(o != name and f"{o}.".startswith(f"{name}." * bool(name)) for o in failing)
+    ]
     leaves = [name for name in deepest if next(module.get_submodule(name).children(), None) is None]
     reason = str(error).splitlines()[0].split(" Hint:")[0].rstrip(". ")
     # A container may fail because of what one of its layers does to another.
@@ -94,10 +90,6 @@ def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> N
     )
 
 
-def _inside(inner: str, outer: str) -> bool:
-    return outer == "" or inner.startswith(outer + ".")
-
-
 def _listed(module: nn.Module, names: list[str]) -> str:
     return ", ".join(f"'{name}' ({type(module.get_submodule(name)).__name__})" for name in names)
 
@@ -111,7 +103,7 @@ def _recorded(module: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Any]
     for name, child in module.named_modules():
 
         def before(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-            calls.setdefault(name, tree_map(_detached, (args, kwargs)))
+            calls.setdefault(name, tree_map_only(Tensor, lambda leaf: leaf.detach().clone(), (args, kwargs)))
             versions[name] = _versions(args)
 
         def after(m: nn.Module, args: Any, output: Any, name: str = name) -> None:
@@ -133,10 +125,6 @@ def _recorded(module: nn.Module, run: Callable[[], Any]) -> tuple[dict[str, Any]
 
 def _versions(value: Any) -> list[int]:
     return [leaf._version for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _twice(module: nn.Module, args: Any, kwargs: Any) -> bool:

@@ -65,6 +65,9 @@ class HessianOperator:
         explain: turns an error of automatic differentiation, at the batch of an index, into one that helps.
 
     Attributes:
+        size: P, the number of parameters.
+        dtype: of parameters and vectors.
+        device: of parameters and vectors.
         weight: Σ_b n_b.
 
     Raises:
@@ -84,16 +87,15 @@ class HessianOperator:
         settings: Callable[[], AbstractContextManager[Any]] = nullcontext,
         explain: Callable[[RuntimeError, Any, int], Exception] | None = None,
     ) -> None:
-        self.parameters, self.batches = tuple(parameters), batches
-        if not self.parameters:
+        if not parameters:
             raise ValueError("The Hessian needs at least one trainable parameter; the model has none.")
-        kinds = {(p.dtype, p.device) for p in self.parameters}
+        kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:
             raise ValueError(f"The parameters must share one data type and device, found {sorted(map(str, kinds))}.")
-        self._loss, self._reduce, self._settings, self._explain = loss, reduce, settings, explain
+        self._of(parameters)
+        self.batches, self._loss = batches, loss
+        self._reduce, self._settings, self._explain = reduce, settings, explain
         self._sizes = [batch_size(b) for b in batches] if sizes is None else list(sizes)
-        self._lengths = [p.numel() for p in self.parameters]
-        self._everything: Block = tuple(range(len(self.parameters)))
         self._graph_memory = graph_memory
         self._kept: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
         self._keep_until: int | None = None
@@ -107,20 +109,10 @@ class HessianOperator:
         self._shares, self.weight = [weight / total for weight in weights], total
         self._used = [index for index, weight in enumerate(weights) if weight > 0]
 
-    @property
-    def size(self) -> int:
-        """P, the number of parameters."""
-        return sum(self._lengths)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of parameters and vectors."""
-        return self.parameters[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of parameters and vectors."""
-        return self.parameters[0].device
+    def _of(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters, self._everything = tuple(parameters), tuple(range(len(parameters)))
+        self._lengths = [p.numel() for p in parameters]
+        self.size, self.dtype, self.device = sum(self._lengths), parameters[0].dtype, parameters[0].device
 
     def flat(self) -> Tensor:
         """A copy of w as one vector ``[P]``."""

@@ -206,17 +206,13 @@ class LayerHistory:
 
     Attributes:
         name: of the layer.
-        rounds: after which λ_max was measured, from 1.
-        lambda_max: of the layer's block of the Hessian.
-        norm_rounds: at which the activation norm is known.
+        lambda_max: of the layer's block of the Hessian, by the round after which it was measured, from 1.
         norms: mean(a²) of the layer's output after its non-linearity; empty where there is none, as for the logits.
     """
 
     name: str
-    rounds: Sequence[int]
-    lambda_max: Sequence[float]
-    norm_rounds: Sequence[int] = field(default_factory=list)
-    norms: Sequence[float] = field(default_factory=list)
+    lambda_max: Mapping[int, float]
+    norms: Mapping[int, float] = field(default_factory=dict)
 
 
 def draw_layers(layers: Sequence[LayerHistory], path: str | Path) -> Path:
@@ -226,7 +222,7 @@ def draw_layers(layers: Sequence[LayerHistory], path: str | Path) -> Path:
     """
     if not layers:
         raise ValueError("There are no layers to draw.")
-    if all(len(layer.rounds) == 1 for layer in layers):
+    if all(len(layer.lambda_max) == 1 for layer in layers):
         return _draw_once(layers, path)
     columns = min(3, len(layers))
     rows = -(-len(layers) // columns)
@@ -255,16 +251,16 @@ def draw_layers(layers: Sequence[LayerHistory], path: str | Path) -> Path:
 
 
 def _layer_panel(axes: "Axes", layer: LayerHistory) -> None:
-    axes.plot(layer.rounds, layer.lambda_max, **line_style(0))
+    axes.plot([*layer.lambda_max], [*layer.lambda_max.values()], **line_style(0))
     axes.set_title(layer.name, fontsize=10)
     axes.set_ylabel(LAMBDA_MAX)
     axes.margins(y=0.12)  # a marker at the top is seen whole
-    axes.set_ylim(bottom=min(0.0, *layer.lambda_max))
+    axes.set_ylim(bottom=min(0.0, *layer.lambda_max.values()))
     if layer.norms:
         twin = axes.twinx()
         twin.grid(False)
         twin.spines["right"].set_visible(True)
-        twin.plot(layer.norm_rounds, layer.norms, **line_style(1, marker=False))
+        twin.plot([*layer.norms], [*layer.norms.values()], **line_style(1, marker=False))
         twin.set_ylabel("mean(a²)", color=SHADES[1])
         twin.set_ylim(bottom=0)
 
@@ -274,10 +270,10 @@ def _draw_once(layers: Sequence[LayerHistory], path: str | Path) -> Path:
 
     def plot(figure: "Figure") -> None:
         panels = figure.subplots(1, 2 if having else 1, sharey=True, squeeze=False)[0]
-        names = [layer.name for layer in layers]
-        values = {layer.name: layer.lambda_max[0] for layer in layers}
-        norms = {layer.name: layer.norms[-1] for layer in having}
-        titles = f"{LAMBDA_MAX} of the layer's block of the Hessian", f"mean(a²) in round {layers[0].rounds[0]}"
+        names, (round, *_) = [layer.name for layer in layers], layers[0].lambda_max
+        values = {layer.name: next(iter(layer.lambda_max.values())) for layer in layers}
+        norms = {layer.name: [*layer.norms.values()][-1] for layer in having}
+        titles = f"{LAMBDA_MAX} of the layer's block of the Hessian", f"mean(a²) in round {round}"
         for axes, found, title, color in zip(panels, (values, norms), titles, ("0.75", "white"), strict=False):
             places = [names.index(name) for name in found]
             bars = axes.barh(places, list(found.values()), height=0.6, color=color, edgecolor="black")
@@ -286,6 +282,6 @@ def _draw_once(layers: Sequence[LayerHistory], path: str | Path) -> Path:
             axes.set_xlabel(title)
         panels[0].set_yticks(range(len(names)), names)
         panels[0].set_ylim(len(names) - 0.5, -0.5)  # the first layer at the top
-        figure.suptitle(f"Layers after round {layers[0].rounds[0]}")
+        figure.suptitle(f"Layers after round {round}")
 
     return drawn(path, plot, (8 if having else 5.5, 1.4 + 0.4 * len(layers)))

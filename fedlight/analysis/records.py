@@ -21,12 +21,9 @@ Rows = Sequence[Mapping[str, float]]
 
 def metrics(results: Mapping[str, HessianResult]) -> dict[str, float]:
     """The scalars of all views in one row; those of other views than the server's end in ``_<view>``."""
-    row: dict[str, float] = {}
-    for view, result in results.items():
-        row |= {f"{name}{_suffix(view)}": value for name, value in result.metrics().items()}
-    seconds = {id(result): sum(result.seconds.values()) for result in results.values()}
-    row = {name: value for name, value in row.items() if not name.startswith("time/")}
-    return row | {"time/hessian_s": sum(seconds.values())}
+    row = {f"{name}{_suffix(view)}": v for view, result in results.items() for name, v in result.metrics().items()}
+    seconds = {id(result): sum(result.seconds.values()) for result in results.values()}  # views may share one
+    return {k: v for k, v in row.items() if not k.startswith("time/")} | {"time/hessian_s": sum(seconds.values())}
 
 
 def save(results: Mapping[str, HessianResult], folder: Path, stem: str) -> None:
@@ -49,13 +46,9 @@ def draw_densities(results: Mapping[str, HessianResult], path: Path) -> Path | N
 
 
 def draw_rounds(module: nn.Module, rows: Rows, folder: Path, stem: str = "") -> list[Path]:
-    """``layers.png`` and, after two measurements, ``eigenvalues.png``, from the rows of ``metrics.csv``.
+    """``layers<stem>.png`` and, after two measurements, ``eigenvalues<stem>.png``, from the rows of ``metrics.csv``.
 
-    Args:
-        module: tells in which order layers and activations come.
-        rows: of metrics, in the order of rounds.
-        folder: where to.
-        stem: what to append to the files' names.
+    The ``module`` tells in which order layers and activations come.
     """
     drawn = []
     if layers := layer_histories(module, rows):
@@ -84,10 +77,8 @@ def layer_histories(module: nn.Module, rows: Rows) -> list[LayerHistory]:
             waiting = []
     out = []
     for name in blocks:
-        values = _series(rows, f"hessian/layer/{name}/lambda_max")
-        if values:
-            norms = _series(rows, owners.get(name, ""))
-            out.append(LayerHistory(name, list(values), list(values.values()), list(norms), list(norms.values())))
+        if values := _series(rows, f"hessian/layer/{name}/lambda_max"):
+            out.append(LayerHistory(name, values, _series(rows, owners.get(name, ""))))
     return out
 
 

@@ -81,6 +81,11 @@ class HessianResult:
             return []
         return list(zip(self.density.grid.tolist(), self.density.values.tolist(), strict=True))
 
+    @property
+    def caption(self) -> str:
+        """What the figures are of."""
+        return f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
+
     def figures(self) -> dict[str, str]:
         """The figures as text, each with how far to trust it: ± its residual, or the standard error of the trace."""
         pairs = zip(self.eigenvalues, self.residuals, strict=True)
@@ -98,10 +103,7 @@ class HessianResult:
 
     def summary(self) -> str:
         """The figures as lines of text, with the time that each part took."""
-        lines = [
-            f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
-        ]
-        lines += [f"{name:<32}{text}" for name, text in self.figures().items()]
+        lines = [self.caption, *(f"{name:<32}{text}" for name, text in self.figures().items())]
         lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
         if not self.converged:
             lines.append("The eigenvalues did not reach the tolerance; see the residuals.")

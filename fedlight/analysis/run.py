@@ -139,8 +139,7 @@ def print_results(results: Mapping[str, HessianResult], title: str) -> None:
     from rich.table import Table
 
     first = next(iter(results.values()))
-    caption = f"{first.samples:,} samples, {first.parameters:,} parameters; ± residual, or standard error of the trace"
-    table = Table(title=f"Hessian of the loss: {title}", caption=caption)
+    table = Table(title=f"Hessian of the loss: {title}", caption=first.caption)
     table.add_column("")
     for view in results:
         table.add_column(view, justify="right")

@@ -142,11 +142,6 @@ def draw_survey(surface: LossSurface, folder: Path, stem: str) -> list[Path]:
     """Draw a surface as ``plots/landscape<stem>_contour.png`` and ``_surface.png``, and save its grid.
 
     Where the loss is nowhere finite, a warning says so and nothing is drawn.
-
-    Args:
-        surface: the loss.
-        folder: of the run.
-        stem: what to add to the files' names.
     """
     surface.save(folder / "hessian" / f"landscape{stem}.npz")
     if not bool(surface.loss.isfinite().any()):

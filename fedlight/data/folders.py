@@ -59,17 +59,11 @@ class _File:
 def load_folder(
     root: Path, image_size: int | None = None, test_domains: list[str] | None = None, test_fraction: float = 0.2
 ) -> ImageArrays:
-    """Read all images below a folder; domains become groups.
+    """Read all images below a folder; domains become groups. Settings are as for ``load_source``.
 
     Layouts: ``<class>/``, ``<domain>/<class>/``, and either of them with ``train/`` and ``test/`` (or ``val/``) in any
     usual spelling, at any level. Folders that all images share tell nothing. A class folder may keep its files in
     ``images/``, and ``val/`` may name its classes in ``val_annotations.txt``, as Tiny-ImageNet does.
-
-    Args:
-        root: the folder.
-        image_size: height and width to resize to; None: all images must have one size.
-        test_domains: domains that make up the test set; they are not trained on.
-        test_fraction: where the folder has no test set, this share of each class and domain becomes one.
 
     Raises:
         ValueError: for a tree that can be read in two ways, images of different sizes, files that cannot be read, or

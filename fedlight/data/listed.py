@@ -31,18 +31,12 @@ def load_listed(
     test_domains: Sequence[str] | None = None,
     test_fraction: float = 0.2,
 ) -> ImageArrays:
-    """Read images that are listed with their clients, who become groups.
+    """Read images that are listed with their clients, who become groups; settings as for ``load_source``.
 
-    Args:
-        path: a folder of LEAF; or a CSV file, by default laid out as those of Hsu et al. (ECCV 2020): ``user_id``,
-            ``image_id``, ``class``. Its test set are the rows whose ``split`` is not 0 or ``train``, or a ``test.csv``
-            beside it, or else ``test_fraction`` of each client.
-        root: where images may be that are not below the folder of the CSV file.
-        columns: which columns ``image``, ``label``, ``client`` and ``split`` are; ``{name}`` in that of images stands
-            for another column.
-        image_size: height and width to resize to; None: all images must have one size.
-        test_domains: clients that make up the test set; they are not trained on.
-        test_fraction: share of each client that becomes the test set where there is none.
+    ``path`` is a folder of LEAF; or a CSV file, by default laid out as those of Hsu et al. (ECCV 2020): ``user_id``,
+    ``image_id``, ``class``. Its test set are the rows whose ``split`` is not 0 or ``train``, or a ``test.csv`` beside
+    it, or else ``test_fraction`` of each client. ``test_domains`` are clients. Images that are not below the folder of
+    the CSV file may be below ``root``.
 
     Raises:
         ValueError: for columns, labels or images that are missing.

@@ -49,13 +49,12 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
 
 def _write(tensors: list[Tensor]) -> str | None:
     """The file; None where there is no room for it."""
-    path = ""
+    file = None
     try:
-        descriptor, path = tempfile.mkstemp(prefix="fedlight-data-")
-        with os.fdopen(descriptor, "wb") as file:
+        with tempfile.NamedTemporaryFile(prefix="fedlight-data-", delete=False) as file:
             torch.save(tensors, file)
     except (OSError, RuntimeError):  # torch's own, where it cannot write on
-        if path:
-            os.unlink(path)
+        if file is not None:
+            os.unlink(file.name)
         return None
-    return path
+    return file.name

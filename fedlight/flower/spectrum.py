@@ -31,9 +31,7 @@ class SiteHessian(HessianOperator):
     """
 
     def __init__(self, run: Any, loss: TaskLoss, view: str, max_samples: int | None, seed: int) -> None:
-        self.parameters = tuple(loss.parameters.values())
-        self._lengths = [p.numel() for p in self.parameters]
-        self._everything: Block = tuple(range(len(self.parameters)))
+        self._of(list(loss.parameters.values()))
         self._run, self._view = run, view
         sizes = run.federation.sizes.tolist()
         part_of = 1.0 if max_samples is None else min(1.0, max_samples / sum(sizes))

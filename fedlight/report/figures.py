@@ -26,14 +26,7 @@ def draw_curves(study: Study, setting: str, metric: str, path: Path, against: st
     """A metric against what it cost: the mean over seeds, and a band of one standard deviation; None without any.
 
     Methods have dashes and markers of their own; with MAN they are black, without it grey. Central training is a thin
-    line at its final value.
-
-    Args:
-        study: the runs.
-        setting: which of them.
-        metric: what is drawn.
-        path: of the PNG.
-        against: one of :data:`COSTS`.
+    line at its final value. ``against`` is one of :data:`COSTS`.
     """
     groups = [g for g in study.within(setting) if g.curve(metric)[0]]
     federated = [g for g in groups if not g.method.is_central]

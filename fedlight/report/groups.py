@@ -196,7 +196,7 @@ def group_runs(runs: Sequence[Run]) -> Study:
     for run in readable:
         method = methods[id(run)]
         for setting in settings[id(run)]:
-            key = names[method.identity], places[setting]
+            key = names[method.name, method.items], places[setting]
             labels.setdefault(str(run.path), key)
             if run.status == "finished":
                 group = groups.setdefault(key, Group(method, setting, *key))

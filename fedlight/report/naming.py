@@ -64,13 +64,8 @@ class Method:
         self.items: Items = _hashable(items)
 
     @property
-    def identity(self) -> tuple[str, Items]:
-        """What tells a method from others."""
-        return self.name, self.items
-
-    @property
     def base(self) -> tuple[Any, ...]:
-        """The identity without penalties: the same for a method with MAN and without."""
+        """Name and hyperparameters without penalties: the same for a method with MAN and without."""
         return (*self._without_penalties, self.others)
 
     @property
@@ -81,9 +76,8 @@ class Method:
 
 def setting_of(config: Mapping[str, Any]) -> Items:
     """All of a configuration that is neither method nor seed nor a matter of where and how fast."""
-    return _hashable(
-        {k: v for k, v in config.items() if not _is_method(k) and k not in SEEDS and not k.startswith(_ASIDE)}
-    )
+    apart = tuple(f"{key}." for key in (*_METHOD, *SEEDS))
+    return _hashable({k: v for k, v in config.items() if not (f"{k}.".startswith(apart) or k.startswith(_ASIDE))})
 
 
 def pooled(setting: Items) -> Items:
@@ -151,10 +145,6 @@ def show(value: Any) -> str:
     if isinstance(value, str) and "." in value and value.replace(".", "").replace("_", "").isalnum():
         return _class(value)
     return str(value)
-
-
-def _is_method(key: str) -> bool:
-    return any(key == m or key.startswith(f"{m}.") for m in _METHOD)
 
 
 def _below(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:

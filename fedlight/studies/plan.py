@@ -111,14 +111,7 @@ def _class(value: Mapping[str, Any]) -> str:
 
 
 def command(study: Study, run: PlannedRun, root: Path, resume: bool) -> list[str]:
-    """The command of a run: as an agent would build it, with a folder of its own, and without W&B.
-
-    Args:
-        study: the study.
-        run: the run.
-        root: where studies are kept.
-        resume: whether to continue from its last checkpoint.
-    """
+    """The command of a run: as an agent would build it, with a folder of its own below ``root``, and without W&B."""
     words: list[str] = []
     parameters = {key: value for key, value in run.parameters.items() if key not in _FOLDER}
     for word in study.command:
@@ -137,20 +130,18 @@ def study_folder(root: Path, study: Study) -> Path:
 
 def _expanded(word: str, study: Study, parameters: Mapping[str, Any]) -> list[str]:
     pairs = list(parameters.items())
-    if word == "${env}":
-        return []
-    if word == "${interpreter}":
-        return [sys.executable]
-    if word == "${program}":
-        if study.program is None:
-            raise MisconfigurationException(f"{study.name}: `command` has ${{program}}, but there is no `program`.")
-        return study.program.split()
-    if word == "${args}":
-        return [f"--{key}={value}" for key, value in pairs]
-    if word == "${args_no_equals}":
-        return [part for key, value in pairs for part in (f"--{key}", str(value))]
-    if word == "${args_no_boolean_flags}":
-        return [f"--{k}" if v is True else f"--{k}={v}" for k, v in pairs if v is not False]
+    macros = {
+        "${env}": [],
+        "${interpreter}": [sys.executable],
+        "${program}": (study.program or "").split(),
+        "${args}": [f"--{key}={value}" for key, value in pairs],
+        "${args_no_equals}": [part for key, value in pairs for part in (f"--{key}", str(value))],
+        "${args_no_boolean_flags}": [f"--{k}" if v is True else f"--{k}={v}" for k, v in pairs if v is not False],
+    }
+    if word == "${program}" and study.program is None:
+        raise MisconfigurationException(f"{study.name}: `command` has ${{program}}, but there is no `program`.")
+    if word in macros:
+        return macros[word]
     word = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), word)
     if word.startswith("${"):
         raise MisconfigurationException(

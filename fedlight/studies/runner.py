@@ -35,14 +35,7 @@ class _Active:
 
 
 class StudyRunner:
-    """Runs what is left to run of a study.
-
-    Args:
-        study: the study.
-        runs: its runs.
-        root: where studies are kept.
-        jobs: runs that train at the same time.
-    """
+    """Runs what is left to run of a study below ``root``, so many ``jobs`` at the same time."""
 
     def __init__(self, study: Study, runs: Sequence[PlannedRun], root: Path, jobs: int = 1) -> None:
         self.study, self.runs, self.root, self.jobs = study, list(runs), root, jobs

@@ -41,12 +41,10 @@ def is_picture(path) -> bool:
         lambda path: p.draw_line({"a": LossLine(GRID, GRID**2), "b": LossLine(GRID, GRID)}, path, ("FedAvg", "MAN")),
         lambda path: p.draw_line(LossLine(GRID, GRID**2), path),
         lambda path: draw_sampling_error([10, 100], {"λ_max": [[0.1, -0.2], [0.03, 0.01]]}, path),
+        lambda path: draw_layers([LayerHistory(f"l{i}", {0: 2.0, 5: 1.0}, {0: 1.0, 1: 0.5}) for i in range(5)], path),
+        lambda path: draw_layers([LayerHistory("logits", {0: 2.0})], path),
         lambda path: draw_layers(
-            [LayerHistory(f"l{i}", [0, 5], [2.0, 1.0], [0, 1], [1.0, 0.5]) for i in range(5)], path
-        ),
-        lambda path: draw_layers([LayerHistory("logits", [0], [2.0])], path),
-        lambda path: draw_layers(
-            [LayerHistory("l0", [4], [2.0], [3, 4], [1.0, 0.5]), LayerHistory("logits", [4], [-0.1])], path
+            [LayerHistory("l0", {4: 2.0}, {3: 1.0, 4: 0.5}), LayerHistory("logits", {4: -0.1})], path
         ),
     ],
 )
