@@ -69,8 +69,12 @@ def top_eigenvalues(
         ValueError: if k is below 1, or the tolerance is not positive.
         NonFiniteLossError: if a product holds NaN or infinity.
     """
-    k = _checked_k(k, operator.size, tolerance)
-    iteration = lanczos(operator, operator.size, k, generator, smallest, tolerance, max_products, basis)
+    check_at_least_one("`top_k`", k)
+    check_number("`tolerance`", tolerance, positive=True)
+    if k > (size := operator.size):
+        warnings.warn(f"`top_k` is {k}, but the model has {size} parameters; all {size} are computed.", stacklevel=2)
+    k = min(k, size)
+    iteration = lanczos(operator, size, k, generator, smallest, tolerance, max_products, basis)
     pairs = _verified(operator, _driven({"": iteration}, lambda asked: [operator.matvec(asked[""])])[""])
     if not pairs.converged:
         worst = float((pairs.residuals / pairs.values.abs().clamp(min=1e-300)).max())
@@ -227,11 +231,3 @@ def _verified(operator: SymmetricOperator, pairs: Eigenpairs) -> Eigenpairs:
         smallest=pairs.smallest and Eigenpairs(values[k:], vectors[k:], residuals[k:]),
         products=pairs.products + len(vectors),
     )
-
-
-def _checked_k(k: int, size: int, tolerance: float) -> int:
-    check_at_least_one("`top_k`", k)
-    check_number("`tolerance`", tolerance, positive=True)
-    if k > size:
-        warnings.warn(f"`top_k` is {k}, but the model has {size} parameters; all {size} are computed.", stacklevel=3)
-    return min(k, size)

@@ -69,19 +69,16 @@ def filter_normalised_directions(parameters: Sequence[Tensor], generator: torch.
         generator: draws normal numbers, on the CPU.
         count: how many.
     """
-    directions = []
-    for _ in range(count):
-        parts = []
-        for p in parameters:
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-            if p.ndim < 2:
-                parts.append(torch.zeros_like(noise).reshape(-1))
-                continue
-            rows, weights = noise.flatten(1), p.detach().flatten(1)
-            scale = weights.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
-            parts.append((rows * scale).reshape(-1))
-        directions.append(torch.cat(parts))
-    return torch.stack(directions)
+
+    def normalised(p: Tensor) -> Tensor:
+        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+        if p.ndim < 2:
+            return torch.zeros_like(noise).reshape(-1)
+        rows, weights = noise.flatten(1), p.detach().flatten(1)
+        direction: Tensor = rows * (weights.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True))
+        return direction.reshape(-1)
+
+    return torch.stack([torch.cat([normalised(p) for p in parameters]) for _ in range(count)])
 
 
 def loss_surface(
@@ -104,7 +101,8 @@ def loss_surface(
     Raises:
         ValueError: if ``radius`` is not positive or ``points`` below 3.
     """
-    _check(points, radius)
+    check_number("`radius`", radius, positive=True)
+    _check(points)
     grid = torch.linspace(-radius, radius, points, dtype=torch.float64)
     here, (first, second) = operator.flat(), directions.to(operator.parameters[0])
     loss = [[operator.loss_at(here + float(a) * first + float(b) * second) for b in grid] for a in grid]
@@ -133,7 +131,7 @@ def loss_line(
     Raises:
         ValueError: if the vectors do not fit the model, ``margin`` is negative or ``points`` below 3.
     """
-    _check(points, 1.0)
+    _check(points)
     check_number("`margin`", margin)
     for name, vector in (("start", start), ("end", end)):
         if vector.shape != (operator.size,):
@@ -149,7 +147,6 @@ def loss_line(
     return LossLine(t, torch.tensor(loss, dtype=torch.float64))
 
 
-def _check(points: int, radius: float) -> None:
+def _check(points: int) -> None:
     if points < 3:
         raise ValueError(f"`points` must be at least 3, got {points}.")
-    check_number("`radius`", radius, positive=True)

@@ -73,7 +73,7 @@ class DatasetPartition(PartitionedDataModule):
         super().__init__(
             num_clients, partitioner or IID(), size, eval_batch_size, seed=seed, held_out_clients=held_out_clients
         )
-        self._by_hand = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
+        self._by_hand, self._eval_size = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups
         self.classes: list[str] = []
         held = loaded(train, "`data.train`", clients=True)
@@ -89,8 +89,7 @@ class DatasetPartition(PartitionedDataModule):
 
     def _take(self, train: Loaded, val: Loaded, test: Loaded) -> None:
         """Take data and the ways to make batches of it; what was given by hand wins."""
-        by_hand, self._held = self._by_hand[0], {"val": val, "test": test}
-        self._train, self._val, self._test = train.dataset, val.dataset, test.dataset
+        by_hand, self._held = self._by_hand, {"train": train, "val": val, "test": test}
         self.batch_size = by_hand.batch_size or train.batch_size or 32
         self.num_workers = (train.num_workers or 0) if by_hand.num_workers is None else by_hand.num_workers
         self.collate_fn = by_hand.collate_fn or train.collate_fn
@@ -99,16 +98,14 @@ class DatasetPartition(PartitionedDataModule):
         """Find the labels and divide the training data among the clients."""
         if self.partition is None:
             self._divide()
-        held, (by_hand, size) = self._held["test" if stage == "test" else "val"], self._by_hand
-        self.eval_batch_size = size or held.batch_size or self.batch_size
-        self.eval_collate_fn = by_hand.collate_fn or held.collate_fn or self.collate_fn
+        held = self._held["test" if stage == "test" else "val"]
+        self.eval_batch_size = self._eval_size or held.batch_size or self.batch_size
+        self.eval_collate_fn = self._by_hand.collate_fn or held.collate_fn or self.collate_fn
 
     def _divide(self) -> None:
-        by_hand = self._by_hand[0].collate_fn
-        self._train = in_memory(self._train, self.collate_fn)
-        self._val, self._test = (
-            in_memory(held.dataset, by_hand or held.collate_fn or self.collate_fn) for held in self._held.values()
-        )
+        own, usual = self._by_hand.collate_fn, self.collate_fn
+        sets = (in_memory(held.dataset, own or held.collate_fn or usual) for held in self._held.values())
+        self._train, self._val, self._test = sets
         size = len(self._train)
         if size == 0:
             raise ValueError("`data.train` is empty.")

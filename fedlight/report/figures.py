@@ -83,9 +83,14 @@ def _spectrum_panel(axes: "Axes", study: Study, groups: Sequence[Group], metric:
             _curve(axes, study, group, metric)
         _count_rounds(axes)
         axes.set_ylabel(name)
-    else:
-        finals = [(g, g.stat(metric)) for g in there]
-        _bars(axes, [(g, s.mean, s.std or 0.0) for g, s in finals if s is not None], name)
+        return
+    finals = [(group, stat) for group in there if (stat := group.stat(metric)) is not None]
+    shades = ["0.25" if group.method.has_man else "0.75" for group, _ in finals]
+    bars: dict[str, Any] = {"xerr": [s.std or 0.0 for _, s in finals], "color": shades, "edgecolor": "black"}
+    axes.barh(range(len(finals)), [s.mean for _, s in finals], capsize=3, height=0.6, **bars)
+    axes.set_yticks(range(len(finals)), [group.label for group, _ in finals], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(name)
 
 
 def draw_layers(study: Study, setting: str, path: Path) -> Path | None:
@@ -153,33 +158,16 @@ def _count_rounds(axes: "Axes", against: str = "rounds") -> None:
         axes.locator_params(axis="x", integer=True)
 
 
-def _bars(axes: "Axes", values: Sequence[tuple[Group, float, float]], name: str) -> None:
-    shades = ["0.25" if group.method.has_man else "0.75" for group, _, _ in values]
-    places = range(len(values))
-    errors = [std for _, _, std in values]
-    axes.barh(
-        places, [mean for _, mean, _ in values], xerr=errors, color=shades, edgecolor="black", capsize=3, height=0.6
-    )
-    axes.set_yticks(places, [group.label for group, _, _ in values], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(name)
-
-
 def _style(study: Study, group: Group) -> dict[str, Any]:
     """Dash and marker by the method without MAN, black with MAN and grey without: pairs are seen as pairs.
 
     Where a method comes in several variants, each has a dash and a marker of its own.
     """
-    labels = list(dict.fromkeys(g.label for g in study.groups))
-    keys = [g.method.base for g in study.groups] if _is_paired(study) else labels
-    index = list(dict.fromkeys(keys)).index(group.method.base if _is_paired(study) else group.label)
+    alone = len({g.label for g in study.groups}) == len({g.method.name for g in study.groups})
+    keys = {g.label: g.method.base if alone else (g.label,) for g in study.groups}
+    index = list(dict.fromkeys(keys.values())).index(keys[group.label])
     shade, face = ("black", "black") if group.method.has_man else ("0.5", "white")
     return line_style(index) | {"color": shade, "markerfacecolor": face}
-
-
-def _is_paired(study: Study) -> bool:
-    """Whether every method name stands for one method."""
-    return len({g.label for g in study.groups}) == len({g.method.name for g in study.groups})
 
 
 def _drawn(path: Path, plot: Any, size: tuple[float, float]) -> Path:

@@ -176,13 +176,11 @@ def _changes(path: Path) -> str | None:
 def _other_version(summary: dict[str, Any]) -> str:
     from fedlight import __version__
 
-    written = (summary.get("versions") or {}).get("fedlight") if isinstance(summary.get("versions"), dict) else None
-    if written is None:
+    versions = summary.get("versions")
+    if not isinstance(versions, dict) or (written := versions.get("fedlight")) is None:
         return "it does not say which version of fedlight wrote it"
-    ours, theirs = (str(v).split(".")[:2] for v in (__version__, written))
-    return (
-        "" if ours == theirs or "unknown" in str(written) else f"written by fedlight {written}; this is {__version__}"
-    )
+    alike = str(written).split(".")[:2] == __version__.split(".")[:2] or "unknown" in str(written)
+    return "" if alike else f"written by fedlight {written}; this is {__version__}"
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -97,13 +97,13 @@ def distances(study: Study, metric: str, baseline: str) -> Table | None:
 
 
 def _compared(study: Study, metric: str, other: Callable[[Group], Group | None], title: str, what: str) -> Table | None:
-    rows: dict[str, list[Cell]] = {}
+    rows = []
     for method in study.methods:
         groups = [study.find(method, setting) for setting in study.settings]
         pairs = [(group, None if group is None else other(group)) for group in groups]
         row = [Cell(_DASH) if a is None or b is None else show_gain(gain(a, b, metric), metric) for a, b in pairs]
         if any(cell.text != _DASH for cell in row):
-            rows[method] = row
+            rows.append([Cell(method), *row])
     if not rows:
         return None
     unit = "percentage points of " if is_share(metric) else ""
@@ -111,7 +111,7 @@ def _compared(study: Study, metric: str, other: Callable[[Group], Group | None],
         f"{unit}{metric} {what}: the mean of the differences seed by seed ± half of its 95 % interval by Student's t;"
         " bold: the interval excludes 0. From one common seed there is no interval."
     )
-    return Table([title, *study.settings], [[Cell(m), *row] for m, row in rows.items()], note)
+    return Table([title, *study.settings], rows, note)
 
 
 def show_gain(stat: Stat | None, metric: str) -> Cell:
@@ -249,18 +249,13 @@ def show_cost(group: Group, metric: str, target: float, *spent: str) -> str:
 
 def differences(study: Study) -> Table | None:
     """What differs between the configurations of the groups; None if nothing does."""
-    configs = []
-    for group in study.groups:
-        shown = {k: _value(v) for k, v in group.runs[0].config.items() if k not in _FOLDERS}
-        configs.append(tuple(sorted(shown.items())))
-    keys = differing(configs)
-    if not keys:
-        return None
-    rows = []
-    for group, items in zip(study.groups, configs, strict=True):
-        known = dict(items)
-        rows.append(cells(group.label, group.setting_label, *(known.get(key, _DASH) for key in keys)))
-    return Table(["method", "setting", *(key.replace(".init_args", "") for key in keys)], rows)
+    configs = [{k: _value(v) for k, v in g.runs[0].config.items() if k not in _FOLDERS} for g in study.groups]
+    keys = differing([tuple(config.items()) for config in configs])
+    rows = [
+        cells(group.label, group.setting_label, *(config.get(key, _DASH) for key in keys))
+        for group, config in zip(study.groups, configs, strict=True)
+    ]
+    return Table(["method", "setting", *(key.replace(".init_args", "") for key in keys)], rows) if keys else None
 
 
 def _value(value: object) -> str:
