@@ -71,19 +71,26 @@ __all__ += ["penalties", "personal", "perturbations", "sampling", "transforms"]
 
 # Where modules of 0.1 are: their old paths go on working in YAML files, programs and the settings of checkpoints.
 MOVED = {
+    "analysis.diagnosis": "analysis.layers",
+    "analysis.layer_pictures": "analysis.pictures",
     "callbacks.curves": "callbacks.pictures",
     "callbacks.man": "penalties.man",
     "callbacks.partition": "callbacks.pictures",
     "callbacks.penalty": "penalties.base",
     "checkpoint": "run.checkpoint",
     "clients": "server.clients",
+    "data.loaders": "data.reading",
+    "data.pooled": "data.held_out",
+    "data.splits": "data.folders",
     "evaluation": "run.evaluation",
     "federation": "server.federation",
     "loggers": "run.loggers",
     "optimizers": "module.optimizers",
     "parameters": "module.parameters",
+    "report.document": "report.writers",
     "run_folder": "run.folder",
     "sampling": "server.sampling",
+    "studies.keys": "studies.distributions",
 }
 
 

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COSTS: dict[str, tuple[str, ...]] = {
-    "rounds": (),
-    "megabytes": TRAFFIC,
-    "gradients": ("clients/gradients",),
-}
+COSTS: dict[str, tuple[str, ...]] = {"rounds": (), "megabytes": TRAFFIC, "gradients": ("clients/gradients",)}
 """What curves are drawn against, and the metrics that add up to it."""
 _AXES = {"rounds": "rounds", "megabytes": "megabytes, sent both ways", "gradients": "gradients that clients computed"}
 
