@@ -15,22 +15,8 @@ from fedlight.checks import check_at_least_one
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".jp2",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".avif",
-    ".ppm",
-    ".pgm",
-    ".tif",
-}
-EXTENSIONS |= {".tiff"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".avif"}
+EXTENSIONS |= {".ppm", ".pgm", ".tif", ".tiff"}
 _NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
 _SPELLINGS = {
     "train": "training|train|trn",
