@@ -116,7 +116,7 @@ class Measurement:
         """
         blocks = self.blocks(subject)
         with torch.inference_mode(False), preserved_global_rng():
-            _, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
+            loss, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
             try:
                 result = measure_hessian(
                     operator,
@@ -135,9 +135,8 @@ class Measurement:
                 operator.release()
             if self.data != "clients" or subject.clients is None:
                 return result
-            start, module = perf_counter(), subject.loss(view, self.float64).module
-            drawn = subject.options(self.max_samples, self.seed)
-            values = clients_lambda_max(module, subject.clients(), double=self.float64, **drawn)
+            start, drawn = perf_counter(), subject.options(self.max_samples, self.seed)
+            values = clients_lambda_max(loss.module, subject.clients(), double=self.float64, **drawn)
         if bad := [client for client, value in enumerate(values) if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")
         return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})

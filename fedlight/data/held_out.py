@@ -10,6 +10,9 @@ from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.seeding import generator
 
+_AS_GIVEN = ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "test_dataset", "predict_dataloader")
+"""What the other datamodule does itself."""
+
 
 class Wrapping(FederatedDataModule):
     """Base of datamodules that give the data of another one to other clients.
@@ -21,15 +24,8 @@ class Wrapping(FederatedDataModule):
     def __init__(self, data: FederatedDataModule) -> None:
         super().__init__(data.batch_size, data.eval_batch_size, data.num_workers, data.collate_fn, data.seed)
         self.data = data
-        for name in (
-            "prepare_data",
-            "teardown",
-            "eval_batch_size_on",
-            "val_dataset",
-            "test_dataset",
-            "predict_dataloader",
-        ):
-            setattr(self, name, getattr(data, name))  # as the other datamodule does it
+        for name in _AS_GIVEN:
+            setattr(self, name, getattr(data, name))
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data; only then it may know how batches are made."""

@@ -116,14 +116,9 @@ def _study_runs(folder: Path) -> Iterator[Run]:
         result = _json(path / "run.json")
         run = read_run(path / f"version_{present[-1]}") if present else Run(path, "missing", "it has not been begun")
         if run.status in ("interrupted", "missing") and result.get("status") == "failed":
-            run.status, run.detail = "failed", _first_line(str(result.get("error", "")))
+            said = filter(None, map(str.strip, str(result.get("error", "")).splitlines()))
+            run.status, run.detail = "failed", " — ".join(itertools.islice(said, 2))  # what it was, and of what
         yield run
-
-
-def _first_line(error: str) -> str:
-    """The line of an error's report that says what it was."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    return " — ".join(lines[:2])
 
 
 def read_run(path: Path) -> Run:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from fedlight.studies.plan import PlannedRun
 from fedlight.studies.study import Study
 
 OUTPUT = "output.log"
+_ERROR = re.compile(r"(fedlight: )?error:|[^ :]*(Error|Exception):")
 
 
 class RunSlot:
@@ -92,15 +94,8 @@ def log_tail(path: Path, lines: int = 8) -> str:
         text = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         return ""
-    begin = next((i for i in reversed(range(len(text))) if _is_error(text[i])), max(0, len(text) - 1))
+    begin = next((i for i in reversed(range(len(text))) if _ERROR.match(text[i])), max(0, len(text) - 1))
     return "\n".join(text[begin : begin + lines])
-
-
-def _is_error(line: str) -> bool:
-    word = line.split(":", 1)[0]
-    return line.startswith(("error:", "fedlight: error:")) or (
-        word.endswith(("Error", "Exception")) and " " not in word and ":" in line
-    )
 
 
 def now() -> str:
