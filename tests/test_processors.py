@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedlight.run import processors as _processors
+from fedlight.run import processes as _processes
 from fedlight.run.loggers import read_metrics
-from fedlight.run.processors import LARGE_STEP, num_processes, step_flop
+from fedlight.run.processes import LARGE_STEP, num_processes, step_flop
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded
 
@@ -70,7 +70,7 @@ class Threads(Regression):
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(_processors, "available_cores", lambda: 2)
+    monkeypatch.setattr(_processes, "available_cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield monkeypatch
@@ -85,7 +85,7 @@ def test_small_steps_run_on_one_thread(tmp_path, two_cores):
 
 
 def test_large_steps_run_on_all_threads(tmp_path, two_cores):
-    two_cores.setattr(_processors, "LARGE_STEP", 0)
+    two_cores.setattr(_processes, "LARGE_STEP", 0)
     module = Threads()
     quiet_trainer(tmp_path).fit(module, Clients())
     assert SEEN[-1] == 2
@@ -110,7 +110,7 @@ def test_threads_are_given_back_after_a_failure(tmp_path, two_cores):
 
 def test_a_python_program_stays_one_process(tmp_path, two_cores):
     """It would run again from its start in every further process."""
-    two_cores.setattr(_processors, "_WORTH_S", 0)
+    two_cores.setattr(_processes, "_WORTH_S", 0)
     trainer = quiet_trainer(tmp_path, devices="auto")
     trainer.fit(Regression(), Clients())
     assert trainer.world_size == 1
@@ -138,7 +138,7 @@ def test_the_command_starts_a_process_per_core(tmp_path):
     """The same bits as in one process, as all of them have one thread."""
     code = tmp_path / "fedlight"  # the name by which a command is known
     code.write_text(
-        "import fedlight.run.processors as p, os\n"
+        "import fedlight.run.processes as p, os\n"
         "p._WORTH_S, p.available_cores = float(os.environ['WORTH']), lambda: 2\n"
         "from fedlight.cli.command import main\n"
         "main()\n"

@@ -26,7 +26,7 @@ from fedlight.perturbations.base import State
 from fedlight.run.context import RunContext
 from fedlight.run.folder import atomic_file
 from fedlight.run.preflight import check_data, check_methods
-from fedlight.run.processors import use_threads
+from fedlight.run.processes import use_threads
 from fedlight.run.session import Session
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.cli.command import FederatedCLI
 from fedlight.trainer import FederatedTrainer
 
 ALLOWED = ("fedlight", "torch", "torchvision", "torchmetrics", "lightning")
@@ -56,8 +57,17 @@ def _is_module(path: str) -> bool:
     return top in sys.modules or find_spec(top) is not None
 
 
-def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Any:
-    """Trainer, module and data of an app's configuration; see :class:`~fedlight.cli.command.FederatedCLI`.
+class Parts(FederatedCLI):
+    """Trainer, module and data of a configuration, which nothing is done with yet."""
+
+    trainer: FederatedTrainer  # type: ignore[assignment]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Parts:
+    """Read an app's configuration as options say.
 
     Args:
         config: ``config.yaml``.
@@ -65,12 +75,6 @@ def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[
         options: the run's options, and the node's.
         site: whether a site runs it, which writes nothing and shows nothing.
     """
-    from fedlight.cli.command import FederatedCLI
-
-    class Parts(FederatedCLI):
-        def _run_subcommand(self, subcommand: str) -> None:
-            """Nothing is run yet."""
-
     given: dict[str, Any] = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
     if site:
         given |= {f"trainer.{key}": value for key, value in _QUIET.items()}

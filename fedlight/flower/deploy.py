@@ -17,13 +17,12 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import __version__
-from fedlight.cli.command import FederatedCLI, SaveConfig
+from fedlight.cli.command import SaveConfig
 from fedlight.data.held_out import training_data
-from fedlight.flower.config import ALLOWED, import_paths
+from fedlight.flower.config import ALLOWED, Parts, import_paths
 from fedlight.flower.local import run_local
 from fedlight.flower.server import check_deployable
 from fedlight.studies.command import positive
-from fedlight.trainer import FederatedTrainer
 
 PACKAGE = "fedlight_app"
 """The folder of the app that is imported: the configuration lies in it, so that it travels with the code."""
@@ -78,22 +77,12 @@ TLS, authentication, and what each side sees of the other. All of it on this mac
   fedlight deploy flower -o {quoted} --local 3"""
 
 
-class Composed(FederatedCLI):
-    """Reads and builds what ``fit`` takes, and trains nothing.
-
-    Attributes:
-        text: the complete configuration, as a run's folder has it.
-    """
-
-    text: str
-    trainer: FederatedTrainer  # type: ignore[assignment]
-
-    def fit(self, **parts: Any) -> None:
-        """Keep the configuration; a checkpoint belongs to a run of the app."""
-        config = self.config["fit"]
-        if config.ckpt_path is not None:
-            raise MisconfigurationException("ckpt_path: an app is resumed by `flwr run APP -c 'resume=\"last\"'`.")
-        self.text = SaveConfig(self._parser("fit"), config).text(self.trainer, continued=True)
+def _text(composed: Parts) -> str:
+    """The complete configuration, as a run's folder has it; a checkpoint belongs to a run of the app."""
+    config = composed.config["fit"]
+    if config.ckpt_path is not None:
+        raise MisconfigurationException("ckpt_path: an app is resumed by `flwr run APP -c 'resume=\"last\"'`.")
+    return SaveConfig(composed._parser("fit"), config).text(composed.trainer, continued=True)
 
 
 def main(args: Sequence[str]) -> int:
@@ -108,15 +97,15 @@ def main(args: Sequence[str]) -> int:
     config = app / PACKAGE / "config.yaml"
     if options.local and not rest and config.is_file():
         sys.path.insert(0, str(app.absolute()))  # its code, which travels with it
-        composed = Composed(["fit", "-c", str(config)])
+        composed = Parts(["fit", "-c", str(config)])
     elif app.exists() and not (app.is_dir() and not any(app.iterdir())):
         parser.error(f"-o {app} is there already: name a folder that is new or empty")
     elif not rest:
         parser.error("it needs a configuration. To begin with: fedlight deploy flower -c quickstart -o app")
     else:
-        composed = Composed(["fit", *rest])
+        composed = Parts(["fit", *rest])
         _write(app, composed, options.publisher)
-    allow = " ".join(sorted(_imported(yaml.safe_load(composed.text))))
+    allow = " ".join(sorted(_imported(yaml.safe_load(_text(composed)))))
     if options.local:
         data = training_data(composed.datamodule, centralized=False)
         data.prepare_data()
@@ -127,10 +116,11 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def _write(app: Path, composed: Composed, publisher: str) -> None:
+def _write(app: Path, composed: Parts, publisher: str) -> None:
     """Write the app; nothing is written where the experiment cannot be deployed."""
     check_deployable(composed.trainer, composed.datamodule)
-    code = _own_code(yaml.safe_load(composed.text))
+    text = _text(composed)
+    code = _own_code(yaml.safe_load(text))
     name = re.sub(r"[^a-zA-Z0-9]+", "-", app.absolute().name).lstrip("-")
     values = {
         "name": (name if name[:1].isalpha() else f"app-{name}")[:32].strip("-"),
@@ -143,8 +133,8 @@ def _write(app: Path, composed: Composed, publisher: str) -> None:
     quoted = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     (app / PACKAGE).mkdir(parents=True)
     files = {f"{side}_app.py": _MODULE.format(side=side) for side in ("client", "server")}
-    for file, text in {**files, "__init__.py": "", "config.yaml": composed.text}.items():
-        (app / PACKAGE / file).write_text(text, encoding="utf-8")
+    for file, content in {**files, "__init__.py": "", "config.yaml": text}.items():
+        (app / PACKAGE / file).write_text(content, encoding="utf-8")
     for source, goal in code:
         (app / goal).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, app / goal)

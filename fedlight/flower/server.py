@@ -229,7 +229,7 @@ def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> Ser
         ConnectionError: if too few sites answer.
     """
     cli = build(config, ServerTrainer, options, site=False)
-    trainer: ServerTrainer = cli.trainer
+    trainer: ServerTrainer = cli.trainer  # type: ignore[assignment]
     trainer.callbacks.append(_Crossed())
     data: FederatedDataModule = cli.datamodule
     check_deployable(trainer, data)

@@ -26,8 +26,7 @@ from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
 from fedlight.run.preflight import check_data, check_methods
-from fedlight.run.processes import deferred_signals, lost_process, watch_children
-from fedlight.run.processors import resolve_devices, use_threads
+from fedlight.run.processes import deferred_signals, lost_process, resolve_devices, use_threads, watch_children
 from fedlight.run.results import destination
 from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped

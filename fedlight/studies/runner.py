@@ -111,7 +111,7 @@ class StudyRunner:
         """Cores and, where ``CUDA_VISIBLE_DEVICES`` lists several, GPUs are shared among the jobs."""
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if self.jobs > 1:
-            from fedlight.run.processors import available_cores
+            from fedlight.run.processes import available_cores
 
             env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.jobs)))
             devices = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]

@@ -117,7 +117,7 @@ def test_jobs_train_at_the_same_time_and_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_begin", counted)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr("fedlight.run.processors.available_cores", lambda: 8)
+    monkeypatch.setattr("fedlight.run.processes.available_cores", lambda: 8)
     assert runner.run() == 0
     assert max(most) == 2
     assert [runner._environment(job)["CUDA_VISIBLE_DEVICES"] for job in (0, 1)] == ["3", "5"]
