@@ -184,13 +184,13 @@ class SiteSession(Session):
         """Be where the server is, with the clients' own state."""
         info, side, device = job.info, self.federation.clients, self.fabric.device
         received, server, buffers = (moved(job.part(name), device) for name in ("received", "server", "buffers"))
-        state = self.federation.state
+        state, params = self.federation.state, server.get("params", received["params"])
         self.movers.join(sorted(buffers.keys() - state.buffers.keys()))
         self.federation.state = ServerState(
             round=info["round"],
-            algorithm={"params": server.get("params", received["params"])},
+            algorithm={"params": params},
             buffers={**state.buffers, **buffers},
-            views={"server": server.get("model", received["params"])},
+            views={"server": server.get("model", params)},
             personal=state.personal,
             loss_scale=info["loss_scale"],
         )
