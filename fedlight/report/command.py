@@ -1,15 +1,21 @@
 """``fedlight report``."""
 
 import argparse
+import difflib
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from fedlight.report import figures, tables
 from fedlight.report.groups import Group, Study, group_runs
 from fedlight.report.runs import find_runs
+from fedlight.report.tables import is_share
 from fedlight.report.writers import Block, Heading, Picture, Text, write_html, write_latex, write_markdown
+from fedlight.run.folder import writing
+from fedlight.run.names import preferred_metric
 
 _ROUND = re.compile(r"_(?:round|epoch)(\d+)$")
 
@@ -19,16 +25,30 @@ def main(args: list[str]) -> int:
     options = _parser().parse_args(args)
     out: Path = options.output
     study = group_runs(find_runs(options.folders))
-    document = _report(study, options)
-    written = [out / "report.md", out / "report.html"]
-    write_markdown(document, written[0])
-    write_html(document, written[1])
-    if options.latex and study.groups:
-        write_latex(tables.overview(study, options.metric), out / "table.tex")
-        written.append(out / "table.tex")
+    options.metric = _metric(study, options)
+    with writing(out):
+        document = _report(study, options)
+        written = [out / "report.md", out / "report.html"]
+        write_markdown(document, written[0])
+        write_html(document, written[1])
+        if options.latex and study.groups:
+            write_latex(tables.overview(study, options.metric), out / "table.tex")
+            written.append(out / "table.tex")
     states = ", ".join(f"{n} {status}" for status, n in Counter(run.status for run in study.runs).items())
     print(f"{len(study.runs)} runs ({states}): " + ", ".join(str(path) for path in written))
     return 0 if study.groups else 1
+
+
+def _metric(study: Study, options: argparse.Namespace) -> str:
+    """The metric that was asked for, else what validation logs; refused where no run has it, or the target is none."""
+    logged = dict.fromkeys(name for run in study.used for row in run.rows for name in row)
+    metric: str = options.metric or preferred_metric(n for n in logged if n.startswith("val")) or "val/accuracy"
+    if options.metric and logged and metric not in logged:
+        near = difflib.get_close_matches(metric, logged, 5, 0.3) or list(logged)[:5]
+        raise MisconfigurationException(f"--metric {metric!r} is in no run; there are {', '.join(near)} and others.")
+    if options.target is not None and is_share(metric) and not 0 <= options.target <= 1:
+        raise MisconfigurationException(f"--target {options.target:g} must lie in 0 .. 1, as {metric} does.")
+    return metric
 
 
 def _report(study: Study, options: argparse.Namespace) -> list[Block]:
@@ -117,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="folders of runs or studies, or above them")
     add("-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to write (default: report/)")
-    add("--metric", default="val/accuracy", help="what methods are compared by (default: val/accuracy)")
+    add("--metric", help="what methods are compared by (default: val/accuracy, or what else validation logs)")
     add("--target", type=float, help="count rounds to this value (default: what every method of a setting reaches)")
     add("--baseline", metavar="METHOD", help="show the differences to this method, with 95 %% intervals over seeds")
     add("--rank", action="store_true", help="rank the methods over the settings: Friedman's test, Nemenyi's distance")

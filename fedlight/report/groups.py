@@ -33,6 +33,8 @@ class Stat:
         there = [float(v) for v in values if v is not None and not math.isnan(v)]
         if not there:
             return None
+        if not all(map(math.isfinite, there)):
+            return cls(sum(there) / len(there), math.nan if len(there) > 1 else None, len(there))
         return cls(statistics.fmean(there), statistics.stdev(there) if len(there) > 1 else None, len(there))
 
     @property

@@ -147,6 +147,8 @@ def _filled_in(run: Run) -> tuple[Status, str]:
     if "final" in run.summary:
         if not run.rows:
             return "torn", "metrics.csv has no rows"
+        if [row["round"] for row in run.rows] != list(range(run.summary.get("rounds", len(run.rows)))):
+            return "torn", "metrics.csv lacks rows"
         changes = _changes(run.path)
         return ("finished", _other_version(run.summary)) if changes is None else ("changed", changes)
     if (run.path / "summary.json").exists():

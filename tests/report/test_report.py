@@ -163,10 +163,30 @@ def test_no_finished_run(tmp_path, capsys):
 
 def test_nan_and_missing_metrics_do_not_stop_a_report(tmp_path):
     write_run(tmp_path / "a" / "version_0", [float("nan"), float("nan")])
-    write_run(tmp_path / "b" / "version_0", [0.2, 0.4], config("FedDyn"))
-    assert main([str(tmp_path), "-o", str(tmp_path / "out"), "--metric", "val/accuracy_all"]) == 0
+    for seed in (0, 1):
+        diverged = {"val/loss": [1.0, float("inf") if seed else 2.0]}
+        write_run(tmp_path / "b" / f"version_{seed}", [0.2, 0.4], config("FedDyn", seed), diverged)
+    assert main([str(tmp_path), "-o", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| FedAvg | – |" in text
+    assert "inf ± nan" in text
+
+
+def test_what_is_compared_is_what_validation_logs(tmp_path):
+    path = write_run(tmp_path / "version_0", [0.1, 0.2], columns={"val_acc": [0.3, 0.4], "val_acc_all": [0.7, 0.8]})
+    text = (path / "metrics.csv").read_text()
+    (path / "metrics.csv").write_text(text.replace("val/accuracy", "top"))
+    assert main([str(path), "-o", str(tmp_path / "out")]) == 0
+    assert "| FedAvg | 0.40 |" in (tmp_path / "out" / "report.md").read_text()
+    for arguments, message in (
+        (["--metric", "val_ac"], "--metric 'val_ac' is in no run; there are val_acc, val_acc_all"),
+        (["-o", str(path / "config.yaml" / "out")], "a part of the path is a file"),
+    ):
+        with pytest.raises(MisconfigurationException, match=message):
+            main([str(path), *arguments])
+    (path / "metrics.csv").write_text(text)
+    with pytest.raises(MisconfigurationException, match=r"--target 46 must lie in 0 \.\. 1, as val/accuracy does"):
+        main([str(path), "--target", "46"])
 
 
 def test_rounds_that_nobody_reaches(tmp_path):

@@ -30,6 +30,11 @@ def _torn_metrics(path):
     (path / "metrics.csv").write_text("round,val/accuracy\n0,abc\n1,2\n")
 
 
+def _lost_row(path):
+    lines = (path / "metrics.csv").read_text().splitlines()
+    (path / "metrics.csv").write_text("\n".join([lines[0], lines[2], ""]))
+
+
 def _foreign_config(path):
     (path / "config.yaml").write_text("trainer: {}\nmodel: {}\n")
 
@@ -46,6 +51,7 @@ def _torn_summary(path):
         (_torn_summary, "torn", "summary.json cannot be read"),
         (lambda path: (path / "config.yaml").unlink(), "torn", "config.yaml is missing"),
         (lambda path: (path / "metrics.csv").unlink(), "torn", "metrics.csv has no rows"),
+        (_lost_row, "torn", "metrics.csv lacks rows"),
         (lambda path: (path / "summary.json").unlink(), "interrupted", "2 of 3 rounds"),
         (
             lambda path: (path / "config.yaml").write_text("trainer: {}\nmodel: {}\n"),
