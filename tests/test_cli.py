@@ -276,6 +276,7 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
     ("args", "message"),
     [
         (["--trainer.max_round=3"], "'trainer.max_round' is not known; did you mean 'trainer.max_rounds'?"),
+        (["--trainer.seed=3"], "'trainer.seed' is not known; did you mean 'seed_everything'?"),
         (["--trainer.max_epochs=3"], "'trainer.max_epochs' is not known; did you mean 'trainer.max_rounds'?"),
         (["--trainer.max_steps=3"], "did you mean 'trainer.max_rounds' with 'trainer.local_steps'?"),
         (["--trainer.val_check_interval=3"], "did you mean 'trainer.check_val_every_n_rounds'?"),

@@ -324,6 +324,7 @@ def test_every_form_that_lightning_takes(make):
         (lambda o: None, "returned 0 optimizers"),
         (lambda o: ({"optimizer": o}, {"optimizer": o}), "returned 2 optimizers"),
         (lambda o: 3, "returned 3, which is not understood"),
+        (lambda o: torch.optim.SGD(o.param_groups, lr=-1.0), "model.configure_optimizers: Invalid learning rate: -1.0"),
         (lambda o: torch.optim.LBFGS([o.param_groups[0]["params"][0]]), "LBFGS evaluates its own closure"),
         (
             lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "interval": "month"}]),

@@ -327,6 +327,7 @@ def test_when_all_diverge_the_run_stops_and_the_last_checkpoint_stays(tmp_path):
         ({"seed": -1}, r"trainer.seed=-1"),
         ({"engine": "warp"}, r"trainer.engine='warp' must be one of \['auto', 'cuda_graph', 'eager'"),
         ({"accelerator": "abacus"}, r"trainer.accelerator='abacus'.*is not possible here"),
+        ({"accelerator": "tpu"}, r"trainer.accelerator='tpu'.*is not possible here: Requirement 'torch_xla"),
         ({"accelerator": "cpu", "devices": 0}, r"trainer.devices=0.*is not possible here"),
         ({"precision": "8-true"}, r"trainer.precision='8-true'.*is not possible here"),
         ({"client_state": "moon"}, r"trainer.client_state='moon'"),

@@ -73,7 +73,9 @@ _TRAINER = {
     **{"gpus": "accelerator=gpu' with 'trainer.devices", "weights_save_path": "default_root_dir"},
 }
 _ELSEWHERE = {f"trainer.{key}": f"trainer.{here}" for key, here in _TRAINER.items()}
-_ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")} | {"seed": "seed_everything"}
+_ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")} | dict.fromkeys(
+    ("seed", "trainer.seed"), "seed_everything"
+)
 """What Lightning's users write, and what it is here; a key may go on with a dot."""
 _LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "csv": "CSVLogger"}
 
@@ -119,7 +121,7 @@ def _class(word: str, classes: Mapping[str, str]) -> str:
         return f"settings of a logger go to its class: --trainer.logger {_LOGGERS[word]} --trainer.logger.<setting>"
     if word in classes:
         return f"{word!r} belongs under another key: --{classes[word]} {word}"
-    near = _near(word, sorted(classes), 0.6)
+    near = _near(word, sorted(classes), 0.65)
     if near:
         return f"{word!r} is not known; did you mean {' or '.join(map(repr, near))}?"
     return f"{word!r} is no class that is known by a short name; give its import path, as my_module.{word}"

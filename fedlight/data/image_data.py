@@ -96,6 +96,7 @@ class ImageData(PartitionedDataModule):
         )
         self._eval_batch_size_is_given = eval_batch_size is not None
         check_number("`data.val_fraction`", val_fraction, below=1)
+        check_number("`data.crop_padding`", crop_padding)
         if isinstance(normalize, str) and normalize not in ("auto", "none", *STATISTICS):
             known = ", ".join(["auto", "none", *STATISTICS])
             raise ValueError(f"`data.normalize` is {normalize!r}, but must be one of {known}, or [means, deviations].")

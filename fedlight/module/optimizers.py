@@ -96,9 +96,13 @@ def configure_optimizers(module: LightningModule) -> Optimization:
     """Call the module's ``configure_optimizers`` and read what it returns.
 
     Raises:
-        MisconfigurationException: if there is not exactly one optimizer, or a scheduler entry is not understood.
+        MisconfigurationException: if there is not exactly one optimizer, a scheduler entry is not understood, or torch
+            refuses a setting.
     """
-    found = module.configure_optimizers()
+    try:
+        found = module.configure_optimizers()
+    except ValueError as error:
+        raise MisconfigurationException(f"model.configure_optimizers: {error}") from error
     optimizers, schedulers = _split(found)
     if len(optimizers) != 1:
         raise MisconfigurationException(

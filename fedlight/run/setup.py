@@ -54,7 +54,7 @@ def make_fabric(settings: dict[str, Any]) -> Fabric:
                 " to run. Put it into one, or set trainer.devices=1"
             )
         return fabric
-    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException) as error:
         given = ", ".join(f"trainer.{key}={settings[key]!r}" for key in keys)
         raise MisconfigurationException(f"{given} is not possible here: {error}") from error
 

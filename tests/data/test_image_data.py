@@ -134,6 +134,7 @@ def test_normalisation(npz):
         ({"normalize": "imagnet"}, r"`data\.normalize` is 'imagnet', but must be one of auto, none, cifar10"),
         ({"normalize": "cifar10"}, r"`data\.normalize` is for 3 channels, but the images have 1"),
         ({"normalize": ([0.5], [0.0])}, r"`data\.normalize`"),
+        ({"crop_padding": -1}, r"`data\.crop_padding` must be a finite number at least 0, found -1"),
         ({"val_fraction": 1.0}, r"`data\.val_fraction` must be a finite number at least 0 and below 1"),
         ({"num_clients": 0}, r"`data\.num_clients` must be at least 1"),
         ({"num_clients": 2000}, r"`data\.num_clients` is 2000, but it must be between 1 and .* 1442"),
