@@ -307,6 +307,7 @@ def refused(run, message, ckpt_path="last", **settings):
 
 
 def test_a_missing_checkpoint(run):
+    refused(run, "is a folder. Give a file, 'last' or 'best'", ".")
     refused(run, "ckpt_path='nothing.ckpt' does not exist. Give a file, 'last' or 'best'", "nothing.ckpt")
     refused(run, "ckpt_path='last': no run below .*/other has a checkpoint of that name. Check", name="other")
 

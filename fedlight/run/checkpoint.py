@@ -94,7 +94,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         MisconfigurationException: if the file is missing, torn or damaged, or was not written by fedlight.
     """
     if not path.is_file():
-        raise MisconfigurationException(f"ckpt_path={str(path)!r} does not exist. Give a file, 'last' or 'best'.")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise MisconfigurationException(f"ckpt_path={str(path)!r} {what}. Give a file, 'last' or 'best'.")
     try:
         with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums
             if (damaged := parts.testzip()) is not None:
