@@ -1,6 +1,7 @@
 """Engines: how the local trainings of a round are executed."""
 
 import importlib
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -8,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining
 from fedlight.engines.eager import Eager
+from fedlight.engines.side_by_side import why_not_faster, why_not_same
 
 __all__ = ["ClientTask", "Eager", "Engine", "LocalTraining", "engine_names", "make_engine", "start_engine"]
 
@@ -34,24 +36,16 @@ def make_engine(wanted: str | Engine) -> Engine:
 
 
 def start_engine(wanted: str | Engine, training: LocalTraining) -> Engine:
-    """The engine of ``trainer.engine``, set up. ``auto`` is ``cuda_graph`` where that works, else ``eager``.
+    """The engine of ``trainer.engine``, set up.
+
+    ``auto`` is ``cuda_graph`` on a GPU and ``vmap`` on a CPU, where that works and is faster, else ``eager``.
 
     Raises:
         MisconfigurationException: if the wanted engine cannot do the work, saying why.
     """
-    reason = None
     if wanted == "auto":
-        wanted, reason = "eager", "auto; on a CPU vmap is faster for small models, if asked for"
-        if _accelerated(training.fabric.device):
-            try:
-                engine = start_engine("cuda_graph", training)
-                engine.reason = "auto; the fastest on a GPU"
-                return engine
-            except MisconfigurationException as error:
-                reason = "auto; cuda_graph cannot train this, as the warning says"
-                rank_zero_warn(f"trainer.engine=auto is eager, which is slower, because of {error}")
+        return _fastest(training)
     engine = make_engine(wanted)
-    engine.reason = reason or engine.reason
     try:
         engine.setup(training)
     except BaseException:
@@ -62,8 +56,41 @@ def start_engine(wanted: str | Engine, training: LocalTraining) -> Engine:
 
 def runs_python(wanted: str | Engine, training: LocalTraining) -> bool:
     """Whether every local step will be run as it is written, and not be recorded once."""
-    auto = wanted == "auto" and not _accelerated(training.fabric.device)
+    auto = wanted == "auto" and not _accelerated(training.fabric.device) and why_not_faster(training) is not None
     return (auto or wanted == "eager" or isinstance(wanted, Eager)) and not training.compile
+
+
+def _fastest(training: LocalTraining) -> Engine:
+    """What ``auto`` is."""
+    if _accelerated(training.fabric.device):
+        try:
+            engine = start_engine("cuda_graph", training)
+            engine.reason = "auto; the fastest on a GPU"
+            return engine
+        except MisconfigurationException as error:
+            reason = "cuda_graph cannot train this, as the warning says"
+            rank_zero_warn(f"trainer.engine=auto is eager, which is slower, because of {error}")
+    else:
+        reason = why_not_faster(training) or ""
+        if not reason:
+            try:
+                return _side_by_side(training)
+            except MisconfigurationException as error:
+                reason = str(error)
+        reason = reason.removeprefix("trainer.engine=vmap: ").removesuffix(" Use trainer.engine=eager.").rstrip(".")
+    engine = start_engine("eager", training)
+    engine.reason = f"auto; {reason}"
+    return engine
+
+
+def _side_by_side(training: LocalTraining) -> Engine:
+    engine = start_engine("vmap", training)
+    step: Any = engine
+    if reason := why_not_same(step.try_step, training):
+        engine.teardown()
+        raise MisconfigurationException(reason)
+    engine.reason = "auto; small steps of many clients are faster as one program"
+    return engine
 
 
 def _accelerated(device: torch.device) -> bool:

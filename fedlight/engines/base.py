@@ -1,6 +1,7 @@
 """The interface of the engines: how the local trainings of a round are executed."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ class LocalTraining:
         lr_factors: what the algorithm multiplies the learning rate of each local step with, or None.
         optimizer_state: what the algorithm wants to know of the optimizer's state, by name.
         clients: clients that this process trains in a round, usually at most.
+        per_round: clients that all processes train in a round.
+        sizes: how many clients there are of each size n_i above 0.
         example: a client's work, as in the first round, to try things out with.
         state: what clients may change of the module, to be put back after each; None where nothing is.
         findings: what steps were seen to do, on the module itself.
@@ -62,6 +65,8 @@ class LocalTraining:
     lr_factors: Callable[[int], Sequence[float]] | None = None
     optimizer_state: tuple[str, ...] = ()
     clients: int = 1
+    per_round: int = 1
+    sizes: Counter[int] = field(default_factory=Counter)
     example: "ClientTask | None" = None
     state: ModuleState | None = None
     findings: "Findings" = field(default_factory=lambda: Findings())

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -193,8 +194,7 @@ def start_profiler(profiler: Profiler, folder: Path | None, rank: int, cleanup: 
 def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     """What all local trainings of the run have in common."""
     trainer, settings, data, federation = run.trainer, run.settings, run.datamodule, run.federation
-    clip = settings["gradient_clip_val"]
-    engine = settings["engine"]
+    clip, engine, per_round = settings["gradient_clip_val"], settings["engine"], expected_clients(trainer.sampler)
     federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
     step = penalized_step(run.module)
     federation.clients.compared = [name for p in (step.penalties if step else ()) for name in p.compares]
@@ -215,7 +215,9 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
         compile=settings["compile"],
         lr_factors=trainer.algorithm.lr_factors,
         optimizer_state=trainer.algorithm.optimizer_state,
-        clients=math.ceil(expected_clients(trainer.sampler) / run.fabric.world_size),
+        clients=math.ceil(per_round / run.fabric.world_size),
+        per_round=per_round,
+        sizes=Counter(federation.sizes[federation.sizes > 0].tolist()),
         example=_example(run),
     )
     frozen = any(not p.requires_grad for p in run.module.parameters())

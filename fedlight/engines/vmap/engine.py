@@ -1,9 +1,13 @@
 """The engine that trains all clients of a process as one batched program."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
+from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
@@ -19,6 +23,7 @@ class Vmap(Engine):
     It is for small models, whose steps are too short to keep a processor busy: above all on CPUs. Clients whose batch
     has the same size run as one program; each client takes its own number of steps. Results agree with the eager engine
     to rounding. Dropout draws other masks than the eager engine, and they depend on which clients train side by side.
+    What only one client does at a time, as a smaller last batch, is run for it alone.
 
     With ``trainer.compile`` the program for full batches is compiled: that needs a C++ compiler and some seconds.
     """
@@ -34,7 +39,7 @@ class Vmap(Engine):
         self._parts = StackedParts(training)
         self._values = values_of_step(training)
         if training.example is not None:
-            self._try_out(training.example)
+            self._try_step(self._parts, training.example, 2)
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
@@ -49,17 +54,29 @@ class Vmap(Engine):
                 self._put_back()
                 yield from results
 
-    def _try_out(self, example: ClientTask) -> None:
-        module = self._training.module
+    def try_step(self, clients: int, samples: int) -> Tensor:
+        """Train the example so many times side by side for a step, on so many samples: the parameters ``[clients, P]``.
+
+        Raises:
+            MisconfigurationException: if it cannot be batched, saying why.
+        """
+        example: Any = self._training.example
+        data = example.dataset.view(example.dataset.positions(torch.arange(samples)), example.dataset.transform)
+        parts = StackedParts(replace(self._training, clients=clients))
+        return self._try_step(parts, replace(example, dataset=data), clients)
+
+    def _try_step(self, parts: StackedParts, example: ClientTask, clients: int) -> Tensor:
+        training = self._training
         try:
             with preserved_global_rng():
-                StackedClients(0, [example, example], self._parts).run(steps=1)
+                results = StackedClients(0, [example] * clients, parts).run(steps=1)
+            return torch.stack([result.params for result in results])
         except MisconfigurationException:
             raise
         except Exception as error:
-            raise cannot("vmap", explain(error, module, "cannot be batched over clients")) from error
+            raise cannot("vmap", explain(error, training.module, "cannot be batched over clients")) from error
         finally:
-            self._parts.programs.clear()
+            parts.programs.clear()
             self._put_back()
 
     def _put_back(self) -> None:

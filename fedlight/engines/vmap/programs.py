@@ -1,5 +1,6 @@
 """The local step of many clients as one program: `local_gradient` under ``torch.func``, traced and compiled."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.hyperparameters import LocalHyperparameters
+from fedlight.engines.step_sizes import StepSizes
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs
@@ -23,6 +25,9 @@ from fedlight.module.step import OtherModels, Reach, step_loss
 from fedlight.penalties.step import penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import preserved_global_rng
+
+_PADDING = 2**17
+"""So many entries of rows that nobody needs cost less than a program for fewer rows."""
 
 _ENTRIES = 2**28
 """A matrix of clients' parameters has at most so many entries: 1 GB in float32."""
@@ -198,6 +203,7 @@ class StackedParts:
         schedule: its hyperparameters.
         step: one client's step.
         at_once: clients of a wave, at most.
+        alone: whether steps with micro-batches of these sizes are run for one client at a time.
         programs: for (sizes of the micro-batches, clients, inputs, inputs that clients share).
     """
 
@@ -206,21 +212,30 @@ class StackedParts:
         self.training, self.step = training, ClientStep(training, layout)
         self.optimizer = StackedOptimizer(training.module, layout)
         self.schedule = LocalHyperparameters(training.module, training.lr_factors)
-        self.at_once = max(1, _ENTRIES // layout.numel)
+        self.at_once, self._widths = max(1, _ENTRIES // layout.numel), max(1, _PADDING // layout.numel)
+        self.alone = StepSizes(training).alone
         if training.compile:  # a compiled program has one size: further clients wait for the next wave
             self.at_once = min(self.at_once, training.clients)
         self.programs: dict[tuple[object, ...], Program] = {}
 
-    def program(self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str]) -> Program:
-        """The program for some clients with micro-batches of these sizes, and these inputs."""
+    def program(
+        self, sizes: tuple[int, ...], clients: int, names: tuple[str, ...], shared: frozenset[str] | None
+    ) -> Program:
+        """The program for some clients with micro-batches of these sizes, and these inputs; see :class:`Program`."""
         key = (sizes, clients, names, shared)
         if key not in self.programs:
             self.programs[key] = Program(self.step, sizes, names, shared, self._compiles(sizes))
         return self.programs[key]
 
     def width(self, sizes: tuple[int, ...], clients: int) -> int:
-        """For how many clients there is a program: compiled ones come for all of them, half, a quarter, and so on."""
-        width = self.at_once if self._compiles(sizes) else clients
+        """For how many clients there is a program: compiled ones come for all of them, half, a quarter, and so on.
+
+        Others come in steps that cost little; where one is for a client alone, two are for two, and the bits the same.
+        """
+        if not self._compiles(sizes):
+            most = max(clients, self.training.clients, min(self._widths, 2))
+            return min(most, math.ceil(clients / self._widths) * self._widths)
+        width = self.at_once
         while (width + 1) // 2 >= clients and width > 1:
             width = (width + 1) // 2
         return width

@@ -149,7 +149,11 @@ class StackedClients:
         return gradient
 
     def _run(self, group: _Group, batch: Tensors, rows: slice | Tensor) -> Tensor:
-        """Run one program on some rows, keep what it changed, and return their gradients."""
+        """Run a step of some rows, keep what it changed, and return their gradients."""
+        if self._parts.alone(group.sizes):
+            each = [self._run_one(group.sizes, [leaf[i] for leaf in batch], row) for i, row in enumerate(group.rows)]
+            out = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+            return self._keep(out, len(group.rows), rows)
         count = len(group.rows)
         width = self._parts.width(group.sizes, count)
         source = rows
@@ -162,6 +166,18 @@ class StackedClients:
         program = self._parts.program(group.sizes, width, tuple(named), frozenset(self._shared))
         out = program(named)
         self._reductions |= program.reductions
+        return self._keep(out, count, rows)
+
+    def _run_one(self, sizes: tuple[int, ...], batch: Tensors, row: int) -> dict[str, Tensor]:
+        """Run a program of one client's own."""
+        named = {name: value[row] for name, value in self._rows.items()} | self._shared | numbered(batch)
+        program = self._parts.program(sizes, 1, tuple(named), None)
+        out = program(named)
+        self._reductions |= program.reductions
+        return out
+
+    def _keep(self, out: dict[str, Tensor], count: int, rows: slice | Tensor) -> Tensor:
+        """Keep what a program has changed of some rows; their gradients."""
         for name, value in out.items():
             kind, _, log = name.partition("/")
             if kind in ("state", "buffers"):

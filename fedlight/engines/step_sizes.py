@@ -1,0 +1,51 @@
+"""Which local steps the clients of a round take alike, so that one program can serve several of them."""
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import torch
+
+from fedlight.engines.base import LocalTraining
+from fedlight.engines.batch_order import BatchOrder
+
+_TOGETHER = 3
+"""From so many clients on, one batched program is faster than a program for each client alone."""
+
+
+class StepSizes:
+    """The sizes of the batches of local steps, in an epoch of all clients (with ``local_steps``: in a round).
+
+    Args:
+        training: what all local trainings share; its ``sizes`` are those of all clients, whoever trains them.
+
+    Attributes:
+        shared: sizes of the micro-batches of steps that several clients take at the same time.
+        steps: of a client, on average.
+        batched: programs that serve several clients, run one after the other in a round.
+        single: programs that serve one client.
+    """
+
+    def __init__(self, training: LocalTraining) -> None:
+        full = (training.batch_size,) * training.accumulate_grad_batches
+        once, total = replace(training, epochs=training.epochs and 1), max(1, training.sizes.total())
+        alike, longest = defaultdict[tuple[int, tuple[int, ...]], float](float), Counter[int]()
+        self.steps = 0.0
+        for size, clients in training.sizes.items():
+            plan = [s for _, s in BatchOrder(size, once, torch.Generator()).steps(training.accumulate_grad_batches)]
+            self.steps += len(plan) * clients / total
+            longest[plan.count(full)] += clients
+            for sizes in set(plan) - {full}:  # clients that take as many steps take these at the same time
+                alike[len(plan), sizes] += clients * training.per_round / total
+        self.shared = {full} | {sizes for (_, sizes), n in alike.items() if n >= _TOGETHER}
+        self._alone = {sizes for _, sizes in alike} - self.shared
+        self.single = sum(n for (_, sizes), n in alike.items() if sizes in self._alone)
+        self.batched = sum(min(1.0, n) for (_, sizes), n in alike.items() if sizes in self.shared)
+        below = 0.0
+        for steps in sorted(longest):  # the most of K independent draws, in expectation
+            up_to = below + longest[steps] / total
+            self.batched += steps * (up_to**training.per_round - below**training.per_round)
+            below = up_to
+
+    def alone(self, sizes: tuple[int, ...]) -> bool:
+        """Whether a step of these sizes is always one client's; that depends on no round, and on no process."""
+        return sizes in self._alone
