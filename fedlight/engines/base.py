@@ -92,6 +92,7 @@ class Findings:
         changed: attributes that change, by name.
         drawn: global random generators that are drawn from, apart from the device's.
         read: what is read that differs from step to step or round to round.
+        outside: what they do outside of the module: print, log, change globals.
     """
 
     moving: tuple[str, ...] = ()
@@ -99,6 +100,7 @@ class Findings:
     changed: tuple[str, ...] = ()
     drawn: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,10 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
             " what fits there: samples of tensors of one shape, without random numbers) and no data.collate_fn"
         )
     findings, step = training.findings, f"{type(training.module).__name__}.training_step"
-    for read in findings.read:
-        yield f"{step} reads {read}, which a recorded step would freeze"
-    for generator in findings.drawn:
-        yield f"{step} draws from {generator}, and a recorded step would freeze what it drew"
+    happens = [f"reads {read}, which a recorded step would freeze" for read in findings.read]
+    happens += [f"draws from {name}, and a recorded step would freeze what it drew" for name in findings.drawn]
+    happens += [f"{what}, and a recorded step would do so once" for what in findings.outside]
+    yield from (f"{step} {what}" for what in happens)
     for name in findings.changed:
         metric = _inside(name, _metrics(training.module))
         if metric is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedlight.engines.base import Findings, LocalTraining
 from fedlight.engines.client_loop import ClientLoop
+from fedlight.engines.outside import seen_outside
 from fedlight.local import LocalObjective
 from fedlight.module.state import attributes_of, untouched
 from fedlight.module.step import IndexedBatch
@@ -40,7 +41,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
         MisconfigurationException: for what no engine can train, by name.
     """
     module, read = training.module, set[str]()
-    changed, drawn = set[str](), set[str]()
+    changed, drawn, outside = set[str](), set[str](), set[str]()
     assert training.example is not None
     with untouched(module) as before:
         attributes, generators = attributes_of(module), {}
@@ -57,7 +58,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
         slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
-        slot.read = read
+        slot.read, slot.outside = read, outside
         try:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -71,6 +72,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             changed=tuple(sorted(changed - {f"self.{name}" for name in held})),
             drawn=tuple(sorted(drawn)),
             read=tuple(sorted(read)),
+            outside=tuple(sorted(outside)),
         )
 
 
@@ -83,10 +85,11 @@ class _TrialLoop(ClientLoop):
     """Watches its steps, and the batch indices that it hands out."""
 
     read: set[str]
+    outside: set[str]
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i, self.read)) for batch, i in batches]
-        with watched(self.module, self.read):
+        with watched(self.module, self.read), seen_outside(self.module, self.outside):
             return super()._step(objective, indexed, state)
 
 
