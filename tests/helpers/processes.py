@@ -80,6 +80,13 @@ class Remembering(Regression):
         self.outputs.clear()
 
 
+class SmallNet(Regression):
+    """What ``engine: auto`` trains side by side."""
+
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 1)))
+
+
 class Own(Clients):
     """Every client has validation data of its own."""
 
@@ -125,6 +132,12 @@ CASES: dict[str, dict[str, Any]] = {
     "perturbed": {"perturbation": lambda: SAM(0.05), "views": ["server"]},
     "a client diverges": {"data": diverging, "model": Regression, "clients_per_round": 1.0},
     "all models at once": {"algorithm": lambda: Middle(), "clients_per_round": 3},
+    "side by side": {
+        "model": SmallNet,
+        "data": lambda: Own((10,) * 8 + (7, 7, 9)),
+        "clients_per_round": 9,
+        "resume": 2,
+    },
     "resumed": {"resume": 2, "max_rounds": 4, "personal": lambda: PersonalParts(["BatchNorm", "head"], "alternating")},
     "evaluation that draws and remembers": {"model": Remembering, "resume": 2},
     "data that draws": {"data": lambda: DrawingClients(SIZES)},
@@ -145,7 +158,13 @@ if find_spec("dp_accounting"):  # of five rounds one is empty, and of two proces
     few = {"sampler": Bernoulli(redraw=False), "clients_per_round": 1, "max_rounds": 5}
     CASES["private"] = {"transforms": chain, "model": Regression, **few}
 
-MANY = ["all kinds of metrics", "local statistics and state on disk", "a client diverges", "all models at once"]
+MANY = [
+    "all kinds of metrics",
+    "side by side",
+    "local statistics and state on disk",
+    "a client diverges",
+    "all models at once",
+]
 """Cases for more processes than two; in some rounds there are fewer clients."""
 
 

@@ -16,6 +16,9 @@ from fedlight.engines.vmap.stacked_clients import StackedClients
 from fedlight.local import ClientResult
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
+_STEPS = 8
+"""Steps in which a client is compared with itself in another place."""
+
 
 class Vmap(Engine):
     """Trains all clients side by side: their parameters are rows of one matrix, and ``torch.func.vmap`` does the rest.
@@ -55,7 +58,9 @@ class Vmap(Engine):
                 yield from results
 
     def try_step(self, clients: int, samples: int) -> Tensor:
-        """Train the example so many times side by side for a step, on so many samples: the parameters ``[clients, P]``.
+        """Train the example so many times side by side, with so many samples in a step: the parameters ``[clients, P]``.
+
+        There are some steps, so that what is rounded differs.
 
         Raises:
             MisconfigurationException: if it cannot be batched, saying why.
@@ -63,13 +68,13 @@ class Vmap(Engine):
         example: Any = self._training.example
         data = example.dataset.view(example.dataset.positions(torch.arange(samples)), example.dataset.transform)
         parts = StackedParts(replace(self._training, clients=clients))
-        return self._try_step(parts, replace(example, dataset=data), clients)
+        return self._try_step(parts, replace(example, dataset=data, length=(None, _STEPS)), clients, _STEPS)
 
-    def _try_step(self, parts: StackedParts, example: ClientTask, clients: int) -> Tensor:
+    def _try_step(self, parts: StackedParts, example: ClientTask, clients: int, steps: int = 1) -> Tensor:
         training = self._training
         try:
             with preserved_global_rng():
-                results = StackedClients(0, [example] * clients, parts).run(steps=1)
+                results = StackedClients(0, [example] * clients, parts).run(steps)
             return torch.stack([result.params for result in results])
         except MisconfigurationException:
             raise

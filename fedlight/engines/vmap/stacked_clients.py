@@ -170,7 +170,9 @@ class StackedClients:
 
     def _run_one(self, sizes: tuple[int, ...], batch: Tensors, row: int) -> dict[str, Tensor]:
         """Run a program of one client's own."""
-        named = {name: value[row] for name, value in self._rows.items()} | self._shared | numbered(batch)
+        # Copies, whose addresses are alike: products may round by how far a matrix is from a multiple of 64 bytes.
+        named = {name: value[row].clone() for name, value in self._rows.items()} | self._shared
+        named |= numbered(leaf.clone() for leaf in batch)
         program = self._parts.program(sizes, 1, tuple(named), None)
         out = program(named)
         self._reductions |= program.reductions
