@@ -1,5 +1,7 @@
 """Adapters on a frozen base, as LoRA has them: what crosses, what is perturbed, and that the base is there once."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import nn
@@ -30,8 +32,10 @@ class Lora(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.a), self.b)
 
 
-BASES: list[tuple[int, int]] = []
-"""Where the base was in each training step, and how often it had been written to."""
+class Seen:
+    """Where the base was in each training step, and how often it had been written to."""
+
+    bases: ClassVar[list[tuple[int, int]]] = []
 
 
 class Model(Regression):
@@ -47,7 +51,7 @@ class Model(Regression):
         return self.net[0].base.weight
 
     def training_step(self, batch, batch_idx):
-        BASES.append((self.base.data_ptr(), self.base._version))
+        Seen.bases.append((self.base.data_ptr(), self.base._version))
         return super().training_step(batch, batch_idx)
 
 
@@ -69,8 +73,8 @@ def adapters(module):
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory):
-    BASES.clear()
-    return *train(tmp_path_factory.mktemp("eager")), list(BASES)
+    Seen.bases.clear()
+    return *train(tmp_path_factory.mktemp("eager")), list(Seen.bases)
 
 
 def test_only_adapters_cross(eager):

@@ -48,7 +48,7 @@ def test_a_run_begins_with_what_is_trained_and_ends_with_what_came_of_it(caplog)
     assert found["model"] == "Regression, 4 parameters"
     assert found["device"].startswith("cpu, 1 process, ")
     assert found["device"].endswith(" each, 32-true")
-    assert found["engine"] == "Eager: auto; on a CPU vmap is faster for small models, if asked for"
+    assert found["engine"] == "Eager: auto; steps of 2 clients are too few, or too unlike, to be one program"
     run = Path("runs/default/version_0")
     assert found["folder"] == str(run)
     assert "resumed" not in found

@@ -90,6 +90,7 @@ class DatasetPartition(PartitionedDataModule):
     def _take(self, train: Loaded, val: Loaded, test: Loaded) -> None:
         """Take data and the ways to make batches of it; what was given by hand wins."""
         by_hand, self._held = self._by_hand, {"train": train, "val": val, "test": test}
+        self._train, self._val, self._test = train.dataset, val.dataset, test.dataset
         self.batch_size = by_hand.batch_size or train.batch_size or 32
         self.num_workers = (train.num_workers or 0) if by_hand.num_workers is None else by_hand.num_workers
         self.collate_fn = by_hand.collate_fn or train.collate_fn

@@ -1,19 +1,16 @@
 """Which local steps the clients of a round take alike, so that one program can serve several of them."""
 
 from collections import Counter, defaultdict
-from dataclasses import replace
-
-import torch
 
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.batch_order import BatchOrder
+from fedlight.engines.batch_order import num_batches
 
 _TOGETHER = 3
 """From so many clients on, one batched program is faster than a program for each client alone."""
 
 
 class StepSizes:
-    """The sizes of the batches of local steps, in an epoch of all clients (with ``local_steps``: in a round).
+    """The sizes of the batches of local steps in an epoch of all clients.
 
     Args:
         training: what all local trainings share; its ``sizes`` are those of all clients, whoever trains them.
@@ -27,11 +24,13 @@ class StepSizes:
 
     def __init__(self, training: LocalTraining) -> None:
         full = (training.batch_size,) * training.accumulate_grad_batches
-        once, total = replace(training, epochs=training.epochs and 1), max(1, training.sizes.total())
+        total, accumulate = max(1, training.sizes.total()), training.accumulate_grad_batches
         alike, longest = defaultdict[tuple[int, tuple[int, ...]], float](float), Counter[int]()
         self.steps = 0.0
         for size, clients in training.sizes.items():
-            plan = [s for _, s in BatchOrder(size, once, torch.Generator()).steps(training.accumulate_grad_batches)]
+            batches = num_batches(size, training.batch_size, training.limit_batches)
+            each = [min(training.batch_size, size - i * training.batch_size) for i in range(batches)]
+            plan = [tuple(each[i : i + accumulate]) for i in range(0, batches, accumulate)][: training.steps]
             self.steps += len(plan) * clients / total
             longest[plan.count(full)] += clients
             for sizes in set(plan) - {full}:  # clients that take as many steps take these at the same time

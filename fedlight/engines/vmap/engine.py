@@ -58,7 +58,7 @@ class Vmap(Engine):
                 yield from results
 
     def try_step(self, clients: int, samples: int) -> Tensor:
-        """Train the example so many times side by side, with so many samples in a step: the parameters ``[clients, P]``.
+        """Train the example so many times side by side, on so many samples a step: the parameters ``[clients, P]``.
 
         There are some steps, so that what is rounded differs.
 
