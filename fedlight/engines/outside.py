@@ -1,4 +1,4 @@
-"""What a trial step does outside of the module: it is noted, kept from the user's eyes, and undone."""
+"""What a step reads and does outside of its module: global variables, variables of closures, prints, logs."""
 
 import logging
 from collections import deque
@@ -6,22 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import TextIOBase
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
 
-from fedlight.module.state import _OUTSIDE, _TORCH, _items, _package, _put_back
-
-_CONTAINERS = (list, dict, set, deque)
-_SHOWN = (*_CONTAINERS, bool, int, float, str, type(None))
+from fedlight.module.state import _OUTSIDE, _PLAIN, _TORCH, _items, _package, _put_back
 
 
 @contextmanager
 def seen_outside(module: nn.Module, found: set[str]) -> Iterator[None]:
-    """Note in ``found`` what is printed, logged and changed of the variables that the module's methods see."""
-    variables = [(name, get, put, get()) for name, get, put in _variables(module)]
-    held = {id(v): dict(_items(v)) for *_, v in variables if isinstance(v, _CONTAINERS)}
+    """Note in ``found`` what is printed, logged and changed of the variables that the module's methods see; undo it."""
+    before = variables(module)
     handler = _Noting(found)
     logging.getLogger().addHandler(handler)
     try:
@@ -29,38 +25,78 @@ def seen_outside(module: nn.Module, found: set[str]) -> Iterator[None]:
             yield
     finally:
         logging.getLogger().removeHandler(handler)
-        for name, get, put, value in variables:
-            if (now := get()) is not value and (type(now) is not type(value) or now != value):
-                found.add(f"changes the variable {name}")
-                put(value)
-            content = held.get(id(value), {})
-            if id(value) in held and not _alike(content, _items(value)):
-                found.add(f"changes the variable {name}")
-                _put_back(value, content)
+        for variable, (value, content) in before.items():
+            if (now := variable.get()) is not value and now != value:
+                found.add(f"changes the variable {variable.name}")
+                variable.put(value)
+            if content is not None and not _alike(content, _items(_container(value))):
+                found.add(f"changes the variable {variable.name}")
+                _put_back(_container(value), content)
+
+
+class _Variable:
+    """A name in a scope, how it is read and set."""
+
+    def __init__(self, name: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> None:
+        self.name, self.get, self.put = name, get, put
+
+
+def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[Any, dict[Any, Any] | None]]:
+    """The variables that the methods of the user's classes see (or use), each with its value and what is in it."""
+    classes = {cls for part in module.modules() for cls in type(part).__mro__ if _package(cls) not in _TORCH | _OUTSIDE}
+    methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
+    found = []
+    names_used = {name for f in methods for name in _names(f.__code__)} if used else None
+    for scope in {id(f.__globals__): f.__globals__ for f in methods}.values():
+        names = [n for n in scope if not n.startswith("__") and (names_used is None or n in names_used)]
+        found += [_Variable(name, partial(scope.get, name), partial(scope.__setitem__, name)) for name in names]
+    for f in methods:
+        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
+            found.append(_Variable(name, partial(_content, cell), partial(setattr, cell, "cell_contents")))
+    held = {variable: variable.get() for variable in found}
+    kept = {v: (value, _container(value)) for v, value in held.items()}
+    return {
+        v: (value, None if inside is None else dict(_items(inside)))
+        for v, (value, inside) in kept.items()
+        if inside is not None or isinstance(value, _PLAIN)
+    }
+
+
+def differ(before: dict[_Variable, tuple[Any, dict[Any, Any] | None]]) -> bool:
+    """Whether a variable has another value, or something else in it, than when :func:`variables` looked."""
+    return any(
+        ((now := variable.get()) is not value and now != value)
+        or (content is not None and not _alike(content, _items(_container(value))))
+        for variable, (value, content) in before.items()
+    )
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The names in a function's code, and in functions inside of it."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
+
+
+def _container(value: Any) -> Any:
+    """What holds the parts of a value: itself, or its attributes; None where it has none that are looked at."""
+    if isinstance(value, list | dict | set | deque):
+        return value
+    cls = type(value)
+    own = _package(cls) not in _TORCH | _OUTSIDE and not isinstance(value, type | FunctionType | ModuleType | nn.Module)
+    return vars(value) if own and hasattr(value, "__dict__") else None
 
 
 def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return len(one) == len(other) and all(k in other and other[k] is v for k, v in one.items())
 
 
-def _variables(module: nn.Module) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
-    """Globals and cells of closures, by name, each with how it is read and set."""
-    classes = {cls for part in module.modules() for cls in type(part).__mro__ if _package(cls) not in _TORCH | _OUTSIDE}
-    methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
-    for scope in {id(f.__globals__): f.__globals__ for f in methods}.values():
-        names = [name for name, value in scope.items() if type(value) in _SHOWN and not name.startswith("_")]
-        yield from ((name, partial(scope.get, name), partial(scope.__setitem__, name)) for name in names)
-    for f in methods:
-        for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
-            if type(_content(cell)) in _SHOWN:
-                yield name, partial(_content, cell), partial(setattr, cell, "cell_contents")
-
-
 def _content(cell: CellType) -> Any:
     try:
         return cell.cell_contents
     except ValueError:  # nothing is assigned yet
-        return cell
+        return None
 
 
 class _Noting(logging.Handler):

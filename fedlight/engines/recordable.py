@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
@@ -10,6 +11,7 @@ from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.outside import differ, variables
 from fedlight.module.hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
 from fedlight.module.state import ModuleState
 from fedlight.module.step import TRANSFER_HOOKS
@@ -97,22 +99,27 @@ def _is_library(filename: str) -> bool:
     return any(place in filename for place in places)
 
 
-def values_of_step(training: LocalTraining) -> ModuleState:
-    """What penalties and perturbation are set to, which a recorded step has frozen."""
+def values_of_step(training: LocalTraining) -> tuple[ModuleState, list[Any]]:
+    """What penalties and perturbation are set to, and variables that methods use, which a recorded step has frozen."""
     step = penalized_step(training.module)
     owners = {f"penalty {i}": vars(p) for i, p in enumerate([] if step is None else step.penalties)}
     owners |= {} if training.perturbation is None else {"perturbation": vars(training.perturbation)}
-    return ModuleState(owners, lambda: scheduled(owners))  # these are inputs: steps read what they are now
+    state = ModuleState(owners, lambda: scheduled(owners))  # these are inputs: steps read what they are now
+    return state, [variables(training.module, used=True)]
 
 
-def is_outdated(training: LocalTraining, values: ModuleState) -> bool:
+def is_outdated(training: LocalTraining, values: tuple[ModuleState, list[Any]]) -> bool:
     """Whether what a recorded step has frozen has changed since it was last asked: then it must be recorded anew."""
-    states = [values] if training.state is None else [values, training.state]
+    state, seen = values
+    states = [state] if training.state is None else [state, training.state]
     metrics = _metrics(training.module)  # they count in validation, and no step may use them
     changes = [name for state in states if not state.unchanged() for name in state.changes()]
     for state in states:
         state.refresh()
-    return any(_inside(name, metrics) is None for name in changes)
+    others = differ(seen[0])
+    if others:
+        seen[0] = variables(training.module, used=True)
+    return others or any(_inside(name, metrics) is None for name in changes)
 
 
 def _metrics(module: LightningModule) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.side_by_side import LARGEST
 from fedlight.engines.step_sizes import StepSizes
+from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
@@ -23,6 +25,7 @@ SIZES = (10,) * 8 + (7, 7, 9)
 """With batches of four: a last batch that most clients share, and others of one or two clients."""
 
 counted, noted = 0, []
+options, weight = SimpleNamespace(scale=1.0), 1.0
 
 
 class Small(Regression):
@@ -128,6 +131,32 @@ def test_bits_do_not_depend_on_who_trains_beside_whom(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Vmap, "train", some)
         assert torch.equal(fit(tmp_path, Small(), max_rounds=3, **settings)[1], expected), width
+
+
+class Reads(Small):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * options.scale * weight
+
+
+class Anneals(Callback):
+    def on_round_start(self, trainer, pl_module):
+        global weight
+        options.scale, weight = 0.5**trainer.current_round, 1.0 + trainer.current_round
+
+
+def test_a_variable_that_a_step_reads_may_change_from_round_to_round(tmp_path, monkeypatch):
+    expected = fit(tmp_path, Reads(), engine="eager", callbacks=[Anneals()], max_rounds=3)[1]
+    monkeypatch.setattr(programs, "TRACE_AFTER", 2)
+    name, found = fit(tmp_path, Reads(), callbacks=[Anneals()], max_rounds=3)
+    assert name.startswith("Vmap")
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_cannot_be_traced_runs_as_it_did(tmp_path, monkeypatch):
+    expected = fit(tmp_path, Small())[1]
+    monkeypatch.setattr(programs, "TRACE_AFTER", 2)
+    monkeypatch.setattr(programs, "make_fx", lambda function: 1 / 0)
+    assert torch.equal(fit(tmp_path, Small())[1], expected)
 
 
 def test_a_processor_that_rounds_by_position_is_not_trusted(tmp_path, monkeypatch):

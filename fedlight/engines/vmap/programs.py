@@ -179,7 +179,12 @@ class Program:
     def _traced(self, tensors: list[Tensor]) -> Callable[..., tuple[Tensor, ...]]:
         with preserved_global_rng():
             # Inputs that are one tensor now may be two later: tracing would take them for one.
-            traced = simplified(make_fx(self._function)(*(tensor.detach() for tensor in tensors)))
+            try:
+                traced = simplified(make_fx(self._function)(*(tensor.detach() for tensor in tensors)))
+            except Exception:
+                if self._compile:
+                    raise
+                return self._function  # what torch cannot trace runs as it did, with the same bits
             if not self._compile:
                 return traced.forward
             compiled = torch.compile(traced, dynamic=False, backend=BACKEND)
