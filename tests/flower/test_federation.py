@@ -33,6 +33,7 @@ METHODS = {
     "Median": ["--trainer.aggregator=Median", "--trainer.transforms+=SignFlip"],
     "FedDC": ["--algorithm=FedDC"],
     "BatchNorm": ["--model=tests.flower.normed.Net"],
+    "side by side": ["--data.num_clients=12", "--trainer.clients_per_round=10"],
     "privacy": ["--trainer.transforms+={class_path: DifferentialPrivacy, init_args: {noise_multiplier: 0.5}}"],
 }
 
@@ -70,7 +71,9 @@ def assert_same(trainer, other):
 @pytest.mark.parametrize("method", [m if m == "FedDyn" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_sites_compute_what_a_simulation_computes(tmp_path, method):
     simulation = simulated(tmp_path, *METHODS[method], "--trainer.client_val_every_n_rounds=2")
-    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["2 0", "1 3"], allow="tests"))
+    clients = list(map(str, range(simulation.federation.num_clients)))
+    homes = [" ".join(clients[::2][::-1]), " ".join(clients[1::2])]
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, homes, allow="tests"))
     trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
     if simulation.personal.entries.any():  # which never leave their site
         assert rows(simulation)[-1].keys() == rows(trainer)[-1].keys()
