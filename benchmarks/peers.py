@@ -1,12 +1,14 @@
 """fedlight beside other frameworks on one machine: the same model, data, clients, epochs and batches.
 
-usage: python benchmarks/peers.py [--workload digits|cnn] [--only NAME ...] [--repeat 3]
+usage: python benchmarks/peers.py [--workload digits|small|cnn] [--only NAME ...] [--repeat 3]
 
 Each framework is installed from PyPI into a virtual environment of its own (below ``--folder``), which sees the
 packages of the present one, so that all of them run the same torch. What cannot be installed is left out, and said so.
 They take turns, ``--repeat`` times over, so that whatever else the machine does meets all of them alike; the table has
 the best of the repeats. A round is training, aggregation and an evaluation of the server's model on the test set; the
-first round is left out. ``first`` is the time from setting up to the end of the first round.
+first round is left out. ``first`` is the time from setting up to the end of the first round, ``start`` that from the
+start of the program, imports included, and ``MB`` the most that the program and its children had in memory, shared
+libraries counted once for each process.
 """
 
 import argparse
@@ -17,9 +19,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
 
 RUNNERS = Path(__file__).parent / "runners"
 
@@ -30,7 +36,7 @@ class Entry:
 
     Attributes:
         runner: the script.
-        rounds: for the digits; a tenth of it for the CNN.
+        rounds: for the digits; a quarter of it for the small CNN, a tenth for the large one.
         packages: what is installed for it; none where the present environment will do.
         distribution: whose version is shown.
         arguments: of the script.
@@ -48,8 +54,10 @@ class Entry:
 
 ENTRIES = {
     "plain PyTorch loop": Entry("plain", 40),
+    "fedlight, by default": Entry("fedlight", 200, (), "fedlight", ("--engine", "auto")),
     "fedlight eager": Entry("fedlight", 40, (), "fedlight"),
     "fedlight eager, 2 processes": Entry("fedlight", 40, (), "fedlight", ("--processes", "2")),
+    "fedlight vmap, 2 processes": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--processes", "2")),
     "fedlight vmap": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap")),
     "fedlight vmap, compiled": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--compile")),
     "Flower simulation": Entry("flower", 20, ("flwr[simulation]",), "flwr"),
@@ -115,20 +123,36 @@ def run(entry: Entry, python: str, workload: str, threads: int) -> dict:
     """
     if "--processes" in entry.arguments:  # the cores are divided among them
         threads = max(1, threads // int(entry.arguments[entry.arguments.index("--processes") + 1]))
-    rounds = entry.rounds if workload == "digits" else max(4, entry.rounds // 20)
+    rounds = {"digits": entry.rounds, "small": max(6, entry.rounds // 8), "cnn": max(4, entry.rounds // 20)}[workload]
     command = [python, str(RUNNERS / f"run_{entry.runner}.py"), "--workload", workload, "--rounds", str(rounds)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(RUNNERS.parents[1]),
         "PYTHONWARNINGS": "ignore",
+        "PROCESS_STARTED": str(time.time()),
     }
     command += ["--threads", str(threads), *entry.arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["no result"])[-1])
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors, text=True)
+        most = 0.0
+        while process.poll() is None:
+            most = max(most, memory(process.pid))
+            time.sleep(0.5)
+        out.seek(0), errors.seek(0)
+        lines = [line for line in out if line.startswith("RESULT ")]
+        if not lines:
+            raise RuntimeError((errors.read().strip().splitlines() or ["no result"])[-1])
+    return {**json.loads(lines[-1].removeprefix("RESULT ")), "mb": most}
+
+
+def memory(pid: int) -> float:
+    """Megabytes that a process and its children have in memory now."""
+    try:
+        process = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)]) / 1e6
+    except psutil.Error:  # one of them has just ended
+        return 0.0
 
 
 def installed_version(entry: Entry, python: str) -> str:
@@ -147,20 +171,21 @@ def table(names: list[str], pythons: dict[str, str]) -> None:
     best = {name: min(ENTRIES[name].results, key=lambda r: r["round_s"]) for name in names if ENTRIES[name].results}
     fastest = min(r["round_s"] for r in best.values())
     base = best.get("plain PyTorch loop", {}).get("round_s")
-    print("| | version | ms a round | x the fastest | x the plain loop | first, s | accuracy |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | version | ms a round | x the fastest | x the plain loop | first, s | start, s | MB | accuracy |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, result in sorted(best.items(), key=lambda item: item[1]["round_s"]):
         entry, seconds = ENTRIES[name], result["round_s"]
         accuracy = sum(r["accuracy"] for r in entry.results) / len(entry.results)
         cells = [name, installed_version(entry, pythons[name]), f"{1e3 * seconds:.1f}", f"{seconds / fastest:.1f}"]
         cells += ["" if base is None else f"{seconds / base:.2f}", f"{result['first_s']:.1f}"]
+        cells += [f"{result['start_s']:.1f}", f"{result['mb']:,.0f}"]
         print("| " + " | ".join([*cells, f"{accuracy:.3f} ({result['rounds']} rounds)"]) + " |")
 
 
 def main() -> None:
     """Install, run in turns, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=["digits", "cnn"], default="digits")
+    parser.add_argument("--workload", choices=["digits", "small", "cnn"], default="digits")
     parser.add_argument("--only", nargs="*", choices=[*ENTRIES], default=[*ENTRIES], metavar="NAME")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of all processes of fedlight together")

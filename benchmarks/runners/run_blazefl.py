@@ -33,10 +33,9 @@ class Models:
 if __name__ == "__main__":
     problem, _ = from_arguments()
     clock, data, models, count = Clock(), Partitions(problem), Models(problem), len(problem.clients)
-    server = FedAvgBaseServerHandler(models, "net", data, problem.rounds, count, 1.0, "cpu", problem.batch_size, 0)
-    trainer = FedAvgBaseClientTrainer(
-        models, "net", data, "cpu", count, problem.epochs, problem.batch_size, problem.lr, 0
-    )
+    size, per = problem.batch_size, problem.share
+    server = FedAvgBaseServerHandler(models, "net", data, problem.rounds, count, per, "cpu", size, 0)
+    trainer = FedAvgBaseClientTrainer(models, "net", data, "cpu", count, problem.epochs, size, problem.lr, 0)
     while not server.if_stop():
         trainer.local_process(server.downlink_package(), server.sample_clients())
         for package in trainer.uplink_package():

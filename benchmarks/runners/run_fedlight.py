@@ -33,7 +33,7 @@ class Model(LightningModule):
 class Data(FederatedDataModule):
     def __init__(self, problem: Problem) -> None:
         # Processes share the batches of an evaluation, so there should be some where it takes long.
-        super().__init__(problem.batch_size, eval_batch_size=1000 if problem.name == "digits" else 100)
+        super().__init__(problem.batch_size, eval_batch_size=1000 if problem.name != "cnn" else 100)
         self.num_clients = len(problem.clients)
         sizes = [len(y) for _, y in problem.clients]
         stored = ArrayDataset(torch.cat([x for x, _ in problem.clients]), torch.cat([y for _, y in problem.clients]))
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         trainer = FederatedTrainer(
             max_rounds=problem.rounds,
-            clients_per_round=len(problem.clients),
+            clients_per_round=problem.per_round,
             local_epochs=problem.epochs,
             engine=arguments.engine,
             compile=arguments.compile,

@@ -47,7 +47,8 @@ def main(grid: Grid, context: Context) -> None:
             clock.round_ended()
         return MetricRecord({"accuracy": accuracies[-1]})
 
-    strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+    nodes = {"fraction_train": problem.share, "min_train_nodes": problem.per_round, "min_available_nodes": count}
+    strategy = FedAvg(fraction_evaluate=0.0, **nodes)
     strategy.start(grid, ArrayRecord(net.state_dict()), num_rounds=problem.rounds, evaluate_fn=evaluate)
 
 

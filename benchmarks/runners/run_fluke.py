@@ -45,5 +45,5 @@ if __name__ == "__main__":
     )
     algorithm = FedAVG(len(clients), DataSplitter(container), parameters)
     algorithm.attach(Watch())
-    algorithm.run(problem.rounds, 1.0, finalize=False)
+    algorithm.run(problem.rounds, problem.share, finalize=False)
     clock.report(accuracies[-1])

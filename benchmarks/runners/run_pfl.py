@@ -63,7 +63,7 @@ if __name__ == "__main__":
         algorithm_params=NNAlgorithmParams(
             central_num_iterations=problem.rounds,
             evaluation_frequency=10**9,
-            train_cohort_size=len(problem.clients),
+            train_cohort_size=problem.per_round,
             val_cohort_size=0,
         ),
         backend=SimulatedBackend(training_data=data, val_data=data),

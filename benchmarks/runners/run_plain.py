@@ -12,7 +12,8 @@ if __name__ == "__main__":
     net = copy.deepcopy(server)
     for _ in range(problem.rounds):
         total = {name: torch.zeros_like(value) for name, value in server.state_dict().items()}
-        for x, y in problem.clients:
+        for client in torch.randperm(len(problem.clients))[: problem.per_round].tolist():
+            x, y = problem.clients[client]
             net.load_state_dict(server.state_dict())
             optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
             for _ in range(problem.epochs):
@@ -21,7 +22,7 @@ if __name__ == "__main__":
                     F.cross_entropy(net(x[rows]), y[rows]).backward()
                     optimizer.step()
             for name, value in net.state_dict().items():
-                total[name] += value / len(problem.clients)
+                total[name] += value / problem.per_round
         server.load_state_dict(total)
         accuracy = problem.accuracy(server)
         clock.round_ended()
