@@ -22,16 +22,16 @@ _WORTH = 0.5
 """The share of eager's time that is to be had at most."""
 
 _EXACT = """
-    abs add add_ addcdiv addcdiv_ addcmul addcmul_ alias amax amin arange argmax baddbmm bitwise_and bitwise_not bmm cat
-    clamp clamp_ clamp_max clamp_min clone copy_ detach detach_ div div_ empty empty_like empty_strided eq expand fill_
-    full full_like gather ge gt hardtanh hardtanh_backward huber_loss huber_loss_backward index le leaky_relu
-    leaky_relu_backward lerp lerp_ lift_fresh linalg_vector_norm _local_scalar_dense _log_softmax
-    _log_softmax_backward_data logical_and logical_not lt masked_fill masked_fill_ max maximum mean minimum mse_loss
-    mse_loss_backward mul mul_ ne neg new_empty new_full new_zeros ones ones_like permute _prelu_kernel
-    _prelu_kernel_backward promote_types randperm reciprocal _record_function_enter_new _record_function_exit relu relu_
-    scalar_tensor scatter select select_backward sgn sign slice slice_backward smooth_l1_loss smooth_l1_loss_backward
-    split split_with_sizes sqrt squeeze stack sub sub_ sum t threshold_backward _to_copy transpose unbind _unsafe_view
-    unsqueeze view where zero_ zeros zeros_like
+    __rshift__ abs add add_ addcdiv addcdiv_ addcmul addcmul_ alias amax amin arange argmax baddbmm bitwise_and
+    bitwise_not bitwise_xor bmm cat clamp clamp_ clamp_max clamp_min clone copy_ detach detach_ div div_ empty
+    empty_like empty_strided eq expand fill_ full full_like gather ge gt hardtanh hardtanh_backward huber_loss
+    huber_loss_backward index le leaky_relu leaky_relu_backward lerp lerp_ lift_fresh linalg_vector_norm
+    _local_scalar_dense _log_softmax _log_softmax_backward_data logical_and logical_not lt masked_fill masked_fill_ max
+    maximum mean minimum mse_loss mse_loss_backward mul mul_ ne neg new_empty new_full new_zeros ones ones_like permute
+    _prelu_kernel _prelu_kernel_backward promote_types randperm reciprocal _record_function_enter_new
+    _record_function_exit relu relu_ scalar_tensor scatter select select_backward sgn sign slice slice_backward
+    smooth_l1_loss smooth_l1_loss_backward split split_with_sizes sqrt squeeze stack sub sub_ sum t threshold_backward
+    _to_copy transpose unbind _unsafe_view unsqueeze view where zero_ zeros zeros_like
 """
 """Operations whose result for a row has the same bits, wherever the row stands and however many there are."""
 

@@ -33,6 +33,11 @@ class Small(Regression):
         super().__init__(0.02, nn.Sequential(nn.Linear(3, width), between(), nn.Linear(width, 1)))
 
 
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
 class Watches(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         pass
@@ -79,7 +84,8 @@ def fit(folder, module, sizes=SIZES, **settings):
         (Small, {"callbacks": [MAN(0.1)], "perturbation": SAM(0.1), "gradient_clip_val": 1.0}, "Vmap: auto;"),
         (lambda: Small(64, nn.Tanh), {}, "Vmap: auto;"),
         (lambda: Small(16, nn.Sigmoid), {}, "Eager: auto; sigmoid"),
-        (lambda: Small(16, lambda: nn.Dropout(0.1)), {}, "Eager: auto; bernoulli"),
+        (lambda: Small(16, lambda: nn.Dropout(0.1)), {"gradient_clip_val": 0.1}, "Vmap: auto;"),
+        (lambda: Small(16, Noise), {"gradient_clip_val": 0.1}, "Eager: auto; rand_like"),
         (lambda: Small(16, lambda: nn.BatchNorm1d(16)), {"sizes": (8,) * 9}, "Eager: auto; native_batch_norm"),
         (
             lambda: Small(LARGEST),
@@ -121,6 +127,11 @@ def test_bits_do_not_depend_on_who_trains_beside_whom(tmp_path, monkeypatch):
     name, expected = fit(tmp_path, Small(), max_rounds=3, **settings)
     assert name.startswith("Vmap")
     torch.testing.assert_close(fit(tmp_path, Small(), max_rounds=3, engine="eager", **settings)[1], expected)
+
+    def dropping():
+        return Small(16, lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.2)))
+
+    dropped = fit(tmp_path, dropping())[1]
     train = Vmap.train
     for width in (1, 4):
 
@@ -131,6 +142,7 @@ def test_bits_do_not_depend_on_who_trains_beside_whom(tmp_path, monkeypatch):
 
         monkeypatch.setattr(Vmap, "train", some)
         assert torch.equal(fit(tmp_path, Small(), max_rounds=3, **settings)[1], expected), width
+        assert torch.equal(fit(tmp_path, dropping())[1], dropped), width
 
 
 class Reads(Small):

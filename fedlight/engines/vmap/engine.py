@@ -25,7 +25,8 @@ class Vmap(Engine):
 
     It is for small models, whose steps are too short to keep a processor busy: above all on CPUs. Clients whose batch
     has the same size run as one program; each client takes its own number of steps. Results agree with the eager engine
-    to rounding. Dropout draws other masks than the eager engine, and they depend on which clients train side by side.
+    to rounding. Dropout draws other masks than the eager engine; they depend on seed, round and client only. What else
+    draws (``torch.rand``, say) depends on which clients train side by side.
     What only one client does at a time, as a smaller last batch, is run for it alone.
 
     With ``trainer.compile`` the program for full batches is compiled: that needs a C++ compiler and some seconds.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.hyperparameters import LocalHyperparameters
 from fedlight.engines.step_sizes import StepSizes
+from fedlight.engines.vmap.draws import ClientDropout
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs
@@ -46,7 +48,8 @@ class ClientStep:
     """One client's local step as a pure function of named tensors.
 
     Inputs: ``params`` ``[P]``, ``batch/<i>`` (the batch's tensors), what there is of ``anchor``, ``proximal``,
-    ``linear``, ``gradient_scale`` and ``references/<name>``, ``state/<name>`` of the perturbation, ``buffers/<name>``.
+    ``linear``, ``gradient_scale`` and ``references/<name>``, ``state/<name>`` of the perturbation, ``buffers/<name>``,
+    and, where clients draw dropout's masks by themselves, ``seed`` and ``step``.
     Outputs: ``gradient`` ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``,
     ``weight/<name>`` of the logs.
 
@@ -98,7 +101,8 @@ class ClientStep:
 
         before = state = _part(named, "state/")
         objective = LocalObjective.of(named["params"], named)
-        with collecting_logs(self._module, log):
+        draws = ClientDropout(named["seed"], named["step"]) if "seed" in named else nullcontext()
+        with collecting_logs(self._module, log), draws:
             g, state = local_gradient(
                 named["params"], gradient, objective, self._training.perturbation, state, self._training.clip
             )

@@ -47,7 +47,7 @@ class StackedClients:
     """
 
     def __init__(self, round: int, tasks: Sequence[ClientTask], parts: StackedParts) -> None:
-        self._parts, self._training = parts, parts.training
+        self._parts, self._training, self._round = parts, parts.training, round
         plans = [batch_order(round, task, parts.training) for task in tasks]
         keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: keys[i])
@@ -69,7 +69,9 @@ class StackedClients:
         frozen = (self._rows | self._shared).get("frozen")
         start = None if frozen is None else params.clone()
         self._parts.optimizer.begin(params, self._blocks())
+        numbers = torch.arange(total, device=params.device).unbind()
         for step, groups in self._read(total if steps is None else min(steps, total)):
+            self._shared["step"] = numbers[step]
             gradient = self._gradient(groups)
             self._parts.optimizer.step(step, gradient)
             if frozen is not None and start is not None:
@@ -90,6 +92,8 @@ class StackedClients:
             states = [task.perturbation if part == "state" else task.buffers for task in self._tasks]
             named |= {f"{part}/{name}": [state[name] for state in states] for name in states[0]}
         self._rows: dict[str, Tensor] = {"params": torch.stack([o.start for o in objectives])}
+        seeds = [task.generator(self._training.seed, "local", self._round).initial_seed() for task in self._tasks]
+        self._rows["seed"] = torch.tensor(seeds, device=start.device)
         self._shared: dict[str, Tensor] = {}
         for name, values in named.items():
             changing = self._parts.step.changing
