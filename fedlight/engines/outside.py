@@ -9,7 +9,7 @@ from io import TextIOBase
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedlight.module.state import _OUTSIDE, _PLAIN, _TORCH, _items, _package, _put_back
 
@@ -26,12 +26,13 @@ def seen_outside(module: nn.Module, found: set[str]) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         for variable, (value, content) in before.items():
-            if (now := variable.get()) is not value and now != value:
+            if not _same(variable.get(), value):
                 found.add(f"changes the variable {variable.name}")
                 variable.put(value)
-            if content is not None and not _alike(content, _items(_container(value))):
+            if not _alike(content, _inside(value)):
                 found.add(f"changes the variable {variable.name}")
-                _put_back(_container(value), content)
+                if not isinstance(value, Tensor):
+                    _put_back(_container(value), content)
 
 
 class _Variable:
@@ -41,7 +42,7 @@ class _Variable:
         self.name, self.get, self.put = name, get, put
 
 
-def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[Any, dict[Any, Any] | None]]:
+def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[Any, dict[Any, Any]]]:
     """The variables that the methods of the user's classes see (or use), each with its value and what is in it."""
     classes = {cls for part in module.modules() for cls in type(part).__mro__ if _package(cls) not in _TORCH | _OUTSIDE}
     methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
@@ -54,19 +55,14 @@ def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[An
         for name, cell in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
             found.append(_Variable(name, partial(_content, cell), partial(setattr, cell, "cell_contents")))
     held = {variable: variable.get() for variable in found}
-    kept = {v: (value, _container(value)) for v, value in held.items()}
-    return {
-        v: (value, None if inside is None else dict(_items(inside)))
-        for v, (value, inside) in kept.items()
-        if inside is not None or isinstance(value, _PLAIN)
-    }
+    kinds = (*_PLAIN, Tensor)
+    return {v: (x, _inside(x)) for v, x in held.items() if isinstance(x, kinds) or _container(x) is not None}
 
 
-def differ(before: dict[_Variable, tuple[Any, dict[Any, Any] | None]]) -> bool:
+def differ(before: dict[_Variable, tuple[Any, dict[Any, Any]]]) -> bool:
     """Whether a variable has another value, or something else in it, than when :func:`variables` looked."""
     return any(
-        ((now := variable.get()) is not value and now != value)
-        or (content is not None and not _alike(content, _items(_container(value))))
+        not _same(variable.get(), value) or not _alike(content, _inside(value))
         for variable, (value, content) in before.items()
     )
 
@@ -88,8 +84,20 @@ def _container(value: Any) -> Any:
     return vars(value) if own and hasattr(value, "__dict__") else None
 
 
+def _same(now: Any, before: Any) -> bool:
+    return now is before or (isinstance(before, _PLAIN) and type(now) is type(before) and bool(now == before))
+
+
+def _inside(value: Any) -> dict[Any, Any]:
+    """What is in a value; of a tensor, how often it was written to."""
+    if isinstance(value, Tensor):
+        return {} if value.is_inference() else {"writes": value._version}
+    container = _container(value)
+    return {} if container is None else dict(_items(container))
+
+
 def _alike(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return len(one) == len(other) and all(k in other and other[k] is v for k, v in one.items())
+    return len(one) == len(other) and all(k in other and _same(other[k], v) for k, v in one.items())
 
 
 def _content(cell: CellType) -> Any:

@@ -24,13 +24,20 @@ from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 SIZES = (10,) * 8 + (7, 7, 9)
 """With batches of four: a last batch that most clients share, and others of one or two clients."""
 
-counted, noted = 0, []
+counted, noted, last, table = 0, [], None, {"x": torch.zeros(2)}
 options, weight = SimpleNamespace(scale=1.0), 1.0
 
 
 class Small(Regression):
     def __init__(self, width=16, between=nn.ReLU):
         super().__init__(0.02, nn.Sequential(nn.Linear(3, width), between(), nn.Linear(width, 1)))
+
+
+class Keeps(Small):
+    def training_step(self, batch, batch_idx):
+        global last, table
+        last, table = batch[0].detach(), {"x": batch[0]}
+        return super().training_step(batch, batch_idx)
 
 
 class Noise(nn.Module):
@@ -99,6 +106,7 @@ def fit(folder, module, sizes=SIZES, **settings):
         (Small, {"engine": "eager"}, "Eager: as trainer.engine says"),
         (Prints, {}, "Eager: auto; Prints.training_step prints"),
         (Logs, {}, "Eager: auto; Logs.training_step logs"),
+        (Keeps, {}, "Eager: auto; Keeps.training_step changes the variable last"),
         (Counts, {}, "Eager: auto; Counts.training_step changes the variable counted"),
         (Notes, {}, "Eager: auto; Notes.training_step changes the variable noted"),
     ],
