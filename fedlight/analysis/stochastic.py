@@ -144,11 +144,15 @@ def density(
     )
     weights = coordinates[:, 0].square()
     if known is not None:
-        share = len(known[0]) / operator.size
-        nodes = torch.cat([nodes, known[0].double().cpu().expand(probes, -1)], 1)
-        exact = torch.full_like(nodes[:, -len(known[0]) :], 1 / operator.size)
-        weights = torch.cat([weights * (1 - share), exact], 1)
+        nodes, weights = _joined(nodes, weights, known[0].double().cpu(), operator.size)
     return _smoothed(nodes, weights, grid_points)
+
+
+def _joined(nodes: Tensor, weights: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights ``[n, m]`` with ``k`` known eigenvalues, each of which has its exact share."""
+    exact = known.expand(len(nodes), -1)
+    shares = torch.full_like(exact, 1 / size)
+    return torch.cat([nodes, exact], 1), torch.cat([weights * (1 - len(known) / size), shares], 1)
 
 
 def _without(columns: Tensor, found: Tensor | None) -> Tensor:

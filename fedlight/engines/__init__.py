@@ -1,7 +1,6 @@
 """Engines: how the local trainings of a round are executed."""
 
 import importlib
-from typing import Any
 
 import torch
 from lightning.fabric.utilities import rank_zero_warn
@@ -9,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining
 from fedlight.engines.eager import Eager
+from fedlight.engines.recordable import Unrecordable
 from fedlight.engines.side_by_side import why_not_faster, why_not_same
 
 __all__ = ["ClientTask", "Eager", "Engine", "LocalTraining", "engine_names", "make_engine", "start_engine"]
@@ -76,19 +76,19 @@ def _fastest(training: LocalTraining) -> Engine:
             try:
                 return _side_by_side(training)
             except MisconfigurationException as error:
-                reason = str(error)
-        reason = reason.removeprefix("trainer.engine=vmap: ").removesuffix(" Use trainer.engine=eager.").rstrip(".")
+                reason = getattr(error, "reason", str(error))
     engine = start_engine("eager", training)
     engine.reason = f"auto; {reason}"
     return engine
 
 
 def _side_by_side(training: LocalTraining) -> Engine:
-    engine = start_engine("vmap", training)
-    step: Any = engine
-    if reason := why_not_same(step.try_step, training):
-        engine.teardown()
-        raise MisconfigurationException(reason)
+    from fedlight.engines.vmap import Vmap  # loads slowly
+
+    engine = Vmap()
+    engine.setup(training)
+    if reason := why_not_same(engine.try_step, training):
+        raise Unrecordable("vmap", reason)
     engine.reason = "auto; small steps of many clients are faster as one program"
     return engine
 

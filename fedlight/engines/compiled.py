@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure
 
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
+from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.vmap.programs import ClientStep, Program, numbered
 from fedlight.local import LocalObjective
 from fedlight.module.logs import LogCollector
@@ -80,7 +80,7 @@ class CompiledStep:
         try:
             out = program(named)
         except Exception as error:
-            raise cannot(_ENGINE, explain(error, self._training.module, "cannot be compiled")) from error
+            raise Unrecordable(_ENGINE, explain(error, self._training.module, "cannot be compiled")) from error
         for name, value in out.items():
             kind, _, key_ = name.partition("/")
             if kind == "buffers":

@@ -21,26 +21,37 @@ from fedlight.penalties.step import penalized_step
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
 
 
+class Unrecordable(MisconfigurationException):
+    """An engine cannot do the work.
+
+    Args:
+        engine: its name.
+        reason: why, without a full stop.
+    """
+
+    def __init__(self, engine: str, reason: str) -> None:
+        super().__init__(f"trainer.engine={engine}: {reason}. Use trainer.engine=eager.")
+        self.reason = reason
+
+
 def check_recordable(training: LocalTraining, engine: str) -> None:
     """Refuse by name what would have to happen in Python in every step.
 
     Raises:
-        MisconfigurationException: naming the hook, the dataset or the precision, and what to do instead.
+        Unrecordable: naming the hook, the dataset or the precision, and what to do instead.
     """
     if training.optimizer_state:
-        raise cannot(engine, f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent")
+        raise Unrecordable(
+            engine, f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent"
+        )
     if training.example is not None and training.example.objective.drift is not None:
-        raise cannot(engine, "the algorithm has clients drift beside their optimizer's steps")
+        raise Unrecordable(engine, "the algorithm has clients drift beside their optimizer's steps")
     for reason in _reasons(training, engine):
-        raise cannot(engine, reason)
+        raise Unrecordable(engine, reason)
     for name, layer in training.module.named_modules() if engine == "cuda_graph" else ():
         if isinstance(layer, nn.RNNBase) and layer.dropout and layer.num_layers > 1:
-            raise cannot(engine, f"{name} draws its dropout in cuDNN, which has one state for all that a device trains")
-
-
-def cannot(engine: str, reason: str) -> MisconfigurationException:
-    """The error for an engine that cannot do the work."""
-    return MisconfigurationException(f"trainer.engine={engine}: {reason}. Use trainer.engine=eager.")
+            shared = f"{name} draws its dropout in cuDNN, which has one state for all that a device trains"
+            raise Unrecordable(engine, shared)
 
 
 def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:

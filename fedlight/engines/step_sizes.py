@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.batch_order import num_batches
 
-_TOGETHER = 3
+_SEVERAL = 3
 """From so many clients on, one batched program is faster than a program for each client alone."""
 
 
@@ -35,9 +35,7 @@ class StepSizes:
             longest[plan.count(full)] += clients
             for sizes in set(plan) - {full}:  # clients that take as many steps take these at the same time
                 alike[len(plan), sizes] += clients * training.per_round / total
-        self.shared = {full for steps in longest if steps} | {
-            sizes for (_, sizes), n in alike.items() if n >= _TOGETHER
-        }
+        self.shared = {full for steps in longest if steps} | {sizes for (_, sizes), n in alike.items() if n >= _SEVERAL}
         self._alone = {sizes for _, sizes in alike} - self.shared
         self.single = sum(n for (_, sizes), n in alike.items() if sizes in self._alone)
         self.batched = sum(min(1.0, n) for (_, sizes), n in alike.items() if sizes in self.shared)

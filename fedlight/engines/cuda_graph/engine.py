@@ -16,7 +16,7 @@ from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.client_loop import Job, RecordedLoop
 from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
 from fedlight.engines.fused_optimizers import FUSED, fuse
-from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
+from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.seeding import preserved_global_rng
@@ -66,11 +66,11 @@ class CudaGraph(Engine):
         """
         self._training, self._device = training, training.fabric.device
         if self._recorder is CudaRecorder and self._device.type != "cuda":
-            raise cannot("cuda_graph", f"it needs a CUDA device, and trainer.accelerator gives {self._device}")
+            raise Unrecordable("cuda_graph", f"it needs a CUDA device, and trainer.accelerator gives {self._device}")
         check_recordable(training, "cuda_graph")
         _check_optimizer(training.module, self._device)
         if training.example is None:
-            raise cannot("cuda_graph", "there is no example of a client's work")
+            raise Unrecordable("cuda_graph", "there is no example of a client's work")
         self._values = values_of_step(training)
         with preserved_global_rng():
             self._make_slots(training.example)
@@ -142,9 +142,9 @@ class CudaGraph(Engine):
         except MisconfigurationException:
             raise
         except torch.OutOfMemoryError as error:
-            raise cannot("cuda_graph", f"device memory does not suffice for one slot ({error})") from error
+            raise Unrecordable("cuda_graph", f"device memory does not suffice for one slot ({error})") from error
         except Exception as error:
-            raise cannot("cuda_graph", explain(error, module, "cannot be recorded")) from error
+            raise Unrecordable("cuda_graph", explain(error, module, "cannot be recorded")) from error
 
     def _new_slot(self, example: ClientTask) -> RecordedLoop:
         module = copy.deepcopy(self._training.module)
@@ -204,9 +204,11 @@ def _check_optimizer(module: LightningModule, device: torch.device) -> None:
     optimizer = configure_optimizers(module).optimizer
     if not fuse(optimizer, device):
         names = ", ".join(cls.__name__ for cls in FUSED)
-        raise cannot("cuda_graph", f"a step of {type(optimizer).__name__} cannot be recorded; those of {names} can")
+        raise Unrecordable(
+            "cuda_graph", f"a step of {type(optimizer).__name__} cannot be recorded; those of {names} can"
+        )
     if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
-        raise cannot("cuda_graph", "SGD with dampening treats its first step differently")
+        raise Unrecordable("cuda_graph", "SGD with dampening treats its first step differently")
 
 
 def _pool(example: ClientTask, device: torch.device) -> ArrayDataset:

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
-from fedlight.engines.recordable import cannot, check_recordable, explain, is_outdated, values_of_step
+from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.vmap.programs import StackedParts
 from fedlight.engines.vmap.stacked_clients import StackedClients
 from fedlight.local import ClientResult
@@ -80,7 +80,7 @@ class Vmap(Engine):
         except MisconfigurationException:
             raise
         except Exception as error:
-            raise cannot("vmap", explain(error, training.module, "cannot be batched over clients")) from error
+            raise Unrecordable("vmap", explain(error, training.module, "cannot be batched over clients")) from error
         finally:
             parts.programs.clear()
             self._put_back()

@@ -237,9 +237,10 @@ class StackedParts:
         return self.programs[key]
 
     def width(self, sizes: tuple[int, ...], clients: int) -> int:
-        """For how many clients there is a program: compiled ones come for all of them, half, a quarter, and so on.
+        """For how many clients there is a program that takes so many.
 
-        Others come in steps that cost little; where one is for a client alone, two are for two, and the bits the same.
+        Compiled ones come for all clients, half of them, a quarter, and so on; others in multiples, where further rows
+        cost little. There is none for one row then: a product of one matrix is not rounded as one of several.
         """
         if not self._compiles(sizes):
             most = max(clients, self.training.clients, min(self._widths, 2))

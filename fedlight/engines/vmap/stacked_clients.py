@@ -11,7 +11,7 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.batch_order import batch_order, same_storage
 from fedlight.engines.hyperparameters import lr_sum
-from fedlight.engines.recordable import cannot
+from fedlight.engines.recordable import Unrecordable
 from fedlight.engines.vmap.programs import StackedParts, numbered
 from fedlight.engines.vmap.stacked_optimizers import Block
 from fedlight.local import ClientResult
@@ -58,7 +58,7 @@ class StackedClients:
         self._data = _Data(round, self._tasks, [plan.order for plan in self._plans], parts.training)
         parts.step.spec, *others = [dataset.storage.spec for dataset in self._data.datasets]
         if any(spec != parts.step.spec for spec in others):
-            raise cannot("vmap", "the clients' batches are not made alike")
+            raise Unrecordable("vmap", "the clients' batches are not made alike")
         self._stack()
         self._logs: dict[str, list[tuple[slice | Tensor, Tensor, Tensor]]] = {}
         self._reductions: dict[str, str] = {}
