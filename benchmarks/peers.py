@@ -56,7 +56,11 @@ ENTRIES = {
     "plain PyTorch loop": Entry("plain", 40),
     "fedlight, by default": Entry("fedlight", 200, (), "fedlight", ("--engine", "auto")),
     "fedlight eager": Entry("fedlight", 40, (), "fedlight"),
+    "fedlight eager, channels last": Entry("fedlight", 40, (), "fedlight", ("--channels-last",)),
     "fedlight eager, 2 processes": Entry("fedlight", 40, (), "fedlight", ("--processes", "2")),
+    "fedlight eager, channels last, 2 processes": Entry(
+        "fedlight", 40, (), "fedlight", ("--channels-last", "--processes", "2")
+    ),
     "fedlight vmap, 2 processes": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--processes", "2")),
     "fedlight vmap": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap")),
     "fedlight vmap, compiled": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--compile")),

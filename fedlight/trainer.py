@@ -51,6 +51,8 @@ class FederatedTrainer(Commands):
         precision: numerical precision of local training and evaluation.
         tf32: whether GPUs may round the factors of float32 products to TensorFloat-32, in training and evaluation; null
             leaves torch's own settings as they are.
+        channels_last: lay batches of images ``[B, C, H, W]`` out with their channels side by side, as
+            ``torch.channels_last``: often the faster one for convolutions. The same function, rounded otherwise.
         gradient_clip_val: largest norm (or entry) of the gradient that reaches the optimizer.
         gradient_clip_algorithm: clip by ``norm`` or by ``value``.
         accumulate_grad_batches: batches of one local optimizer step.
@@ -115,6 +117,7 @@ class FederatedTrainer(Commands):
         strategy: str = "auto",
         precision: Precision | int = "32-true",
         tf32: bool | None = None,
+        channels_last: bool = False,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] = "norm",
         accumulate_grad_batches: int = 1,

@@ -331,6 +331,59 @@ def test_tf32_is_set_for_the_length_of_a_run(tmp_path, tf32, inside):
     assert [b.fp32_precision for b in backends] == before
 
 
+class Pictures(Regression):
+    """Convolutions of images ``[B, 3, 4, 5]`` made of the inputs; notes how its batches and their outputs lie."""
+
+    def __init__(self, channels=3, view=False, note=True):
+        net = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU())
+        super().__init__(0.01, nn.ModuleList([net, nn.Linear(24, 1)]))
+        self.view, self.note, self.seen = view, note, set()
+
+    def forward(self, x):
+        features = self.net[0](x)
+        if self.note:
+            self.seen.add((x.stride(), features.stride()))
+        return self.net[1](features.view(len(x), -1) if self.view else features.flatten(1))
+
+    def on_train_start(self):  # after the steps that are tried
+        self.seen.clear()
+
+
+class OfPictures(Clients):
+    def __init__(self, channels=3):
+        super().__init__(SIZES)
+        self.channels = channels
+
+    def images(self, sizes):
+        x = torch.randn(sizes, self.channels, 4, 5, generator=generator(0, "images"))
+        return TensorDataset(x, x.mean((1, 2, 3), keepdim=True).flatten(1))
+
+    def client_dataset(self, client):
+        return self.images(SIZES[client])
+
+    def val_dataset(self):
+        return self.images(8)
+
+
+@pytest.mark.parametrize("engine", ["eager", "vmap"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_is_how_images_lie_in_memory(tmp_path, channels, engine):
+    def trained(channels_last):
+        model = Pictures(channels, note=engine == "eager")
+        return fit(tmp_path, model, OfPictures(channels), channels_last=channels_last, engine=engine)[0]
+
+    last, first = trained(True), trained(False)
+    torch.testing.assert_close(weights(last), weights(first), rtol=1e-5, atol=1e-6)
+    if engine == "eager":  # in training as in evaluation
+        assert last.seen == {((20 * channels, 1, 5 * channels, channels), (24, 1, 12, 4))}
+        assert first.seen == {((20 * channels, 20, 5, 1), (24, 6, 3, 1))}
+
+
+def test_a_view_that_channels_last_forbids_is_explained(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"For trainer\.channels_last, view must be flatten or reshape"):
+        fit(tmp_path, Pictures(view=True), OfPictures(), channels_last=True)
+
+
 class Small(Regression):
     """A loss that float16 holds when it is multiplied by 65536."""
 

@@ -119,6 +119,7 @@ def from_arguments() -> tuple[Problem, argparse.Namespace]:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--engine", default="eager")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--channels-last", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return {"digits": digits, "small": small, "cnn": cnn}[arguments.workload](arguments.rounds), arguments

@@ -65,6 +65,7 @@ if __name__ == "__main__":
             local_epochs=problem.epochs,
             engine=arguments.engine,
             compile=arguments.compile,
+            channels_last=arguments.channels_last,
             accelerator="cpu",
             devices=arguments.processes,
             views=["server"],
