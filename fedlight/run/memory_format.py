@@ -2,7 +2,7 @@
 
 import torch
 from lightning.fabric.plugins import Precision
-from lightning.fabric.utilities.apply_func import apply_to_collection
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 
