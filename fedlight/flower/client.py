@@ -6,6 +6,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight import __version__
+from fedlight.analysis.memory import free_memory, graph_bytes
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.flower.config import build, check_allowed
 from fedlight.flower.data import OwnData
@@ -24,8 +26,9 @@ from fedlight.local import ClientResult
 from fedlight.penalties.numbers import follow
 from fedlight.perturbations.base import State
 from fedlight.run.context import RunContext
+from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import atomic_file
-from fedlight.run.preflight import check_data, check_methods
+from fedlight.run.preflight import check_data, check_methods, first_samples, trial_step
 from fedlight.run.processes import use_threads
 from fedlight.run.session import Session
 from fedlight.run.views import evaluate_clients
@@ -156,6 +159,26 @@ def facts(run: RunContext) -> dict[str, Any]:
     }
 
 
+def check_memory(run: RunContext, client: int) -> None:
+    """Refuse a site whose memory cannot hold a training: start, gradient and result, and the graph of one batch.
+
+    Raises:
+        MisconfigurationException: saying how much there is, and how much it takes at least.
+    """
+    precision, size = run.fabric.strategy.precision, min(2, run.datamodule.client_size(client))
+    batch = run.evaluator.prepare(first_samples(run.datamodule, client, size))
+    params, step = list(run.module.parameters()), 0
+    with evaluating(run.module), suppress(Exception):  # two samples may be too few for it; check_data says what fails
+        step = graph_bytes(lambda: trial_step(run.module, batch, precision.forward_context()), params)
+    largest = min(run.datamodule.batch_size, max(run.federation.sizes.tolist()))
+    needed = 3 * sum(p.nbytes for p in params if p.requires_grad) + step * largest // max(1, size)
+    if (free := free_memory(run.fabric.device)) < needed:
+        raise MisconfigurationException(
+            f"this site has too little memory: {free / 1e6:.3g} MB of {run.fabric.device} are free, and training takes"
+            f" {needed / 1e6:.3g} MB at least. Lower data.batch_size for all, or give the site more."
+        )
+
+
 class SiteSession(Session):
     """One message at a site."""
 
@@ -174,6 +197,7 @@ class SiteSession(Session):
         if not self.node.get("state"):
             raise MisconfigurationException("node-config: `state` must be the folder that keeps the clients' state.")
         check_methods(self)
+        check_memory(self, mine[0])
         check_data(self)
         sizes = {client: self.datamodule.client_size(client) for client in mine}
         own = self.datamodule.client_val_dataset(mine[0]) is not None

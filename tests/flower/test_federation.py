@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.cli.command import FederatedCLI
 from fedlight.flower.server import serve
@@ -172,6 +173,16 @@ def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path,
     assert trainer.federation.clients.round_of(0) == -1
     assert [trainer.federation.clients.round_of(client) for client in (1, 2, 3)] == [0, 0, 0]
     assert torch.isfinite(trainer.federation.params).all()
+
+
+def test_a_site_with_too_little_memory_is_refused_before_training(tmp_path, monkeypatch):
+    simulated(tmp_path, rounds=1)  # 610 parameters
+    monkeypatch.setattr("fedlight.flower.client.free_memory", lambda device: 3 * 4 * 610)  # without a batch's graph
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0 1 2 3"]))
+    said = r"node 100 cannot take part: .*too little memory: 0.00732 MB of cpu are free, and training takes 0.0\d+ MB"
+    with pytest.raises(MisconfigurationException, match=said):
+        serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
+    assert [parcel.kind for _, parcel in transport.asked] == ["query"]
 
 
 @pytest.mark.slow
