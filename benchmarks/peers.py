@@ -65,6 +65,7 @@ ENTRIES = {
     "fedlight vmap": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap")),
     "fedlight vmap, compiled": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--compile")),
     "Flower simulation": Entry("flower", 20, ("flwr[simulation]",), "flwr"),
+    "NVFlare simulator": Entry("nvflare", 20, ("nvflare", "pytorch-lightning"), "nvflare"),
     "pfl-research": Entry("pfl", 40, ("pfl[pytorch]",), "pfl"),
     "fluke": Entry("fluke", 40, ("fluke-fl",), "fluke-fl"),
     "BlazeFL": Entry("blazefl", 20, ("blazefl[contrib,reproducibility]",), "blazefl", (), (3, 12)),
