@@ -42,6 +42,21 @@ def test_shapes_that_do_not_fit(tmp_path):
     refused(tmp_path, message, Regression(net=nn.Linear(5, 1)))
 
 
+class LossInTraining(Regression):
+    """As the detectors of torchvision."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.training, "no loss"
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_is_tried_in_the_mode_of_training(tmp_path):
+    quiet_trainer(tmp_path, max_rounds=1).fit(LossInTraining().eval(), Clients())
+    broken = LossInTraining()
+    broken.training_step = lambda batch, batch_idx: torch._assert(False, "no boxes")
+    refused(tmp_path / "broken", "LossInTraining.training_step failed on a batch of .*AssertionError: no boxes", broken)
+
+
 def test_batches_that_the_module_does_not_expect(tmp_path):
     class OfDictionaries(Regression):
         def training_step(self, batch, batch_idx):

@@ -69,6 +69,12 @@ def test_a_program_computes_the_same_for_any_number_of_samples(run, tmp_path):
         assert torch.allclose(program(X[:count]), run[1](X[:count]), atol=1e-6)
 
 
+def test_an_example_of_one_sample_stands_for_any_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(Regression, "example_input_array", torch.zeros(1, 3))
+    quiet_trainer(tmp_path).export(Regression(), Clients(), to=tmp_path / "a.pt2")
+    assert len(torch.export.load(tmp_path / "a.pt2").module()(torch.zeros(5, 3))) == 5
+
+
 @pytest.mark.slow
 def test_onnx_computes_the_same(run, tmp_path):
     runtime = pytest.importorskip("onnxruntime")

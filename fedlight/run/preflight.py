@@ -26,7 +26,6 @@ from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
 from fedlight.run.context import RunContext
-from fedlight.run.evaluation import evaluating
 from fedlight.seeding import generator
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import check_enough
@@ -66,10 +65,12 @@ def check_data(run: RunContext) -> None:
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
     _check_finite(sets)
     _check_vocabulary(module, sets)
-    for where in ((client, 0), *((client, row) for _, client, row in labels)):
-        _try_one_batch(run, *where)
+    if not module.training:  # as in training: some modules give losses only there
+        module.train()
     if run.settings["limit_train_batches"] is None:
         _try_batch_of_one(run, sizes)
+    for where in ((client, 0), *((client, row) for _, client, row in labels)):
+        _try_one_batch(run, *where)
 
 
 def _check_client_data(run: RunContext) -> None:
@@ -205,9 +206,8 @@ def _try_one_batch(run: RunContext, client: int, start: int) -> None:
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
-        with evaluating(module):
-            loss = _attempt(run, batch)
-    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        loss = _attempt(run, batch)
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
             f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
@@ -231,7 +231,9 @@ def _try_batch_of_one(run: RunContext, sizes: Tensor) -> None:
     client = int(alone[0])
     try:
         _attempt(run, first_samples(run.datamodule, client, 1))
-    except ValueError as error:
+    except Exception as error:
+        if "more than 1 value per channel" not in str(error):
+            return  # it comes again with a whole batch
         raise MisconfigurationException(
             f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
             f" {len(alone)} clients have such a batch; client {client} has {int(sizes[client])} samples. Change"

@@ -168,6 +168,7 @@ def _program(run: RunContext, to: Path) -> Any:
             f"to={str(to)!r}: {type(run.module).__name__}.forward is exported for one tensor, and a batch here begins"
             f" with {type(x).__name__}. Set example_input_array in the module to what forward takes."
         )
+    x = x.expand(2, *x.shape[1:]) if len(x) == 1 else x  # torch takes a dimension of one for a constant
     try:
         with evaluating(run.module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
