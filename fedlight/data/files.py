@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.folders import split_of
+from fedlight.data.folders import in_order, split_of
 from fedlight.data.images import ImageArrays, as_images, check, held_out_for_test, take
 
 _ROLES = {"x": "x|images?|imgs?|data|inputs?|features?|pixels?", "y": "y|labels?|targets?", "group": "groups?"}
@@ -32,7 +32,10 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
             found = list(file.files)
             held = {key: file[key] for key in found if _role(key) or key in ("classes", "groups")}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"`data.source` ({path}) is not a readable .npz file: {error}") from error
+        what = str(error)
+        if path.suffix != ".npz":
+            what = "it must be one, a CSV file, or a folder. numpy.savez(file, x_train=..., y_train=...) writes one"
+        raise ValueError(f"`data.source` ({path}) is not a readable .npz file: {what}") from error
     where, names = f"`data.source` ({path})", {key: held.pop(key, np.array([])) for key in ("classes", "groups")}
     roles = [_role(key) for key in held]
     if twice := [key for key in held if roles.count(_role(key)) > 1]:
@@ -47,16 +50,21 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     grouped = [split for split in splits if f"group_{split}" in arrays]
     codes, groups, _ = _codes(dict(arrays[f"group_{s}"] for s in grouped), names["groups"], where, shift=False)
     share = f"{test_fraction:g} of each class"
-    rank_zero_info(f"{where}: {said}; {told or 'labels as they are'}; test on {test or share}.")
+    unused = ", ".join(role for role in arrays if role.split("_")[1] not in splits)
+    rank_zero_info(
+        f"{where}: {said}; {told or 'labels as they are'}; test on {test or share}"
+        + (f"; {unused} left out." if unused else ".")
+    )
     group = dict(zip(grouped, codes, strict=True))
     # Without a test set all is taken for both, and divided then.
     both = ImageArrays(x[0], y[0], x[-1], y[-1], group.get("train"), group.get(splits[-1]), classes, groups)
     if test:
         check(both, str(path))
-        if not classes and int(y[1].max()) > (most := int(y[0].max())):
+        strange = sorted({*y[1].tolist()} - {*y[0].tolist()})
+        if strange and not len(names["classes"]):
             raise ValueError(
-                f"{where}: labels of y_{test} go up to {int(y[1].max())}, and those of y_train to {most}. Write both"
-                " from 0 on; or give the names of all classes as `classes`, if some are not trained on."
+                f"{where}: y_{test} has labels that y_train has not: {[classes[i] if classes else i for i in strange]}."
+                " Write both from 0 on; or give the names of all classes as `classes`, if some are not trained on."
             )
         return both
     check(both, str(path))
@@ -86,7 +94,7 @@ def _codes(
             columns[key], told = values.argmax(1), "labels from one-hot rows"
     if columns and all(values.ndim == 1 and values.dtype.kind in "US" for values in columns.values()):
         words = [values.astype(str).tolist() for values in columns.values()]
-        known = known or sorted(set().union(*words))
+        known = known or in_order(set().union(*words))
         if strange := sorted(set().union(*words) - set(known)):
             raise ValueError(f"{where}: {', '.join(held)} hold {strange[:5]}, which are not among {known[:5]}.")
         number = {name: i for i, name in enumerate(known)}

@@ -59,7 +59,7 @@ def load_folder(
         check_at_least_one("`data.image_size`", image_size)
     files, test_files, said = read_tree(root, EXTENSIONS, test_domains, test_fraction)
     domains = sorted({f.domain for f in files + test_files} - {""})
-    classes = sorted({f.label for f in files})
+    classes = in_order({f.label for f in files})
     foreign = sorted({f.label for f in test_files} - set(classes))
     if foreign:
         raise ValueError(f"`data.source` ({root}): the test set has classes without a training image: {foreign[:5]}.")
@@ -136,16 +136,20 @@ def _split(root: Path, suffixes: Collection[str]) -> tuple[list[_File], list[_Fi
 
 def _walk(root: Path, suffixes: Collection[str]) -> list[_File]:
     """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
-    files: list[_File] = []
+    files, bare = list[_File](), list[str]()
     for place, inner, names in os.walk(root, followlinks=True):
-        inner[:] = sorted(name for name in inner if not name.startswith(_NOT_DATA))
         path = Path(place)
+        up = [path.resolve(), *path.resolve().parents]  # a link to one of these has no end
+        inner[:] = sorted(n for n in inner if not n.startswith(_NOT_DATA) and (path / n).resolve() not in up)
         folders, table = path.relative_to(root).parts, path.parent / "val_annotations.txt"
         folders = folders[:-1] if folders and folders[-1].lower() == "images" else folders
         rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
         labels = {row[0]: row[1:2] for row in rows}
         chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in suffixes]
+        bare += [] if inner or chosen else [place]
         files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
+    if bare:
+        rank_zero_info(f"`data.source`: {len(bare)} folders hold nothing to read and are no class, as {bare[0]}.")
     return files
 
 
@@ -178,8 +182,14 @@ def _without_splits(root: Path, files: list[_File]) -> list[_File]:
 
 def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple[Tensor, Tensor | None]:
     """Class and domain of each file, as numbers."""
-    y = torch.from_numpy(np.searchsorted(classes, [f.label for f in files]))
+    number = {name: i for i, name in enumerate(classes)}
+    y = torch.tensor([number[f.label] for f in files], dtype=torch.int64)
     return y, torch.from_numpy(np.searchsorted(domains, [f.domain for f in files])) if domains else None
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Names as they sort, and by size if all are whole numbers: 2 comes before 10."""
+    return sorted(sorted(names), key=int if all(map(str.isdecimal, names)) else None)
 
 
 def split_of(name: str) -> tuple[str | None, list[str]]:

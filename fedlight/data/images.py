@@ -1,12 +1,13 @@
 """Images in memory: what every source is turned into, checked, split and cut down."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.checks import check_at_least_one
@@ -139,6 +140,15 @@ def check(arrays: ImageArrays, source: str) -> None:
             f"{where}: training images are {list(arrays.x_train.shape[1:])} and test images "
             f"{list(arrays.x_test.shape[1:])} (channels, height, width); they must agree."
         )
+    trained, tested = ([hash(image.tobytes()) for image in x.numpy()] for x in (arrays.x_train, arrays.x_test))
+    say_shared(f"{where}: {{}} test images are training images", trained, tested)
+
+
+def say_shared(said: str, trained: Iterable[Hashable], tested: Sequence[Hashable]) -> None:
+    """Say how many samples are in both sets, where it is more than one of a hundred, as in many public sets."""
+    known = {*trained}
+    if (shared := sum(sample in known for sample in tested)) > len(tested) / 100:
+        rank_zero_info(f"{said.format(f'{shared} of {len(tested)}')}, too: accuracies are not those of new data.")
 
 
 def holdout(strata: Tensor, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -154,7 +164,13 @@ def held_out_for_test(strata: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     """Rows for training, and for the test set that a source lacks: the same ones whatever the run's seed."""
     if not 0 < fraction < 1:
         raise ValueError(f"`data.test_fraction` must lie between 0 and 1, got {fraction}; the source has no test set.")
-    return holdout(strata, fraction, generator(0, "test split"))
+    kept, out = holdout(strata, fraction, generator(0, "test split"))
+    if not (len(kept) and len(out)):
+        raise ValueError(
+            f"`data.test_fraction`={fraction:g} leaves {len(kept)} samples for training and {len(out)} for the test, of"
+            f" {len(strata)} in {len(torch.unique(strata))} classes or clients. Change it, or bring a test set."
+        )
+    return kept, out
 
 
 def take(arrays: ImageArrays, train: Tensor, test: Tensor) -> ImageArrays:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.data.folders import EXTENSIONS, split_of
@@ -20,7 +21,7 @@ _COLUMNS = {"image": "image_id", "label": "class", "client": "user_id", "split":
 
 def is_listed(path: Path) -> bool:
     """Whether it is a CSV file, or a folder of LEAF."""
-    return (path.is_file() and path.suffix == ".csv") or is_leaf(path)
+    return (path.is_file() and path.suffix.lower() == ".csv") or is_leaf(path)
 
 
 def load_listed(
@@ -34,9 +35,9 @@ def load_listed(
     """Read images that are listed with their clients, who become groups; settings as for ``load_source``.
 
     ``path`` is a folder of LEAF; or a CSV file, by default laid out as those of Hsu et al. (ECCV 2020): ``user_id``,
-    ``image_id``, ``class``. Its test set are the rows whose ``split`` is not 0 or ``train``, or a ``test.csv`` beside
-    it, or else ``test_fraction`` of each client. ``test_domains`` are clients. Images that are not below the folder of
-    the CSV file may be below ``root``.
+    ``image_id``, ``class``; without ``user_id`` there are no clients. Its test set are the rows whose ``split`` is not
+    0 or ``train``, or a ``test.csv`` beside it, or else ``test_fraction`` of each client. ``test_domains`` are clients.
+    Images that are not below the folder of the CSV file may be below ``root``.
 
     Raises:
         ValueError: for columns, labels or images that are missing.
@@ -44,19 +45,26 @@ def load_listed(
     if strange := columns.keys() - _COLUMNS.keys():
         raise ValueError(f"`data.columns` are {', '.join(_COLUMNS)}; found {', '.join(sorted(strange))}.")
     if is_leaf(path):
-        tables = {split: {"image": t.pop("text"), **t} for split, t in read_leaf(path).items()}
-        table = {k: [v for t in tables.values() for v in t[k]] for k in ("image", "label", "client")}
-        test = np.repeat([split == "test" for split in tables], [len(t["label"]) for t in tables.values()])
+        tables = {s: {"image": t.pop("text"), "split": [s] * len(t["label"]), **t} for s, t in read_leaf(path).items()}
+        table = {k: [v for t in tables.values() for v in t[k]] for k in ("image", "label", "client", "split")}
+        test = np.array(table["split"]) == "test"
     else:
         table, test = _of_csv(path, columns)
     clients, group = np.unique(table["client"], return_inverse=True)
+    natural = is_leaf(path) or any(table["client"])
     if test_domains:
         test = np.isin(table["client"], test_domains)
         if set(test_domains) - set(clients) or test.all():
             raise ValueError(f"`data.test_domains` is {test_domains}; the clients are {clients[:9].tolist()} ...")
     if not test.any():
-        test[held_out_for_test(torch.from_numpy(group), test_fraction)[1].numpy()] = True
+        strata = group if natural else np.unique(table["label"], return_inverse=True)[1]
+        test[held_out_for_test(torch.from_numpy(strata), test_fraction)[1].numpy()] = True
     train, held = np.flatnonzero(~test), np.flatnonzero(test)
+    if not len(train):
+        found = ", ".join(sorted({*table["split"]})[:5])
+        raise ValueError(
+            f"`data.columns.split`: no image of {path} is for training; `train` or 0 says so, found {found}."
+        )
     label = "y" if is_leaf(path) else columns.get("label", _COLUMNS["label"])
     y, classes = coded(table["label"], {str(table["label"][i]) for i in train}, f"`data.source` ({path}), {label}")
     order = [*train.tolist(), *held.tolist()]
@@ -64,8 +72,13 @@ def load_listed(
     x = _pixels(images) if isinstance(images[0], np.ndarray) else read_images(_files(images, path, root), image_size)
     groups = torch.from_numpy(group)
     known = groups[held] if all(table["client"][row] for row in held) else None
-    n = len(train)
-    return ImageArrays(x[:n], y[train], x[n:], y[held], groups[train], known, classes, clients.tolist())
+    n, splits = len(train), ", ".join(sorted({table["split"][row] for row in held} - {"train"})[:5])
+    apart, names = test_domains or splits or "a part of each", clients.tolist() if natural else []
+    rank_zero_info(
+        f"`data.source` ({path}): {n} training and {len(held)} test images; {len(classes)} classes, "
+        f"{len({*group[train].tolist()}) if natural else 'no'} clients; test on {apart}."
+    )
+    return ImageArrays(x[:n], y[train], x[n:], y[held], groups[train] if natural else None, known, classes, names)
 
 
 def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any, Any]]:
@@ -73,13 +86,13 @@ def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any
     found: Table = {key: [] for key in _COLUMNS}
     for file in dict.fromkeys((path, path.with_name("test.csv"))):
         table = read_table(file) if file == path or file.is_file() else {}
-        default = {"split": "train"} if file == path else {"split": "test", "client": ""}
+        default = {"split": "train" if file == path else "test", "client": ""}
         for key, name in {**_COLUMNS, **given}.items() if table else ():
             if name not in table and key in default and not (file == path and key in given):
                 found[key] += [default[key]] * len(next(iter(table.values())))
             else:
                 found[key] += _filled(name, table) if "{" in name else column(table, name, f"columns.{key}")
-    return found, np.array([split != "0" and split_of(split)[0] != "train" for split in found["split"]])
+    return found, np.array([s not in ("0", "0.0") and split_of(s)[0] != "train" for s in found["split"]])
 
 
 def _filled(name: str, table: Table) -> list[str]:
@@ -92,6 +105,10 @@ def _filled(name: str, table: Table) -> list[str]:
 
 def _pixels(images: list[Any]) -> Tensor:
     """LEAF's numbers in [0, 1] as square images ``[n, 1, H, W]``: as bytes where they were bytes."""
+    if len(shapes := {np.shape(image) for image in images}) > 1:
+        raise ValueError(
+            f"`data.source`: samples are no images of one size; found numbers of shapes {sorted(shapes)[:5]}."
+        )
     x = np.stack(images)
     side, whole = math.isqrt(x.shape[1]), np.rint(x * 255)
     if side**2 != x.shape[1]:
@@ -102,12 +119,23 @@ def _pixels(images: list[Any]) -> Tensor:
 
 def _files(images: list[str], path: Path, root: Path) -> list[Path]:
     """The files of images, by path, or else by name without suffix, below the folder of ``path`` or ``root``."""
-    files, found = [path.parent / image for image in images], dict[str, Path]()
-    for place in (path.parent, root) if not all(file.is_file() for file in files[:1]) else ():
-        for folder, _, names in os.walk(place, followlinks=True) if not {*images} <= found.keys() else ():
-            parts = [os.path.splitext(name) for name in names]
-            found.update({a: Path(folder, a + b) for a, b in parts if b.lower() in EXTENSIONS and a not in found})
+    images = [image.replace("\\", "/") for image in images]  # as Windows writes them
+    files = [path.parent / image for image in images]
+    found = {} if files[0].is_file() else _by_name({*images}, (path.parent, root))
     files = [found.get(image, file) for image, file in zip(images, files, strict=True)]
     if missing := [file for file in files if not file.is_file()]:
         raise ValueError(f"`data.source` ({path}): {len(missing)} of {len(files)} images are missing, as {missing[0]}.")
     return files
+
+
+def _by_name(wanted: set[str], places: Sequence[Path]) -> dict[str, Path]:
+    """The image files that have these names, with or without their endings, in the first places that have them all."""
+    found: dict[str, Path] = {}
+    for place in places:
+        for folder, _, names in os.walk(place, followlinks=True) if not wanted <= found.keys() else ():
+            for name in (name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS):
+                file = Path(folder, name)
+                for known in wanted.intersection((name, file.stem)):
+                    if not found.setdefault(known, file).samefile(file):
+                        raise ValueError(f"`data.source`: {known!r} is {found[known]} or {file}; list images by paths.")
+    return found

@@ -134,8 +134,8 @@ class NaturalGroups(Partitioner):
         """Divide each group among its clients."""
         if groups is None:
             raise ValueError(
-                "`data.partitioner: NaturalGroups` needs groups: a folder with one level of domains, or "
-                "`group_train` in the .npz file of `data.source`."
+                "`data.partitioner: NaturalGroups` needs groups: a folder with one level of domains, `group_train` in "
+                "the .npz file of `data.source`, or a column of its CSV file that `data.columns.client` names."
             )
         names, group = torch.unique(groups, return_inverse=True)
         if num_clients % len(names):

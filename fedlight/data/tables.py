@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.folders import read_tree, split_of
+from fedlight.data.folders import in_order, read_tree, split_of
 from fedlight.data.reading import is_hf
 
 Table = dict[str, list[Any]]
+_WHOLE = re.compile(r"^(\d+)(?:\.0+)?$")
+"""A whole number, also as pandas writes it beside empty cells: ``3.0``."""
 
 
 def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
@@ -33,7 +36,8 @@ def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         files = sorted(path.glob("*")) if path.is_dir() else [path]
-        named = {file.stem: file for file in files if file.suffix in (".csv", ".tsv", ".jsonl")}
+        named = {file.name: file for file in files if file.suffix.lower() in (".csv", ".tsv", ".jsonl")}
+        named |= {file.name: file for file in files if file.suffix == ".json" and split_of(file.name)[0]}
         if {"state.json", "dataset_dict.json"} & {file.name for file in files}:
             from datasets import load_from_disk
 
@@ -44,10 +48,14 @@ def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
             return _texts(path, test_fraction)
         source = named if path.is_dir() else {"train": path}
     held = source if isinstance(source, Mapping) else {"train": source}
-    found = {split_of(str(name))[0]: name for name in held}
-    if "train" not in found or len(found) < len(held):
+    splits = [(split_of(str(name))[0], name) for name in held]
+    found = {split: name for split, name in splits if split}
+    other = [str(name) for split, name in splits if not split]
+    if "train" not in found or len(found) + len(other) < len(held):
         raise ValueError(f"`data.source` needs one table for training, and may have one for val and test: {[*held]}.")
-    return {str(split): read_table(held[name]) for split, name in found.items()}
+    if other:
+        rank_zero_info(f"`data.source`: {', '.join(other)} is none of train, val and test, and left out.")
+    return {split: read_table(held[name]) for split, name in found.items()}
 
 
 def _texts(root: Path, test_fraction: float) -> dict[str, Table]:
@@ -65,7 +73,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"`data.source`: {path} is not readable as UTF-8: {error}") from error
+        raise ValueError(f"`data.source`: {path} is not readable as UTF-8: {error}. Write it anew as UTF-8.") from error
 
 
 def read_table(source: Any) -> Table:
@@ -78,20 +86,37 @@ def read_table(source: Any) -> Table:
         return {name: list(source.with_format(None)[name]) for name in source.column_names}
     text = _text(source)
     try:
-        if source.suffix in (".csv", ".tsv"):
-            csv.field_size_limit(sys.maxsize)  # texts are longer than the csv module expects
-            delimiter = "\t" if source.suffix == ".tsv" else ","
-            rows: Any = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        if source.suffix.lower() in (".csv", ".tsv"):
+            rows: Any = _csv_rows(text, "\t" if source.suffix.lower() == ".tsv" else ",")
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)
         else:
             rows = json.loads("[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]")
         names = dict.fromkeys(name for row in rows for name in row.keys())  # noqa: SIM118
     except (AttributeError, csv.Error, ValueError, TypeError) as error:
         raise ValueError(
-            f"`data.source` ({source}) is no table, with an object or row for each sample: {error}"
+            f"`data.source` ({source}) is no table, with an object or row for each sample (.csv, .tsv, .json, .jsonl):"
+            f" {error}"
         ) from error
     if not rows:
         raise ValueError(f"`data.source` ({source}) holds no samples.")
     return {str(name): [row.get(name) for row in rows] for name in names}
+
+
+def _csv_rows(text: str, delimiter: str) -> list[dict[str, str | None]]:
+    """The rows by the names of the header; cells that are empty are None, as those that are not there."""
+    csv.field_size_limit(sys.maxsize)  # texts are longer than the csv module expects
+    file = io.StringIO(text, newline="")
+    rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=delimiter == ",")
+    names = [*filter(None, rows.fieldnames or ())]
+    if len({*names}) < len(names):
+        raise ValueError(f"two columns have one name: {', '.join(names)}")
+    out = []
+    for row in rows:
+        if rows.restkey in row:
+            raise ValueError(f"line {rows.line_num} has more cells than the header; quote what holds a {delimiter!r}")
+        out.append({name: (cell or "").strip() or None for name, cell in row.items()})
+    return out
 
 
 def is_leaf(path: Path) -> bool:
@@ -144,7 +169,7 @@ def column(table: Table, name: str, key: str) -> list[Any]:
 def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Tensor, list[str]]:
     """Labels as numbers ``[n]`` int64, and the names of the classes.
 
-    Integers from 0 on are what they are; all else is numbered as it sorts.
+    Whole numbers from 0 on are what they are; all else is numbered as it sorts.
 
     Args:
         values: the labels of all samples.
@@ -154,16 +179,18 @@ def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Ten
     Raises:
         ValueError: for any other label, and for numbers with too many gaps.
     """
-    whole = all(word.isdecimal() and word == str(int(word)) for word in known)
-    names = sorted(known, key=int if whole else None)
-    if whole and names[0] == "0":
+    words = [str(value) for value in values]
+    if all(_WHOLE.fullmatch(word) for word in known):
+        known, words = {_WHOLE.sub(r"\1", word) for word in known}, [_WHOLE.sub(r"\1", word) for word in words]
+    names = in_order(known)
+    if names[0] == "0" and all(word.isdecimal() and word == str(int(word)) for word in names):
         if (count := int(names[-1]) + 1) > 1000 * len(names):
             raise ValueError(
                 f"{what}: labels are {len(names)} different whole numbers from 0 to {names[-1]}, which would be {count}"
                 " classes. Number them anew, or give them names."
             )
         names = [str(number) for number in range(count)]
-    number, words = {name: i for i, name in enumerate(names)}, [str(value) for value in values]
+    number = {name: i for i, name in enumerate(names)}
     if strange := sorted({*words} - {*names}):
         raise ValueError(f"{what}: held-out samples have labels that no training sample has: {strange[:5]}.")
     return torch.tensor([number[word] for word in words]), names

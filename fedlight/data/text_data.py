@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlight.checks import check_at_least_one, check_number
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.held_out import draw_clients
-from fedlight.data.images import held_out_for_test, holdout
+from fedlight.data.images import held_out_for_test, holdout, say_shared
 from fedlight.data.label_skew import DirichletClients
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
@@ -143,7 +143,11 @@ class TextData(PartitionedDataModule):
         batch = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
         stored = ArrayDataset.of(batch) if self.as_dict else ArrayDataset(ids, labels)
         self._train, self._val, self._test = (stored.view(rows, None) for rows in (train, val, test))
-        rank_zero_info(f"data: {len(train)} training and {len(test)} test texts of {self.num_clients} clients.")
+        said = f"data: {len(train)} training and {len(test)} test texts of {self.num_clients} clients"
+        names = ", ".join(self.classes[:5]) + ", and others" * (len(self.classes) > 5)
+        rank_zero_info(said + (f"; {len(self.classes)} labels: {names}." if names else "."))
+        trained, tested = ([table["text"][row] for row in rows] for rows in (train, test))
+        say_shared("data: {} test texts are training texts", trained, tested)
 
     def _read(self) -> tuple[Table, np.ndarray[Any, Any]]:
         """All texts with labels and clients, in one table, and the split of each."""
@@ -161,6 +165,10 @@ class TextData(PartitionedDataModule):
         clients, sizes = np.unique(np.array(table["client"])[split == "train"], return_counts=True)
         small = {*clients[sizes < self.min_samples]}
         chosen = [client not in small for client in table["client"]]
+        if len(small) == len(clients):
+            raise ValueError(
+                f"`data.min_samples`={self.min_samples}: no client has so many texts; at most {max(sizes)}."
+            )
         return {k: list(compress(v, chosen)) for k, v in table.items()}, split[chosen]
 
     def state_dict(self) -> dict[str, Any]:

@@ -157,6 +157,24 @@ def test_what_systems_leave_in_folders_is_passed_over(tmp_path):
     assert (values(got.x_train), values(got.x_test), got.classes) == ([1, 2], [3], ["cat"])
 
 
+def test_classes_that_are_numbers_are_in_their_order(tmp_path):
+    got = load_source(tree(tmp_path, {"train/2": [2], "train/10": [10], "train/9": [9], "test/10": [11]}))
+    assert (got.classes, got.y_test.tolist()) == (["2", "9", "10"], [2])
+    assert dict(zip(got.x_train[:, 0, 0, 0].tolist(), got.y_train.tolist(), strict=True)) == {2: 0, 9: 1, 10: 2}
+
+
+def test_folders_without_images_links_upwards_and_images_of_both_sets_are_said(tmp_path, caplog):
+    tree(tmp_path, {"train/cat": range(5), "train/dog": range(10, 15), "train/cow": [], "test/dog": [20]})
+    (tmp_path / "train" / "cat" / "up").symlink_to("..")
+    (tmp_path / "test" / "cat").symlink_to("../train/cat")
+    with caplog.at_level(logging.INFO):
+        got = load_source(str(tmp_path))
+    assert (got.classes, len(got.y_train), len(got.y_test)) == (["cat", "dog"], 10, 6)
+    said = " ".join(r.message for r in caplog.records)
+    assert f"1 folders hold nothing to read and are no class, as {tmp_path}/train/cow" in said
+    assert "5 of 6 test images are training images, too" in said
+
+
 def test_what_was_understood_is_said_once(tmp_path, caplog):
     layout = {"train/cat": [1, 2], "train/dog": [3], "val/cat": [4], "test/dog": [5], "test": [6]}
     with caplog.at_level(logging.INFO):

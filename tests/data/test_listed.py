@@ -1,6 +1,7 @@
 """Images with natural clients: what is read of LEAF's files and of CSV files, and what is refused."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -66,6 +67,39 @@ def test_without_a_test_set_a_part_of_each_client_is_one(tmp_path):
     assert [len(data.client_val_dataset(i)) for i in range(2)] == [2, 2]
 
 
+def listed(folder, rows, header="image_id,class,split"):
+    for i, row in enumerate(rows):
+        layouts.picture(folder / "images" / f"{row[0]}.png", i)
+    (folder / "images.csv").write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]))
+    return str(folder / "images.csv")
+
+
+def test_a_list_without_clients_and_its_splits(tmp_path, caplog):
+    rows = [(f"i{i}", f"{i % 2}.0", ("train", "val", "test")[i // 4]) for i in range(12)]
+    caplog.set_level(logging.INFO)
+    got = load_source(listed(tmp_path, rows))
+    assert (got.y_train.tolist(), len(got.y_test), got.classes) == ([0, 1, 0, 1], 8, ["0", "1"])
+    assert (got.group_train, got.groups) == (None, [])
+    assert "4 training and 8 test images; 2 classes, no clients; test on test, val." in caplog.text
+    got = load_source(listed(tmp_path / "whole", [row[:2] for row in rows], "image_id,class"), test_fraction=0.5)
+    assert torch.bincount(got.y_test).tolist() == [3, 3]
+    with pytest.raises(ValueError, match=r"`data.columns.split`: no image .* is for training; .* found fold 1, fold 2"):
+        load_source(listed(tmp_path, [(name, y, f"fold {1 + i % 2}") for i, (name, y, _) in enumerate(rows)]))
+
+
+def test_a_name_that_two_images_have_is_refused(tmp_path):
+    source = listed(tmp_path, [(f"i{i}", i % 2, "train") for i in range(10)])
+    assert len(load_source(source).y_train) == 8
+    layouts.picture(tmp_path / "other" / "i3.png", 200)
+    with pytest.raises(ValueError, match=r"'i3' is .*i3.png or .*i3.png; list images by paths"):
+        load_source(source)
+    text = (tmp_path / "images.csv").read_text()
+    (tmp_path / "images.csv").write_text(
+        text.replace("\ni", "\nimages\\i").replace(",", ".png,").replace(".png,class.png", ",class")
+    )
+    assert len(load_source(source, columns={"split": "split"}).y_train) == 8
+
+
 def damaged(file, **changes):
     held = json.loads(file.read_text())
     held.update(changes)
@@ -91,7 +125,7 @@ def test_a_file_that_is_not_leafs_is_named(tmp_path, change, said):
 def test_missing_columns_labels_and_images_are_named(tmp_path):
     source = layouts.camelyon17(tmp_path / "wilds")
     with pytest.raises(ValueError, match=r"`data.columns.client` is 'user_id', but the columns .* are .*center, split"):
-        load_source(str(source), columns={"image": "patient", "label": "tumor"})
+        load_source(str(source), columns={"image": "patient", "label": "tumor", "client": "user_id"})
     with pytest.raises(ValueError, match=r"`data.columns` are image, label, client, split; found centre"):
         load_source(str(source), columns={"centre": "center"})
     with pytest.raises(ValueError, match=r"`data.columns.image` names 'x'"):
@@ -115,6 +149,11 @@ def test_missing_columns_labels_and_images_are_named(tmp_path):
         load_source(str(users), root=tmp_path)
     layouts.leaf(tmp_path / "synthetic", "train", 0, {"f0": ([[0.5] * 60] * 5, [0] * 5)})
     with pytest.raises(ValueError, match="samples of 60 numbers are no square images"):
+        load_source(str(tmp_path / "synthetic"))
+    layouts.leaf(
+        tmp_path / "synthetic", "train", 0, {"f0": ([[0.5] * 4] * 5, [0] * 5), "f1": ([[0.5] * 9] * 5, [0] * 5)}
+    )
+    with pytest.raises(ValueError, match=r"no images of one size; found numbers of shapes \[\(4,\), \(9,\)\]"):
         load_source(str(tmp_path / "synthetic"))
     with pytest.raises(ValueError, match="`data.columns` is for a `data.source` that is a CSV file, not for 'digits'"):
         load_source("digits", columns=layouts.WILDS)

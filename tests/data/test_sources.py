@@ -121,7 +121,9 @@ def test_npz_of_other_numbers(load):
         ({"x_test": np.full((6, 6, 5, 3), np.inf)}, "6 images of x_test hold NaN"),
         ({"y_train": np.arange(12) - 1}, r"y_train lie in -1 \.\. 10"),
         ({"classes": np.array(["a", "b"])}, r"y_train lie in 0 \.\. 2, but must lie in 0 \.\. 1"),
-        ({"y_test": np.arange(6) % 3 + 1}, "y_test go up to 3, and those of y_train to 2. Write both from 0"),
+        ({"y_test": np.arange(6) % 3 + 1}, r"y_test has labels that y_train has not: \[3\]. Write both from 0"),
+        ({"y_train": np.arange(12) % 3 + 1}, r"y_test has labels that y_train has not: \[0\]. Write both from 0"),
+        ({"y_train": np.array(["a"] * 12), "y_test": np.array(["b"] * 6)}, r"that y_train has not: \['b'\]"),
         ({"y_train": np.linspace(0, 1, 12)}, "one integer per image"),
         ({"y_train": np.array([np.nan] * 12)}, "one integer per image"),
         ({"y_train": np.zeros((12, 10))}, r"y_train\) has shape \[12, 10\]"),
@@ -241,14 +243,16 @@ def test_npz_without_a_test_set_gives_up_a_share_of_each_class_and_group(load):
             load(**{"x_test": None, "y_test": None, "x_train": x, "y_train": y, "group_train": group} | wrong)
 
 
-def test_npz_of_medmnist(load, arrays):
+def test_npz_of_medmnist(load, arrays, caplog):
     keys = ("train_images", "train_labels", "test_images", "test_labels")
     held = dict(zip(keys, arrays.values(), strict=True)) | {
         "val_images": arrays["x_test"],
         "val_labels": arrays["y_test"],
     }
+    caplog.set_level(logging.INFO)
     got = load(**dict.fromkeys(arrays), **{k: v[:, None] if "labels" in k else v for k, v in held.items()})
     assert (len(got.y_train), len(got.y_test)) == (12, 6)
+    assert "test on test; x_val, y_val left out." in caplog.text
 
 
 def test_npz_with_one_part_twice_or_without_names(load, arrays):
@@ -268,6 +272,7 @@ def test_npz_with_one_part_twice_or_without_names(load, arrays):
         ([3, 1, 2, 2, 1, 3], None, [2, 0, 1, 1, 0, 2], ["1", "2", "3"]),
         ([3, 1, 2, 2, 1, 3], ["a", "b", "c"], [2, 0, 1, 1, 0, 2], ["a", "b", "c"]),
         ([3, 1, 2, 2, 1, 3], ["none", "a", "b", "c"], [3, 1, 2, 2, 1, 3], ["none", "a", "b", "c"]),
+        (["2", "10", "9", "9", "10", "2"], None, [0, 2, 1, 1, 2, 0], ["2", "9", "10"]),
         (np.array([True, False, True, False, True, False]), None, [1, 0, 1, 0, 1, 0], []),
     ],
 )
@@ -300,6 +305,11 @@ def test_a_torn_file(tmp_path, content):
     (tmp_path / "images.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"`data\.source` .* is not a readable \.npz file"):
         load_source(str(tmp_path / "images.npz"))
+    (tmp_path / "images.npz").rename(tmp_path / "images.pt")
+    with pytest.raises(
+        ValueError, match=r"images.pt\) is not .*: it must be one, a CSV file, or a folder. numpy.savez"
+    ):
+        load_source(str(tmp_path / "images.pt"))
 
 
 def test_what_was_saved_is_read_back(load, tmp_path):

@@ -1,6 +1,7 @@
 """Texts: sources, numbers of words and characters, clients, what checkpoints keep, and what is refused."""
 
 import json
+import logging
 
 import datasets
 import pytest
@@ -160,7 +161,16 @@ def split(folder, train, test):
         ),
         ([*MAILS, {"text": "x", "label": "ham"}], {"client": "client"}, "1 samples have no 'client'; .* is sample 18"),
         ([*MAILS, {"text": " ", "label": "ham"}], {}, "`data.text`: 1 texts are empty, or no texts; .* is sample 18"),
-        (MAILS, {"client": "client", "min_samples": 11}, "0 texts for training"),
+        (
+            MAILS,
+            {"client": "client", "min_samples": 11},
+            "`data.min_samples`=11: no client has so many texts; at most 10",
+        ),
+        (
+            [{"text": "x", "label": i / 3} for i in range(9)],
+            {},
+            "`data.test_fraction`=0.2 leaves 9 .* 0 .*, of 9 in 9 classes",
+        ),
         ([], {}, "holds no samples"),
         (MAILS, {"partitioner": DirichletClients(), "next_token": True}, "needs the class of each sample"),
         (MAILS, {"vocab_size": 2}, "`data.vocab_size` must be at least 3"),
@@ -201,6 +211,41 @@ def test_other_files_that_cannot_be_read(tmp_path):
     new = [{"text": "a", "label": "eggs", "client": "ann"}]
     with pytest.raises(ValueError, match=r"`data.label` \(label\): held-out samples have labels that no .* \['eggs'\]"):
         ready(split(tmp_path / "split", MAILS, new))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "text,label\nfine,ham\nhello, you,ham\n",
+            "is no table.*line 3 has more cells than the header; quote what holds",
+        ),
+        ("text,label,label\nfine,ham,spam\n", "two columns have one name: text, label, label"),
+        ("text,label\nfine,\n", "`data.label`: 1 samples have no 'label'; the first is sample 0"),
+    ],
+)
+def test_cells_that_are_not_where_they_belong(tmp_path, content, said):
+    (tmp_path / "mails.CSV").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        ready(str(tmp_path / "mails.CSV"))
+
+
+def test_tables_as_people_write_them(tmp_path, caplog):
+    rows = [{"text": f"mail {i}", "label": f"{i % 12}.0"} for i in range(60)]
+    (tmp_path / "train.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "test.csv").write_text(
+        "text, label\n" + "".join(f'{row["text"]}, "{row["label"]} "\n' for row in rows[::5])
+    )
+    jsonl(tmp_path / "unsupervised.jsonl", [{"text": "x", "label": -1}])
+    caplog.set_level(logging.INFO)
+    data = ready(str(tmp_path))
+    assert data.classes == [str(i) for i in range(12)]  # 10.0 comes after 9.0
+    assert batch(data.test_dataset())[1].tolist() == [i % 12 for i in range(0, 60, 5)]
+    assert "unsupervised.jsonl is none of train, val and test, and left out" in caplog.text
+    assert "12 of 12 test texts are training texts, too" in caplog.text
+    jsonl(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"needs one table for training.*'train.jsonl', .*'train.json'"):
+        ready(str(tmp_path))
 
 
 @pytest.mark.parametrize(("train", "y", "names"), [(["0", "2"], [2], 3), ([1, 2], [0], 2), (["a", "1"], [0], 2)])
