@@ -20,6 +20,7 @@ from fedlight.penalties.numbers import follow
 from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
+from fedlight.run.monitors import monitors_known
 from fedlight.run.session import Session
 from fedlight.seeding import generator
 from fedlight.server.aggregators import Aggregator
@@ -185,6 +186,7 @@ class FederatedTrainer(Commands):
         session, federation, round = self._session, self._session.federation, self.current_round
         clock = session.clock
         clock.begin()
+        session.fresh = set()
         now = follow(self.scheduled, round, session.fabric.device)
         session.hooks("on_round_start")
         session.layout.check(session.module)
@@ -205,13 +207,14 @@ class FederatedTrainer(Commands):
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
             row |= now | federation.aggregate()
         self.should_stop = self.should_stop or stop > 0 or federation.spent
-        self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}
+        session.publish({name: torch.as_tensor(value) for name, value in row.items()})
         session.hooks("on_round_trained")
         with clock("evaluate"):
             row |= session.views.evaluate_round()
         row |= clock.metrics()
         row |= session.hooks.collect("on_round_metrics")
-        session.schedule.advance("round", self.current_round, row, session.views.due)
+        session.schedule.advance("round", self.current_round, row)
         session.log(row)
-        session.hooks("on_round_end")
+        with monitors_known(session):
+            session.hooks("on_round_end")
         session.raise_if_interrupted(stop)

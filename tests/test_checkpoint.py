@@ -682,11 +682,11 @@ def test_what_is_best_is_chosen_from_what_validation_logs_and_said_once(tmp_path
 @pytest.mark.parametrize(
     ("model", "settings", "said", "why"),
     [
-        (lambda: Several(), {}, "Checkpoint.monitor=None, and what validation logs is: nothing", "nothing"),
+        (lambda: Several(), {}, "Checkpoint.monitor=None, and validation logs nothing.", "nothing"),
         (
             lambda: Several(val__f1=RISING),
-            {"callbacks": lambda: [Checkpoint(monitor="val/acc")]},
-            "Checkpoint.monitor='val/acc', and what validation logs is: val/f1",
+            {"callbacks": lambda: [Checkpoint(monitor="val/f2")]},
+            "Checkpoint.monitor='val/f2', and validation logs val/f1; did you mean 'val/f1'?",
             "val/f1, val/f1_selected, val/f1_all",
         ),
     ],
@@ -694,7 +694,7 @@ def test_what_is_best_is_chosen_from_what_validation_logs_and_said_once(tmp_path
 def test_where_there_is_no_best_a_line_and_a_later_test_say_why(tmp_path, caplog, model, settings, said, why):
     settings = {key: make() for key, make in settings.items()}
     _, trainer = fit(tmp_path, 2, model=model(), check_val_every_n_rounds=2, **settings)
-    assert [m for m in caplog.messages if "best.ckpt" in m] == [f"best.ckpt is not written: {said}."]
+    assert [m for m in caplog.messages if "best.ckpt" in m] == [f"best.ckpt is not written: {said}"]
     assert [p.name for p in (trainer.run_dir / "checkpoints").iterdir()] == ["last.ckpt"]
     with pytest.raises(MisconfigurationException) as error:
         quiet_trainer(tmp_path).test(model(), Clients(SIZES), "best")

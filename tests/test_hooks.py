@@ -235,9 +235,37 @@ def test_early_stopping_stops(tmp_path):
     assert (trainer.run_dir / "checkpoints" / "last.ckpt").exists()
 
 
-def test_early_stopping_says_what_it_could_monitor(tmp_path):
-    with pytest.raises(RuntimeError, match="val/accuracy.*not available.*val/loss"):
-        quiet_trainer(tmp_path, callbacks=[EarlyStopping("val/accuracy")]).fit(Regression(), Clients())
+@pytest.mark.parametrize("how", ["EarlyStopping", "ReduceLROnPlateau"])
+def test_what_is_monitored_and_not_logged_is_named_and_the_round_is_saved(tmp_path, how):
+    class Plateau(Regression):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": schedule, "monitor": "val_loss"}
+
+    callbacks, model = ([EarlyStopping("val_loss")], Regression()) if how == "EarlyStopping" else ([], Plateau())
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, check_val_every_n_rounds=2)
+    with pytest.raises(MisconfigurationException, match=f"{how}.monitor='val_loss' was not.* mean 'val/loss'.* last"):
+        trainer.fit(model, Clients())
+    assert len((trainer.run_dir / "metrics.csv").read_text().splitlines()) == 3
+    assert torch.load(trainer.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize("monitor", ["train/loss", "val/loss", "val/loss_all", "clients/worst_loss", "fake"])
+def test_early_stopping_takes_whatever_a_round_logs_once_a_round(tmp_path, monitor):
+    class Fake(Callback):
+        def on_round_metrics(self, trainer, module):
+            return {"fake": 1.0} if trainer.current_round % 2 == 0 else None
+
+    class Own(Clients):
+        client_val_dataset = Clients.client_dataset
+
+    for now in (False, True) if monitor in ("train/loss", "val/loss") else (None,):
+        stop = EarlyStopping(monitor, patience=2, min_delta=100.0, check_on_train_epoch_end=now)
+        trainer = quiet_trainer(tmp_path, callbacks=[stop, Fake()], max_rounds=50, check_val_every_n_rounds=2)
+        trainer.fit(Regression(), Own())
+        assert trainer.current_round == (3 if now and monitor == "train/loss" else 6)
+        assert "val/loss" in trainer.callback_metrics
 
 
 def test_should_stop_ends_the_run_after_the_round_with_an_evaluation(tmp_path):

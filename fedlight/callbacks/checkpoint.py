@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.checks import check_at_least_one, check_number
 from fedlight.run.checkpoint import CheckpointWriter, save_checkpoint
-from fedlight.run.names import preferred_metric, smaller_is_better
+from fedlight.run.names import nearest, preferred_metric, smaller_is_better
 
 
 class Checkpoint(RoundCallback):
@@ -103,13 +103,13 @@ class Checkpoint(RoundCallback):
         views = trainer.views
         name = self.monitor or self._chosen or preferred_metric(views.logged)
         found = name is not None and name in trainer.callback_metrics
-        awaited = str(name).endswith("_swa") and "swa" in trainer.federation.views and not views.is_last
-        if not self._said and (found or (views.due and not awaited)):
+        if not self._said and (found or (views.due and not views.may_follow(str(name)))):
             self._said, logged = True, ", ".join(views.logged) or "nothing"
+            near = nearest(str(name), trainer.fresh) or "."
             rank_zero_info(
                 f"best.ckpt: the round with the {'largest' if self._larger(str(name)) else 'smallest'} {name}."
                 if found
-                else f"best.ckpt is not written: Checkpoint.monitor={name!r}, and what validation logs is: {logged}."
+                else f"best.ckpt is not written: Checkpoint.monitor={name!r}, and validation logs {logged}{near}"
             )
         if not found:
             return None

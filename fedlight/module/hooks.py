@@ -1,7 +1,6 @@
 """Which hooks of module and callbacks a federated run calls, and which it refuses."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.module.looking import Looking, once_known
 from fedlight.penalties.base import Penalty
 from fedlight.run.folder import optional
 
@@ -65,9 +65,14 @@ _EPOCH: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 _BY_ROUND = {
     **dict.fromkeys(("LearningRateMonitor", "DeviceStatsMonitor", "Timer"), _EPOCH),
-    "EarlyStopping": {"on_train_epoch_end": ("on_round_end", ())},
+    "EarlyStopping": {
+        "on_train_epoch_end": ("on_round_trained on_round_end", ()),
+        "on_validation_end": ("on_validation_end on_round_end", ()),
+    },
 }
-"""Lightning's callbacks to which a round is a batch and an epoch: when which hooks are called instead, with what."""
+"""Lightning's callbacks to which a round is a batch and an epoch: when which hooks are called instead, with what.
+
+One that monitors something is asked once a round, as soon as that is known."""
 _LOOKING = ("LearningRateMonitor", "DeviceStatsMonitor", "ThroughputMonitor")
 """Lightning's callbacks that log to the loggers themselves, a step at a time: here that joins the row of the round."""
 
@@ -175,30 +180,6 @@ def with_module_callbacks(callbacks: Iterable[Callback], module: LightningModule
     return sorted(together, key=lambda c: (bool(getattr(c, "optional_hooks", ())), isinstance(c, Checkpoint)))
 
 
-class _Looking:
-    """The trainer as a callback that only looks sees it: what it logs is kept for the row of the round."""
-
-    def __init__(self, trainer: Any, callback: Callback) -> None:
-        self._trainer, self._row = trainer, dict[str, float]()
-        # Where a learning rate is looked at in every step and every epoch, once in a round is enough.
-        self.should_update_logs = getattr(callback, "logging_interval", "step") == "step"
-        self.loggers, self._logger_connector, self.group_separator = [self], self, "/"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trainer, name)
-
-    @property
-    def lr_scheduler_configs(self) -> list[Any]:
-        return [replace(config, interval="epoch") for config in self._trainer.lr_scheduler_configs]
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._row.update(metrics)
-
-    def take(self) -> dict[str, float]:
-        row, self._row = self._row, {}
-        return row
-
-
 class Hooks:
     """Calls a hook on every callback and on the module that override it; the look-up is done once.
 
@@ -225,9 +206,10 @@ class Hooks:
         self._profiler = None if passes else profiler
         self._module, self._callbacks = module, callbacks
         self.audience: list[tuple[Callback, Any]] = [
-            (c, trainer if _lightnings(c, _LOOKING) is None else _Looking(trainer, c)) for c in callbacks
+            (c, trainer if _lightnings(c, _LOOKING) is None else Looking(trainer, c)) for c in callbacks
         ]
         self._table: dict[str, list[Callable[..., Any]]] = {}
+        self._asked: dict[tuple[int, str], set[str]] = {}
 
     def overridden(self, name: str) -> list[str]:
         """Class names of the callbacks, and of the module, that override a hook."""
@@ -261,7 +243,7 @@ class Hooks:
         bound: list[Callable[..., Any]] = []
         for callback, trainer in self.audience:
             moved = _moved(callback)
-            hooks = {own: args for own, (event, args) in moved.items() if event == name}
+            hooks = {own: args for own, (event, args) in moved.items() if name in event.split()}
             if name not in moved:
                 hooks[name] = ()
             for hook, args in hooks.items():
@@ -269,8 +251,10 @@ class Hooks:
                     call: Callable[..., Any] = partial(getattr(callback, hook), trainer, self._module, *args)
                     if name in getattr(callback, "optional_hooks", ()):
                         call = optional(callback, f"trainer.callbacks: {type(callback).__name__}")(call)
+                    if hook in moved and hasattr(callback, "monitor"):
+                        call = once_known(call, callback, trainer, hook, self._asked)
                     bound.append(self._profiled(call, f"[Callback]{callback.state_key}.{hook}"))
-            if name == "on_round_metrics" and isinstance(trainer, _Looking):
+            if name == "on_round_metrics" and isinstance(trainer, Looking):
                 bound.append(trainer.take)
         if overrides(self._module, name):
             own = getattr(self._module, name)

@@ -26,24 +26,12 @@ class ScheduledLR(LRSchedulerConfig):
     client's round, or ``"round"`` (communication rounds).
     """
 
-    def step(self, metrics: dict[str, Any] | None = None, evaluated: bool = True) -> None:
-        """Advance the schedule; one of a plateau needs the monitored metric, and waits for an evaluation.
-
-        Raises:
-            MisconfigurationException: if the monitored metric was not logged, unless ``strict`` is false.
-        """
+    def step(self, metrics: dict[str, Any] | None = None) -> None:
+        """Advance the schedule; one of a plateau waits for a round that has the monitored metric."""
         if not self.reduce_on_plateau:
             self.scheduler.step()  # type: ignore[call-arg]
         elif metrics is not None and self.monitor in metrics:
             self.scheduler.step(float(metrics[self.monitor]))  # type: ignore[arg-type]
-        elif evaluated:
-            what = (
-                f"model.configure_optimizers: {type(self.scheduler).__name__} monitors {self.monitor!r}, which was not"
-                f" logged. Logged are {sorted(metrics or {})}."
-            )
-            if self.strict:
-                raise MisconfigurationException(what)
-            rank_zero_warn(f"{what} The learning rate stays.")
 
 
 @dataclass
@@ -63,18 +51,17 @@ class Optimization:
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
 
-    def advance(self, interval: str, count: int, metrics: dict[str, Any] | None = None, evaluated: bool = True) -> None:
+    def advance(self, interval: str, count: int, metrics: dict[str, Any] | None = None) -> None:
         """Step the schedulers of an interval whose frequency divides ``count``, which counts from 1.
 
         Args:
             interval: ``step``, ``epoch`` or ``round``.
             count: how many are now complete.
             metrics: the round's row.
-            evaluated: whether the round ended with an evaluation.
         """
         for scheduled in self.schedulers:
             if scheduled.interval == interval and count % scheduled.frequency == 0:
-                scheduled.step(metrics, evaluated)
+                scheduled.step(metrics)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class RunContext:
         experiment: what those that continue the run must agree with, in a fit.
         changes: where this run differs from the one that it continues.
         first_round: the round that a fit begins with.
+        fresh: what has been logged in the present round so far.
     """
 
     trainer: TrainerInterface
@@ -71,6 +72,7 @@ class RunContext:
     experiment: dict[str, Any]
     changes: dict[str, list[Any]]
     first_round: int
+    fresh: set[str]
 
     @property
     def is_zero(self) -> bool:
@@ -79,6 +81,7 @@ class RunContext:
 
     def publish(self, metrics: dict[str, Tensor]) -> None:
         """Let callbacks find metrics."""
+        self.fresh.update(metrics)
         self.trainer.callback_metrics.update({k: v.detach().cpu() for k, v in metrics.items()})
 
     def log(self, row: dict[str, Tensor | float]) -> None:

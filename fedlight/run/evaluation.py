@@ -44,6 +44,9 @@ class Evaluator:
         datamodule: gives batch size, workers and collate function.
         hooks: calls hooks of callbacks and module.
         untouched: makes a context that leaves no trace in the module.
+
+    Attributes:
+        clients_log: whether validation logs something on clients' own data; None before the first such evaluation.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Evaluator:
     ) -> None:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
         self._hooks, self._untouched = hooks, untouched
-        self._clients_log: bool | None = None
+        self.clients_log: bool | None = None
         self._separable: dict[str, bool] = {}
         self.transfer = transfer_function(module, fabric.device)
 
@@ -173,12 +176,12 @@ class Evaluator:
         Empty where the datamodule has no such data. Where the module logs nothing on that of the first client, one
         line says so, and no client is evaluated any more.
         """
-        if self._clients_log is None:  # every process asks the same client, and so comes to the same end
+        if self.clients_log is None:  # every process asks the same client, and so comes to the same end
             first = next((m for c in clients if (m := self._on_client(c, limit)) is not None), None)
-            self._clients_log = bool(first)
+            self.clients_log = bool(first)
             if first == {}:
                 rank_zero_info("clients/*: validation_step logs nothing, so no client is evaluated on its own data.")
-        if not self._clients_log:
+        if not self.clients_log:
             return {}
         found = self._together(clients) if models is None else {}
         left = [client for client in clients if client not in found]

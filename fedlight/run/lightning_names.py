@@ -173,7 +173,10 @@ def _callbacks(kind: type, t: Any, s: Any) -> list[Any]:
 _PARTS = {
     **{name: f"fabric.{name}" for name in ("print", "global_rank", "local_rank", "node_rank", "world_size")},
     **{"is_global_zero": "fabric.is_global_zero", "model": "module", "lightning_module": "module"},
-    **{name: name for name in ("datamodule", "profiler", "ckpt_path", "federation", "resumed", "views", "evaluator")},
+    **{
+        name: name
+        for name in ("datamodule", "profiler", "ckpt_path", "federation", "resumed", "views", "evaluator", "fresh")
+    },
 }
 _VALUES: dict[str, Callable[[Any, Any], Any]] = {
     **{name: partial(_stage, name.upper()) for name in ("training", "validating", "testing", "predicting")},

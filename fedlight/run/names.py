@@ -1,5 +1,6 @@
 """What a method is called in tables, pictures and loggers, and what the names of metrics say."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -84,3 +85,9 @@ def client_names(found: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
         while list(names.values()).count(names[name]) > 1:
             names[name] = f"logged_{names[name]}"
     return names
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing where nothing is near."""
+    near = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

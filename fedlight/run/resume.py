@@ -151,7 +151,7 @@ def restore_schedule(run: RunContext, checkpoint: dict[str, Any] | None) -> None
     """Let the learning rates go on; those of another optimizer or schedule begin where they would be by now."""
     if any(key.startswith("optimizer") for key in run.changes):
         for round in range(run.trainer.current_round):
-            run.schedule.advance("round", round + 1, {}, evaluated=False)
+            run.schedule.advance("round", round + 1, {})
     elif checkpoint is not None:
         run.schedule.load_state_dict(checkpoint["fedlight"]["schedule"])
 

@@ -80,7 +80,7 @@ class Session(RunContext):
         self._finished = self._created = False
         self.resumed, self.ckpt_path = ckpt_path is not None, ckpt_path
         self._checkpoint: dict[str, Any] | None = None
-        self.first_round, self.experiment, self.changes = 0, {}, {}
+        self.first_round, self.experiment, self.changes, self.fresh = 0, {}, {}, set()
         self._started, self._cleanup = time.perf_counter(), ExitStack()
         self.movers, self.writer = setup.Movers(self), CheckpointWriter()
 

@@ -70,6 +70,13 @@ class Views:
         """Whether there is an evaluation after the round that was just aggregated."""
         return self.is_last or self._run.trainer.current_round % self._settings["check_val_every_n_rounds"] == 0
 
+    def may_follow(self, name: str) -> bool:
+        """Whether a later round may have a metric that this one lacks: of views, clients or callbacks that wait."""
+        run, asked = self._run, self._settings["client_val_every_n_rounds"] != 0
+        swa = name.endswith("_swa") and "swa" in run.federation.views
+        clients = name.startswith("clients/") and asked and not self.clients and run.evaluator.clients_log is not False
+        return not self.is_last and bool(swa or clients or run.hooks.overridden("on_round_metrics"))
+
     @property
     def is_last(self) -> bool:
         """Whether the round that was just aggregated is the last one."""

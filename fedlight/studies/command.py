@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.distributions import nearest
+from fedlight.run.names import nearest
 from fedlight.studies.folder import RunSlot
 from fedlight.studies.plan import PlannedRun, command, plan, study_folder
 from fedlight.studies.runner import StudyRunner

@@ -1,6 +1,5 @@
 """What a parameter of a study may be: W&B's distributions."""
 
-import difflib
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from fedlight.run.names import nearest
 
 _BOUNDS, _BELL, _SHAPE = {"min", "max"}, {"mu", "sigma"}, {"a", "b"}
 _Draw = Callable[[random.Random, Mapping[str, Any]], Any]
@@ -181,9 +182,3 @@ def check_keys(content: Mapping[Any, Any], known: Iterable[str], where: str) -> 
             name = f"{where}.{key}" if where else str(key)
             near = nearest(str(key), known) or f"; known are {', '.join(known)}"
             raise MisconfigurationException(f"`{name}` is not known{near}")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing where nothing is near."""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""

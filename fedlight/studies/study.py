@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.distributions import Distribution, check_keys, nearest
+from fedlight.run.names import nearest
+from fedlight.studies.distributions import Distribution, check_keys
 
 _DEFAULT_COMMAND = ("${env}", "${interpreter}", "${program}", "${args}")
 _KEYS = frozenset({

@@ -1,0 +1,58 @@
+"""What Lightning's callbacks that look at a run see of a round."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback
+
+
+class Looking:
+    """The trainer as a callback that only looks sees it: what it logs is kept for the row of the round."""
+
+    def __init__(self, trainer: Any, callback: Callback) -> None:
+        self._trainer, self._row = trainer, dict[str, float]()
+        # Where a learning rate is looked at in every step and every epoch, once in a round is enough.
+        self.should_update_logs = getattr(callback, "logging_interval", "step") == "step"
+        self.loggers, self._logger_connector, self.group_separator = [self], self, "/"
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        """The schedules; an interval of epochs has LearningRateMonitor look once."""
+        return [replace(config, interval="epoch") for config in self._trainer.lr_scheduler_configs]
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Keep what the callback logs."""
+        self._row.update(metrics)
+
+    def take(self) -> dict[str, float]:
+        """What it has logged since the last call."""
+        row, self._row = self._row, {}
+        return row
+
+
+def once_known(
+    call: Callable[..., Any], callback: Any, trainer: Any, hook: str, asked: dict[tuple[int, str], set[str]]
+) -> Callable[..., Any]:
+    """The hook of a callback with a ``monitor``, which acts at the first call of a round that finds what it monitors.
+
+    Args:
+        call: the hook.
+        callback: whose it is.
+        trainer: as the callback sees it.
+        hook: its name.
+        asked: what was known when a hook acted last; the set is another one in every round.
+    """
+
+    def ask(*args: Any) -> Any:
+        known, key = trainer.fresh, (id(callback), hook)
+        waits = callback.monitor not in known or (hook == "on_validation_end" and not trainer.views.due)
+        if waits or asked.get(key) is known:
+            return None
+        asked[key] = known
+        return call(*args)
+
+    return ask
