@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.data.files import has_idx, load_idx, load_npz
 from fedlight.data.folders import load_folder
-from fedlight.data.images import ImageArrays, as_images, check
+from fedlight.data.images import ImageArrays, as_images, check, say_shared
 from fedlight.data.listed import is_listed, load_listed
 from fedlight.data.partition import rank_in_group
 
@@ -76,6 +76,8 @@ def load_source(
     else:
         raise MisconfigurationException(_not_found(source, path))
     check(arrays, source)
+    trained, tested = ([hash(image.tobytes()) for image in x.numpy()] for x in (arrays.x_train, arrays.x_test))
+    say_shared(f"`data.source` ({source}): {{}} test images are training images", trained, tested)
     return arrays
 
 

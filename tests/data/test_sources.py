@@ -585,3 +585,15 @@ def test_real_fashion_mnist():
     assert got.x_train.shape == (60_000, 1, 28, 28)
     mean, std = channel_statistics(got.x_train[::10])
     assert (mean[0], std[0]) == pytest.approx((0.2860, 0.3530), abs=5e-3)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+def test_images_of_both_sets_are_counted_once_and_not_before_a_set_is_divided(tmp_path, caplog, shared):
+    x = np.arange(20 * 9, dtype=np.uint8).reshape(20, 3, 3)
+    test = {"x_test": np.concatenate([x[:3], 255 - x[:7]]), "y_test": np.arange(10) % 2} if shared else {}
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(20) % 2, **test)
+    with caplog.at_level(logging.INFO):
+        load_source(tmp_path / "a.npz")
+    assert [r.message.count("3 of 10 test images are") for r in caplog.records if "accuracies" in r.message] == (
+        [1] if shared else []
+    )
