@@ -1,16 +1,19 @@
 """What does not fit together is found before the first round, and the trial leaves no trace."""
 
+import re
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric
 
 from fedlight import algorithms
 from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
-from fedlight.data import DatasetPartition
+from fedlight.data import DatasetPartition, DirichletClients
 from fedlight.data.arrays import ArrayDataset
 from fedlight.models import MLP, Classifier
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
@@ -137,8 +140,50 @@ def test_labels_of_a_partition_are_tried_too(tmp_path):
     data = torch.utils.data.TensorDataset(seeded(40, 3), labels)
     refused(tmp_path, "IndexError: Target 5 is", OfNoNumber(net=Plain()), DatasetPartition(data, num_clients=4))
     labels[17] = -1
-    with pytest.raises(ValueError, match="`data.targets`: sample 17 has label -1, below 0"):
-        quiet_trainer(tmp_path).fit(OfNoNumber(net=Plain()), DatasetPartition(data, num_clients=4))
+    refused(tmp_path, "IndexError: Target -1 is", OfNoNumber(net=Plain()), DatasetPartition(data, num_clients=4))
+
+
+@pytest.mark.parametrize(("label", "said"), [(-100, "-100, below 0"), (10**12, "10{12}, and there are 4 labels")])
+def test_labels_that_number_no_classes_are_counted_by_nobody(tmp_path, caplog, label, said):
+    labels = torch.arange(40) % 3
+    labels[17] = label
+    data = torch.utils.data.TensorDataset(seeded(40, 3), labels)
+    with pytest.raises(ValueError, match=f"sample 17 has label {said}: DirichletClients needs classes 0, 1, "):
+        DatasetPartition(data, num_clients=4, partitioner=DirichletClients(1.0)).setup()
+    parts = DatasetPartition(data, val=data, num_clients=4)
+    parts.setup()
+    assert parts.partition_counts() is parts.client_val_dataset(0) is parts.num_classes is None
+    assert re.search(f"sample 17 has label {said}: they number no classes", caplog.text)
+
+
+@pytest.mark.parametrize(("label", "kind"), [(3, "val"), (-1, "val"), (3, "test"), (-1, "test")])
+def test_a_label_of_held_out_data_that_the_model_does_not_have_is_found_before_training(tmp_path, label, kind):
+    x, labels = seeded(40, 3), torch.arange(40) % 3
+    train, odd = TensorDataset(x, labels), TensorDataset(x, labels.where(torch.arange(40) != 9, label))
+    labels[:7] = -100  # which is no class
+    data = DatasetPartition(train, num_clients=4, **{"val": train, "test": train, kind: odd})
+    what = rf"data: the {kind}\w* data has label {label} \(row 9\), those of clients 0 to 2"
+    refused(tmp_path, f"{what}; model.num_classes=3", Classifier(MLP(3, 3), num_classes=3), data)
+    if kind == "val":
+
+        class Model(OfNoNumber):
+            def on_validation_epoch_start(self):
+                self.seen = []
+
+            def validation_step(self, batch, batch_idx):
+                self.seen.append(self.training_step(batch, batch_idx))
+
+        refused(tmp_path, f"{what}; Model.validation_step: Target {label} is out of bounds", Model(net=Plain()), data)
+
+
+def test_normalisation_without_statistics_is_tried_on_a_sample_alone_in_evaluation(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 1))
+    message = "cannot evaluate a batch of one sample .* Set data.eval_batch_size, which is {}, "
+    refused(tmp_path, message.format(3), Regression(net=net), Clients((4, 8), eval_batch_size=3))  # 10 to evaluate on
+    trainer = quiet_trainer(tmp_path, max_rounds=1, clients_per_round=1)
+    trainer.fit(Regression(net=net), Clients((4, 8), eval_batch_size=5))
+    with pytest.raises(MisconfigurationException, match=message.format(9)):
+        trainer.test(Regression(net=net), Clients((4, 8), eval_batch_size=9))
 
 
 def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):

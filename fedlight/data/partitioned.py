@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -111,8 +112,7 @@ class PartitionedDataModule(FederatedDataModule):
                 f"`data.partitioner: {type(self.partitioner).__name__}` needs the class of each sample; "
                 "give `data.targets`, or a dataset with `.targets` or `.labels`, or choose one that needs none, as IID."
             )
-        if targets is not None and num_samples and int(targets.min()) < 0:
-            raise ValueError(f"`data.targets`: sample {int(targets.argmin())} has label {int(targets.min())}, below 0.")
+        targets = self._classes(targets, num_classes)
         if not hasattr(self, "num_clients"):
             self.num_clients = 1 if groups is None else len(torch.unique(groups))
         labels = torch.zeros(num_samples, dtype=torch.int64) if targets is None else targets
@@ -121,6 +121,24 @@ class PartitionedDataModule(FederatedDataModule):
         if targets is not None:
             self.num_classes = num_classes or 1 + int(targets.max())
             self._counts = self.partition.counts(targets, self.num_classes)
+
+    def _classes(self, targets: Tensor | None, num_classes: int | None) -> Tensor | None:
+        """The targets if they number classes; what else they are, as an integer to regress, is not counted by class."""
+        if targets is None or not len(targets) or num_classes is not None:
+            return targets
+        low, high, count = int(targets.min()), int(targets.max()), len(torch.unique(targets))
+        if low >= 0 and high < max(1000, 100 * count):
+            return targets
+        row, why = (targets.argmin(), "below 0") if low < 0 else (targets.argmax(), f"and there are {count} labels")
+        text = f"`data.targets`: sample {int(row)} has label {int(targets[row])}, {why}"
+        if self.partitioner.needs_labels:
+            raise ValueError(
+                f"{text}: {type(self.partitioner).__name__} needs classes 0, 1, ... Number them so, leave out samples"
+                " without one, or choose `data.partitioner: IID`."
+            )
+        rank_zero_info(f"{text}: they number no classes, so nothing is counted or held out by class.")
+        self._strata = None
+        return None
 
     def stratify(self, targets: tuple[Tensor, Tensor] | None, groups: tuple[Tensor, Tensor] | None = None) -> None:
         """Say by what the validation data is divided among clients: a natural client has its own group's.
@@ -181,7 +199,7 @@ class PartitionedDataModule(FederatedDataModule):
         seed gives the same samples. None for a client that is too small to get any, and where classes are unknown.
         """
         if self.partition is not None and self._strata is not None and self._held_out is None:
-            counts = self.partition.counts(self._strata[0], 1 + int(torch.cat(self._strata).max()))
+            counts = self.partition.counts(self._strata[0], 1 + int(self._strata[0].max()))
             self._held_out = match_proportions(counts, self._strata[1], generator(self.seed, "client validation"))
         rows = torch.zeros(0) if self._held_out is None else self._held_out[client]
         return _rows(self._val, rows) if len(rows) else None

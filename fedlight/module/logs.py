@@ -101,10 +101,10 @@ class LogCollector:
         tensor = tensor.reshape(())
         return tensor if tensor.dtype == torch.float64 else tensor.to(self.dtype)
 
-    def add(self, name: str, value: Tensor, weight: float, reduction: str = "mean") -> None:
+    def add(self, name: str, value: Tensor, weight: Tensor | float, reduction: str = "mean") -> None:
         """Add a scalar tensor with a weight to a name."""
         value = value * weight if reduction == "mean" else value.clone()
-        self.merge(name, value, float(weight), reduction)
+        self.merge(name, value, weight if isinstance(weight, Tensor) else float(weight), reduction)
 
     def merge(self, name: str, value: Tensor, weight: Tensor | float, reduction: str = "mean") -> None:
         """Add what another collector's :meth:`sums` gave for a name."""

@@ -15,10 +15,11 @@ from fedlight.module.hooks import Hooks
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.module.parameters import ParameterLayout
 from fedlight.run.checkpoint import CheckpointWriter
-from fedlight.run.evaluation import Evaluator, as_floats
+from fedlight.run.evaluation import Evaluator
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import MetricsCSV, tell
+from fedlight.run.values import as_floats
 from fedlight.run.wandb import of_round
 from fedlight.server.federation import Federation
 

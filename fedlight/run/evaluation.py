@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -26,7 +27,7 @@ from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
-from fedlight.run.names import client_names, smaller_is_better
+from fedlight.run.values import as_floats
 from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
 from fedlight.server.rows import from_all
 
@@ -117,22 +118,31 @@ class Evaluator:
         return metrics
 
     def _separate(self, dataset: Dataset[Any], stage: Stage) -> bool:
-        """Whether a batch leaves nothing in the module, but for torchmetrics, that a later one or a hook could read.
+        """Whether every process may evaluate some of the batches only: none leaves anything for a later one.
 
-        If it does (hidden states, lists of outputs), every process evaluates all batches, so that all find the same.
+        If one does (hidden states, lists of outputs), every process evaluates all batches, so that all find the same.
         """
         if stage not in self._separable:
-            module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
-            with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():
-                call(f"on_{stage}_start")
-                call(f"on_{stage}_epoch_start")
-                others: list[Any] = [*module.parameters(), *(m for m in module.modules() if isinstance(m, Metric))]
-                state = ModuleState({"self": module}, lambda: others)
-                index, batch = next(self._batches(dataset, 1, share=False))
-                call(f"on_{stage}_batch_start", batch, index)
-                call(f"on_{stage}_batch_end", self.step(stage, batch, index), batch, index)
-                self._separable[stage] = not state.changes()
+            self._separable[stage] = self.attempt(dataset, stage)
         return self._separable[stage]
+
+    def attempt(self, dataset: Dataset[Any], stage: Stage) -> bool:
+        """Evaluate the first batch of a dataset without a trace.
+
+        Returns:
+            Whether it left nothing in the module, but for torchmetrics, that a later one or a hook could read.
+        """
+        dataset = in_memory(dataset, self._datamodule.collate_fn)
+        module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
+        with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():
+            call(f"on_{stage}_start")
+            call(f"on_{stage}_epoch_start")
+            others: list[Any] = [*module.parameters(), *(m for m in module.modules() if isinstance(m, Metric))]
+            state = ModuleState({"self": module}, lambda: others)
+            index, batch = next(self._batches(dataset, 1, share=False))
+            call(f"on_{stage}_batch_start", batch, index)
+            call(f"on_{stage}_batch_end", self.step(stage, batch, index), batch, index)
+            return not state.changes()
 
     def prepare(self, batch: Any) -> Any:
         """A batch on the device, in the precision that steps take it in."""
@@ -153,8 +163,17 @@ class Evaluator:
 
     def step(self, stage: str, batch: Any, index: int) -> Any:
         """Call a step of the module as it is called in training, with its precision."""
-        with self._fabric.strategy.precision.forward_context():
-            return call_step(self._module, f"{stage}_step", batch, index)
+        try:
+            with self._fabric.strategy.precision.forward_context():
+                return call_step(self._module, f"{stage}_step", batch, index)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise MisconfigurationException(
+                f"model: BatchNorm without running statistics cannot evaluate a batch of one sample ({error}). Set"
+                f" data.eval_batch_size, which is {self._batch_size}, so that no batch has one, or track_running_stats,"
+                " or use GroupNorm."
+            ) from error
 
     def classified(self, dataset: Dataset[Any], limit: int | float | None = None) -> list[tuple[int, int]]:
         """The class of each sample, and what ``predict_step`` takes it for; by this process alone."""
@@ -162,7 +181,8 @@ class Evaluator:
         with self._untouched(), evaluating(self._module), torch.no_grad():
             for index, batch in self._batches(dataset, self._num_batches(dataset, limit), share=False):
                 found = self.step("predict", batch, index)
-                pairs += [pair for pair in zip(batch[1].tolist(), found.tolist(), strict=True) if pair[0] >= 0]
+                labels = batch[1].argmax(1) if batch[1].is_floating_point() else batch[1]
+                pairs += [pair for pair in zip(labels.tolist(), found.tolist(), strict=True) if pair[0] >= 0]
         return pairs
 
     def client_metrics(
@@ -263,18 +283,6 @@ class Evaluator:
         return total.compute()
 
 
-def over_clients(found: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
-    """The spread over the clients of each metric that they have, and what the worst of them has."""
-    out: dict[str, float] = {}
-    for name, short in client_names(found).items():
-        each = torch.tensor([metrics[name] for metrics in found.values() if name in metrics], dtype=torch.float64)
-        figures = {"mean": each.mean(), "std": each.std(unbiased=False), "min": each.min(), "max": each.max()}
-        figures |= {f"p{percent}": each.quantile(percent / 100) for percent in (10, 90)}
-        out |= {f"clients/{short}_{figure}": float(value) for figure, value in figures.items()}
-        out[f"clients/worst_{short}"] = out[f"clients/{short}_{'max' if smaller_is_better(name) else 'min'}"]
-    return out
-
-
 @contextmanager
 def evaluating(module: LightningModule) -> Iterator[None]:
     """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
@@ -286,15 +294,3 @@ def evaluating(module: LightningModule) -> Iterator[None]:
     finally:
         for m, mode in modes.items():
             m.training = mode
-
-
-def as_floats(row: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """A row as Python numbers; tensors are brought from the device together."""
-    tensors = {k: v for k, v in row.items() if isinstance(v, Tensor)}
-    values: list[float] = []
-    if tensors:
-        devices = {v.device for v in tensors.values()}
-        same = {k: (v if len(devices) == 1 else v.cpu()).detach().double().reshape(()) for k, v in tensors.items()}
-        values = torch.stack(list(same.values())).tolist()
-    numbers = dict(zip(tensors, values, strict=True))
-    return {k: numbers[k] if k in numbers else float(v) for k, v in row.items()}

@@ -1,6 +1,5 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,11 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import default_collate
+from torch.utils.data import Subset, default_collate
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.dataset_partition import find_targets
 from fedlight.data.held_out import given_data
 from fedlight.engines.trial import watched
 from fedlight.module.hooks import overrides
@@ -26,6 +24,7 @@ from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
 from fedlight.run.context import RunContext
+from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
 from fedlight.seeding import generator
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import check_enough
@@ -58,17 +57,18 @@ def check_data(run: RunContext) -> None:
     """
     module, datamodule, sizes = run.module, run.datamodule, run.federation.sizes
     _check_client_data(run)
-    labels = _extreme_labels(datamodule)
-    _check_labels(module, labels)
+    labels = extreme_labels(datamodule)
+    check_labels(run, labels)
     client = int(sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
     data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
-    _check_finite(sets)
-    _check_vocabulary(module, sets)
+    check_finite(sets)
+    check_vocabulary(module, sets)
     if not module.training:  # as in training: some modules give losses only there
         module.train()
     if run.settings["limit_train_batches"] is None:
         _try_batch_of_one(run, sizes)
+    _try_evaluation_of_one(run, data[1])
     for where in ((client, 0), *((client, row) for _, client, row in labels)):
         _try_one_batch(run, *where)
 
@@ -146,60 +146,6 @@ def _check_sizes(federation: Federation) -> None:
         )
 
 
-def _check_labels(module: LightningModule, labels: list[tuple[int, int, int]]) -> None:
-    expected, largest = getattr(module, "num_classes", None), max(labels)[0] if labels else 0
-    if isinstance(expected, int) and largest >= expected:
-        raise MisconfigurationException(
-            f"model.num_classes={expected} is too small: the data has label {largest}."
-            f" Set model.num_classes to {largest + 1}."
-        )
-
-
-def _extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]]:
-    """The smallest and the largest label, each with a client and its row there; empty where they are unknown."""
-    counts, found = datamodule.partition_counts(), []
-    if counts is not None:
-        labels = counts.sum(0).nonzero().flatten().tolist()
-        for label, client in ((label, int(counts[:, label].argmax())) for label in {*labels[:1], *labels[-1:]}):
-            targets = find_targets(datamodule.client_dataset(client))
-            found.append((label, client, 0 if targets is None else int((targets == label).int().argmax())))
-        return found
-    for client in range(datamodule.num_clients):
-        targets = find_targets(datamodule.client_dataset(client))
-        if targets is None:
-            return []
-        if len(targets):
-            found += [(int(targets[i]), client, int(i)) for i in (targets.argmin(), targets.argmax())]
-    return [min(found), max(found)] if found else []
-
-
-def _check_vocabulary(module: LightningModule, sets: list[ArrayDataset]) -> None:
-    """Refuse texts with numbers that are not below the ``vocab_size`` of a module, or of its configuration."""
-    sizes = [getattr(getattr(part, "config", part), "vocab_size", None) for part in module.modules()]
-    size = next((size for size in sizes if type(size) is int), math.inf)
-    for dataset in sets if size < math.inf else []:
-        tree: Any = dataset.storage.build(dataset.storage.leaves)
-        ids = tree.get("input_ids") if isinstance(tree, Mapping) else dataset.inputs
-        if ids is not None and ids.numel() and not ids.is_floating_point() and (largest := int(ids.max())) >= size:
-            raise MisconfigurationException(
-                f"model: vocab_size={size} is too small: the data has texts with the number {largest}. Set it to"
-                f" {largest + 1}, or lower data.vocab_size."
-            )
-
-
-def _check_finite(sets: list[ArrayDataset]) -> None:
-    """Look for NaN in what is in memory."""
-    stored = {t.data_ptr(): (d, t) for d in sets for t in d.storage.leaves}
-    for dataset, tensor in stored.values():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            what = {id(dataset.inputs): "inputs", id(dataset.targets): "targets"}.get(id(tensor), "entries")
-            bad = (~tensor.flatten(1).isfinite().all(1) if tensor.ndim > 1 else ~tensor.isfinite()).nonzero().flatten()
-            raise MisconfigurationException(
-                f"data: {len(bad)} of {len(tensor)} {what} hold NaN or infinity, the first in row {int(bad[0])}."
-                " Remove or replace them."
-            )
-
-
 def _try_one_batch(run: RunContext, client: int, start: int) -> None:
     """One forward pass, so that shapes and labels that do not fit are found before training."""
     module, datamodule = run.module, run.datamodule
@@ -239,6 +185,18 @@ def _try_batch_of_one(run: RunContext, sizes: Tensor) -> None:
             f" {len(alone)} clients have such a batch; client {client} has {int(sizes[client])} samples. Change"
             " data.batch_size, or use GroupNorm or LayerNorm."
         ) from error
+
+
+def _try_evaluation_of_one(run: RunContext, val: Any) -> None:
+    """BatchNorm that keeps no statistics has none to divide by in evaluation either."""
+    limit, lonely = run.settings["limit_val_batches"], [m for m in run.module.modules() if isinstance(m, _BatchNorm)]
+    if limit is not None or all(m.track_running_stats for m in lonely) or not overrides(run.module, "validation_step"):
+        return
+    size, data = run.datamodule.eval_batch_size_on(run.fabric.device), run.datamodule
+    sets = [val, *(data.client_val_dataset(client) for client in range(data.num_clients + len(data.new_clients)))]
+    for dataset in (d for d in sets if d is not None and len(d) and (len(d) - 1) % size == 0):
+        run.evaluator.attempt(Subset(dataset, [len(dataset) - 1]), "validation")
+        return
 
 
 def _attempt(run: RunContext, batch: Any) -> Any:

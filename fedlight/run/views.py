@@ -12,9 +12,10 @@ from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
 from fedlight.personal.base import Personalization
 from fedlight.run.context import RunContext
-from fedlight.run.evaluation import Stage, as_floats, over_clients
+from fedlight.run.evaluation import Stage
 from fedlight.run.loggers import tell_wandb
 from fedlight.run.names import client_names
+from fedlight.run.values import as_floats, over_clients
 from fedlight.run.wandb import log_confusion
 
 Row = dict[str, Tensor | float]

@@ -12,11 +12,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from fedlight.data import DatasetPartition
 from fedlight.models import MLP, CifarCNN, Classifier
+from tests.helpers.tiny import quiet_trainer, seeded
 
 
 def plain_trainer(tmp_path, **kwargs) -> Trainer:
@@ -189,3 +192,30 @@ def test_checkpoint_of_a_python_run_is_plain_and_loads(tmp_path):
     )
     assert dict(loaded.hparams) == {"num_classes": 3, "lr_interval": "round", "label_smoothing": 0.1}
     assert torch.equal(loaded.net.weight, model.net.weight)
+
+
+def test_accuracy_is_that_of_samples_with_a_class_and_of_the_likeliest_class():
+    """Label -100 is no class, as in the loss; of labels that are probabilities the largest counts."""
+    model, x = identity_classifier(), seeded(4, 3)
+    with torch.no_grad():
+        labels = model(x).argmax(1)
+        logged = {}
+        model.log_dict = lambda values, batch_size, **_: logged.update(values, n=batch_size)
+        model.validation_step((x, labels), 0)
+        assert logged == {"val/loss": F.cross_entropy(model(x), labels), "val/accuracy": 1.0, "n": 4}
+        model.validation_step((x, F.one_hot(labels, 3).float()), 0)
+        assert (logged["val/accuracy"], logged["n"]) == (1.0, 4)
+        labels[:2] = torch.tensor([-100, (labels[1] + 1) % 3])
+        model.validation_step((x, labels), 0)
+        assert logged == {"val/loss": F.cross_entropy(model(x), labels), "val/accuracy": torch.tensor(2 / 3), "n": 3}
+        model.validation_step((x, torch.full((4,), -100)), 0)
+        assert logged == {"val/loss": 0.0, "val/accuracy": 0.0, "n": 0}
+
+
+def test_evaluation_weighs_batches_by_their_samples_with_a_class(tmp_path):
+    x, labels = seeded(10, 3), torch.tensor([-100, -100, -100, 1, 0, 2, 1, 0, 2, 1])
+    data = DatasetPartition(TensorDataset(x, labels), test=TensorDataset(x, labels), num_clients=2, eval_batch_size=4)
+    model = identity_classifier()
+    found = quiet_trainer(tmp_path, max_rounds=0).test(model, data, verbose=False)[0]["test/loss"]
+    with torch.no_grad():
+        assert found == pytest.approx(float(F.cross_entropy(model(x), labels)), rel=1e-6)
