@@ -159,6 +159,28 @@ def test_statistics_are_averaged_by_samples(tmp_path):
     assert int(model.net[1].num_batches_tracked) == batches == 3 * 3
 
 
+class Masked(Regression):
+    """As causal masks; and as the smallest value that an observer has seen."""
+
+    def __init__(self, seen=0.0):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("seen", torch.tensor(seen))
+
+    def training_step(self, batch, batch_idx):
+        self.seen.copy_(torch.minimum(self.seen, batch[0].min()))
+        return super().training_step(batch, batch_idx)
+
+
+def test_infinite_buffers_that_stay_so_are_kept_and_others_are_named(tmp_path):
+    model, trainer = fit(tmp_path, Masked())
+    assert (
+        torch.equal(model.mask, torch.tensor([0.0, -torch.inf])) and trainer.callback_metrics["clients/left_out"] == 0
+    )
+    with pytest.raises(FloatingPointError, match=r"round 1: the buffers/seen of every client .* begin and stay finite"):
+        fit(tmp_path, Masked(torch.inf))
+
+
 def starting_statistics(tmp_path, policy, rounds=3):
     """The running mean that each client starts from, by round, and the one that it ended with."""
     starts, keep = {}, Keep()

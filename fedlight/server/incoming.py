@@ -17,7 +17,7 @@ from fedlight.perturbations.base import State
 from fedlight.server.aggregators import Aggregator
 from fedlight.server.rows import from_all
 from fedlight.server.state import moved
-from fedlight.server.sums import ExactSums, in_range, stack_terms
+from fedlight.server.sums import LIMIT, ExactSums, in_range, stack_terms
 
 _AT_ONCE = 2**16
 """Entries that wait to be added together: small vectors cost a call each, large ones memory."""
@@ -100,6 +100,7 @@ class Incoming:
     maxima: State = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
     kept: dict[int, State] = field(default_factory=dict)
+    _beyond: set[str] = field(default_factory=set)  # names of what could not be added
     _waiting: list[Entry] = field(default_factory=list)
     _entries: int = 0
 
@@ -120,6 +121,7 @@ class Incoming:
         stacked = stack_terms([entry.terms for entry in waiting])
         good, bounds = in_range(stacked)
         if not all(good):
+            self._beyond |= {name for name, values in stacked.items() if not bool((values.abs() < LIMIT).all())}
             stacked = {name: values[torch.tensor(good, device=values.device)] for name, values in stacked.items()}
         if any(good):
             self.sums.add(stacked, bounds)
@@ -140,13 +142,15 @@ class Incoming:
     def name_left_out(self, round: int) -> None:
         """Warn of clients whose message cannot be used; a FloatingPointError if there is no other."""
         bad = [report.client for report in self.reports if not report.used]
+        what, instead = "update", "Lower the learning rate, or set trainer.gradient_clip_val"
+        if self._beyond and "update" not in self._beyond:  # `buffers/...`, say
+            what, instead = min(self._beyond), "Let what is kept there begin and stay finite"
         if bad and len(bad) == len(self.reports):
             raise FloatingPointError(
-                f"round {round}: the update of every client ({bad}) is NaN or infinite."
-                " Lower the learning rate, or set trainer.gradient_clip_val."
+                f"round {round}: the {what} of every client ({bad}) is NaN or infinite. {instead}."
             )
         if bad:
-            rank_zero_warn(f"round {round}: left out clients {bad}, whose update is NaN or infinite.")
+            rank_zero_warn(f"round {round}: left out clients {bad}, whose {what} is NaN or infinite.")
 
     def finish(self, fabric: Fabric, stop: int = 0) -> int:
         """Complete the sums over all processes, in one reduction; the largest ``stop``.

@@ -66,10 +66,11 @@ def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int
 def buffer_moves(after: State, before: Callable[[str], Tensor], prefix: str) -> tuple[State, State]:
     """How far buffers that are averaged over clients have moved, in float64 and by longer names, and the others.
 
-    Of these (counters of batches) the largest is kept.
+    Of these (counters of batches) the largest is kept. What is infinite and stays so, as in a mask, has not moved.
     """
     averaged = {k: v for k, v in after.items() if v.is_floating_point() or v.is_complex()}
-    moves = {prefix + k: real(v).double() - real(before(k)) for k, v in averaged.items()}
+    pairs = {prefix + k: (real(v), real(before(k))) for k, v in averaged.items()}
+    moves = {k: (new.double() - old).masked_fill_(new == old, 0.0) for k, (new, old) in pairs.items()}
     return moves, {k: v for k, v in after.items() if k not in averaged}
 
 
