@@ -186,6 +186,19 @@ def test_normalisation_without_statistics_is_tried_on_a_sample_alone_in_evaluati
         trainer.test(Regression(net=net), Clients((4, 8), eval_batch_size=9))
 
 
+def test_samples_that_make_no_batch(tmp_path):
+    ragged = [(torch.zeros(3 + i % 2), 0.0) for i in range(8)]
+    said = "data: client 0's samples 0 to 3 make no batch: RuntimeError: stack .* one shape, .*; or give a collate_fn"
+    refused(tmp_path, said, data=DatasetPartition(ragged, num_clients=2))
+
+
+def test_an_error_of_an_evaluation_says_where_it_was(tmp_path):
+    train, val = (torch.utils.data.TensorDataset(seeded(8, n), seeded(8)) for n in (3, 5))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        quiet_trainer(tmp_path).fit(Regression(), DatasetPartition(train, val=val, num_clients=2))
+    assert "This happened in validation_step, batch 0 of an evaluation." in caught.value.__notes__
+
+
 def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):
     data = Classes(7, lambda x, y: list(zip(x.unbind(), y.unbind(), strict=True)))
     with pytest.raises(IndexError, match="Target 7 is out of bounds") as caught:

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
 from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset, in_memory
@@ -126,6 +128,29 @@ class FederatedDataModule(Remembers, LightningDataModule):
             return []
         reading: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self.eval_collate_fn}
         return DataLoader(dataset, batch_size=self.eval_batch_size, **reading)
+
+
+def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:
+    """A batch of a client's first samples, from ``start`` on.
+
+    Raises:
+        MisconfigurationException: if they hold NaN or infinity.
+    """
+    dataset = in_memory(datamodule.client_dataset(client), datamodule.collate_fn)
+    rows = list(range(start, min(start + count, len(dataset))))
+    if isinstance(dataset, ArrayDataset):
+        batch: Any = dataset.batch(torch.tensor(rows, device=dataset.device))
+    else:
+        try:
+            batch = (datamodule.collate_fn or default_collate)([dataset[i] for i in rows])
+        except Exception as error:
+            raise MisconfigurationException(
+                f"data: client {client}'s samples {start} to {rows[-1]} make no batch: {type(error).__name__}: {error}."
+                " They need one shape, of numbers, arrays or tensors; or give a collate_fn."
+            ) from error
+    if not all(v.isfinite().all() for v in tree_leaves(batch) if isinstance(v, Tensor)):
+        raise MisconfigurationException(f"data: the first samples of client {client} hold NaN or infinity.")
+    return batch
 
 
 class _Augmented(ArrayDataset):

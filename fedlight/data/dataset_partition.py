@@ -1,5 +1,6 @@
 """Any datasets, divided among clients."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
+from fedlight.data.folders import in_order
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
 from fedlight.data.reading import Loaded, is_hf, loaded
 from fedlight.seeding import preserved_global_rng
 
+_NONE = ("nan", "NaT", "<NA>")
 LABELS = ("targets", "labels", "target", "label", "y")
 """What data call the classes of their samples."""
 
@@ -107,9 +110,9 @@ class DatasetPartition(PartitionedDataModule):
         own, usual = self._by_hand.collate_fn, self.collate_fn
         sets = (in_memory(held.dataset, own or held.collate_fn or usual) for held in self._held.values())
         self._train, self._val, self._test = sets
-        size = len(self._train)
+        size = 0 if self._train is None else len(self._train)
         if size == 0:
-            raise ValueError("`data.train` is empty.")
+            raise ValueError("`data.train` is empty: there are no training samples.")
         self._encode()
         targets, self.classes = self._numbers("targets", self._targets, size, self.classes)
         groups, _ = self._numbers("groups", self._groups, size)
@@ -123,7 +126,7 @@ class DatasetPartition(PartitionedDataModule):
 
     def _numbers(self, key: str, given: Any, size: int, names: Sequence[str] = ()) -> tuple[Tensor | None, list[str]]:
         """Class or group of each training sample, and their names where they are strings."""
-        found = given
+        found = list(given) if hasattr(given, "__next__") else given
         if isinstance(given, str):
             found = find_values(self._train, (given,))
             if found is None:
@@ -146,14 +149,12 @@ class DatasetPartition(PartitionedDataModule):
         train, sets = self._train, {"_train": self._train, "_val": self._val, "_test": self._test}
         column = next((key for key in self._keys if is_hf(train) and key in train.column_names), None)
         if column is not None:
-            if "string" in getattr(train.features[column], "dtype", ""):
-                coded = train.class_encode_column(column)
-                sets = {k: d if d is None else coded if d is train else d.cast(coded.features) for k, d in sets.items()}
-            self.classes = list(getattr(sets["_train"].features[column], "names", ()))
+            sets, self.classes = _one_coding(sets, column)
         for name, data in sets.items():
             if self.collate_fn is None and is_hf(data) and data.format["type"] is None:
                 kinds = {key: getattr(feature, "dtype", "") for key, feature in data.features.items()}
-                data = data.with_format("torch", [key for key, kind in kinds.items() if "string" not in kind])
+                told = [key for key, kind in kinds.items() if not re.search("string|time|date|binary", kind)]
+                data = data.with_format("torch", told)
             # Everywhere else a dataset is torch's.
             setattr(self, name, data if data is None or isinstance(data, Dataset) else Subset(data, range(len(data))))
         with preserved_global_rng():
@@ -162,6 +163,27 @@ class DatasetPartition(PartitionedDataModule):
             from torch_geometric.data import Batch
 
             self.collate_fn = Batch.from_data_list
+
+
+def _one_coding(sets: dict[str, Any], column: str) -> tuple[dict[str, Any], list[str]]:
+    """Hugging Face's datasets with the same number for a label in all of them, and the names of the labels."""
+    from datasets import ClassLabel
+
+    feature = sets["_train"].features[column]
+    if "string" in getattr(feature, "dtype", ""):
+        feature = ClassLabel(names=in_order({*sets["_train"][column]} - {None}))
+    names, out = list(getattr(feature, "names", None) or ()), dict(sets)
+    for key, data in sets.items() if names else ():
+        own = None if data is None else data.features.get(column, feature)
+        if own is None or own == feature:
+            continue
+        try:
+            if getattr(own, "names", names) != names:
+                raise ValueError(f"they are numbered in the order {own.names[:5]}")
+            out[key] = data.cast_column(column, feature)
+        except ValueError as error:
+            raise ValueError(f"`data.{key[1:]}`: labels are not those of training, {names[:5]}: {error}.") from error
+    return out, names
 
 
 def find_targets(dataset: Any, keys: Sequence[str] = LABELS, names: Sequence[str] = ()) -> Tensor | None:
@@ -205,17 +227,21 @@ def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Ten
         ValueError: if they are neither integers nor strings, or a sample has none.
     """
     if not isinstance(values, Tensor):
-        values = [_plain(value) for value in values]
-        lost = [i for i, v in enumerate(values) if v is None or (isinstance(v, float) and v != v)]
+        values = [_plain(value) for value in (values if getattr(values, "ndim", 1) == 1 else np.asarray(values))]
+        lost = [i for i, v in enumerate(values) if v is None or (not isinstance(v, str | int) and str(v) in _NONE)]
         strings = [isinstance(value, str) for value in values]
         if lost or (any(strings) and not all(strings)):
             found = f"{len(lost)} samples have none, the first is {lost[0]}" if lost else "some are strings, others not"
             raise ValueError(f"`data.{key}`: {found}. Each sample has one integer, or one string.")
         if values and all(strings):
-            names = list(names) or sorted(set(values))
+            names = list(names) or in_order(set(values))
             number = {name: i for i, name in enumerate(names)}
             return torch.tensor([number.get(value, len(names)) for value in values]), names
-    tensor = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).cpu()
+    try:
+        tensor = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).cpu()
+    except (TypeError, ValueError) as error:
+        found = type(next(iter(values))).__name__
+        raise ValueError(f"`data.{key}`: {found} is no class or group; give an integer or a string.") from error
     whole = bool(key) and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
     if tensor.ndim != 1 or (tensor.is_floating_point() and not whole) or tensor.is_complex():
         raise ValueError(

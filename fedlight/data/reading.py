@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_warn
 from torch import Tensor
@@ -90,7 +91,15 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
             return parts[0] if parts else Loaded()
         if not clients or len({part[1:3] for part in parts}) != 1:
             raise TypeError(f"{what} is {len(parts)} loaders or datasets; give one{', or all alike' * clients}.")
-        joined: Any = ConcatDataset([part.dataset for part in parts])
+        sets = [part.dataset for part in parts]
+        joined: Any = ConcatDataset(sets)
+        if all(is_hf(part) and part.format["type"] is None for part in sets):
+            from datasets import concatenate_datasets
+
+            try:
+                joined = concatenate_datasets(sets)
+            except ValueError as error:  # types, or names of classes, that are not those of the others
+                raise TypeError(f"{what}: the clients' columns differ: {error}") from error
         return Loaded(joined, *parts[0][1:4], [len(part.dataset) for part in parts])
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if isinstance(dataset, IterableDataset) or (hasattr(dataset, "__iter__") and not hasattr(dataset, "__len__")):
@@ -100,19 +109,33 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
             "FederatedDataModule of your own whose client_dataset(i) gives the data of client i."
         )
     held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
-    if not all(isinstance(part, Tensor) for part in held) or not (dataset is None or hasattr(dataset, "__getitem__")):
-        raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset or DataLoader of it.")
+    if (
+        not all(isinstance(part, Tensor | np.ndarray) for part in held)
+        or not (dataset is None or hasattr(dataset, "__getitem__"))
+        or hasattr(dataset, "iloc")
+    ):
+        raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset, DataLoader or dict of tensors of it.")
     if not isinstance(data, DataLoader):
         return Loaded(dataset)
-    batches = data.batch_sampler
+    return _of_loader(data, what)
+
+
+def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
+    """The dataset of a loader with the rows that its sampler draws, and how it reads them."""
+    dataset: Any = data.dataset
+    batches: Any = data.batch_sampler
     size = data.batch_size or getattr(batches, "batch_size", None)
     if not isinstance(size, int):
         raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
-    order = getattr(batches, "sampler", data.sampler)
-    usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler) and not vars(order).get("replacement")
-    if type(batches) is BatchSampler and isinstance(order, sampler.SubsetRandomSampler):
-        dataset = Subset(dataset, [int(row) for row in order.indices])
-    elif not (usual and type(batches) is BatchSampler):
-        name = type(order if type(batches) is BatchSampler else batches).__name__
+    order: Any = getattr(batches, "sampler", data.sampler) if type(batches) is BatchSampler else batches
+    name, drawn = type(order).__name__, len(order) if hasattr(order, "__len__") else len(dataset)
+    rows = getattr(order, "indices", order if hasattr(order, "__getitem__") else None)
+    if order is not batches and drawn < len(dataset):
+        if rows is not None:
+            return Loaded(Subset(dataset, [int(row) for row in rows]), size, data.num_workers, data.collate_fn)
+        if not type(order).__module__.startswith("torch."):
+            raise TypeError(f"{what}: its {name} draws {drawn} of {len(dataset)} samples; give a Subset of these.")
+    usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler, sampler.SubsetRandomSampler)
+    if not usual or drawn != len(dataset) or getattr(order, "replacement", False):
         rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
     return Loaded(dataset, size, data.num_workers, data.collate_fn)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedlight import __version__
 from fedlight.analysis.memory import free_memory, graph_bytes
 from fedlight.callbacks._rounds import RoundCallback
+from fedlight.data.datamodule import first_samples
 from fedlight.flower.config import build, check_allowed
 from fedlight.flower.data import OwnData
 from fedlight.flower.messages import Parcel, part
@@ -28,7 +29,7 @@ from fedlight.perturbations.base import State
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import atomic_file
-from fedlight.run.preflight import check_data, check_methods, first_samples, trial_step
+from fedlight.run.preflight import check_data, check_methods, trial_step
 from fedlight.run.processes import use_threads
 from fedlight.run.session import Session
 from fedlight.run.views import evaluate_clients

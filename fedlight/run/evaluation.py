@@ -166,7 +166,8 @@ class Evaluator:
         try:
             with self._fabric.strategy.precision.forward_context():
                 return call_step(self._module, f"{stage}_step", batch, index)
-        except ValueError as error:
+        except Exception as error:
+            error.add_note(f"This happened in {stage}_step, batch {index} of an evaluation.")
             if "more than 1 value per channel" not in str(error):
                 raise
             raise MisconfigurationException(

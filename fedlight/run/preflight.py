@@ -10,11 +10,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import Subset, default_collate
+from torch.utils.data import Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
 from fedlight.engines.trial import watched
 from fedlight.module.hooks import overrides
@@ -219,24 +218,6 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
     # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
     with undone, watched(module, set()), collecting_logs(module, log), torch.enable_grad(), context or nullcontext():
         return call_step(module, "training_step", batch, 0)
-
-
-def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:
-    """A batch of a client's first samples, from ``start`` on.
-
-    Raises:
-        MisconfigurationException: if they hold NaN or infinity.
-    """
-    dataset = in_memory(datamodule.client_dataset(client), datamodule.collate_fn)
-    rows = list(range(start, min(start + count, len(dataset))))
-    if isinstance(dataset, ArrayDataset):
-        batch: Any = dataset.batch(torch.tensor(rows, device=dataset.device))
-    else:
-        collate = datamodule.collate_fn or default_collate
-        batch = collate([dataset[i] for i in rows])
-    if not all(v.isfinite().all() for v in tree_leaves(batch) if isinstance(v, Tensor)):
-        raise MisconfigurationException(f"data: the first samples of client {client} hold NaN or infinity.")
-    return batch
 
 
 def _shapes(batch: Any) -> str:

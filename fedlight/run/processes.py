@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 
+from fedlight.data.datamodule import first_samples
 from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating
-from fedlight.run.preflight import first_samples, trial_step
+from fedlight.run.preflight import trial_step
 
 LARGE_STEP = 5e8
 """FLOP of a local step from which on a second thread makes it faster: ten milliseconds of one core."""

@@ -14,12 +14,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
+from fedlight.data.datamodule import first_samples
 from fedlight.module.hooks import overrides
 from fedlight.run.context import RunContext
 from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
-from fedlight.run.preflight import first_samples
 from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 

@@ -1,6 +1,7 @@
 """FederatedDataModule and DatasetPartition: any torch dataset, federated or in a plain Trainer."""
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -127,6 +128,10 @@ def test_natural_groups_of_any_dataset(kind):
         ({"targets": [0.5] * 30}, "one integer per sample"),
         ({"targets": [0.0, float("nan")] * 15}, r"`data\.targets`: 15 samples have none, the first is 1"),
         ({"groups": ["a", "b", None] * 10}, r"`data\.groups`: 10 samples have none, the first is 2"),
+        ({"targets": pandas.Series([1, None] * 15, dtype="Int64")}, r"`data\.targets`: 15 samples have none, .* is 1"),
+        ({"groups": pandas.date_range("2026", periods=30)}, r"`data\.groups`: Timestamp is no class or group; give an"),
+        ({"targets": pandas.DataFrame({"a": range(30), "b": range(30)})}, r"`data\.targets`: .* of shape \[30, 2\]"),
+        ({"train": None}, r"`data\.train` is empty: there are no training samples"),
         ({"groups": ["a", 2, 3] * 10}, r"`data\.groups`: some are strings, others not"),
         ({"train": [Words(3), Words(0)]}, r"`data\.train\[1\]` is empty"),
         ({"num_clients": 31}, r"`data\.num_clients` is 31"),

@@ -1,7 +1,9 @@
 """What people have: stock LightningDataModules, loaders, Hugging Face's datasets, PyG's data, strings."""
 
+import datetime
 import logging
 
+import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,6 +15,7 @@ from torch.utils.data import (
     Dataset,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
     SubsetRandomSampler,
@@ -235,6 +238,20 @@ def test_validation_and_test_have_loaders_of_their_own():
     assert [ready(data, stage).eval_batch_size for stage in ("fit", "test", "validate")] == [3, 4, 3]
 
 
+class InOrder(Sampler):
+    """Draws some rows; what they are called is up to its author."""
+
+    def __init__(self, rows, name="indices"):
+        self.name = name
+        setattr(self, name, rows)
+
+    def __iter__(self):
+        return iter(getattr(self, self.name))
+
+    def __len__(self):
+        return len(getattr(self, self.name))
+
+
 def test_a_sampler_of_rows_is_kept_and_one_of_weights_is_named():
     x, y = torch.arange(10.0)[:, None], torch.arange(10) % 2
     rows = [1, 3, 5, 7]
@@ -244,6 +261,11 @@ def test_a_sampler_of_rows_is_kept_and_one_of_weights_is_named():
     for sampler in (WeightedRandomSampler([1.0] * 10, 10), RandomSampler(y, replacement=True)):
         with pytest.warns(UserWarning, match=f"`data.train`: its {type(sampler).__name__} is not used"):
             DatasetPartition(DataLoader(TensorDataset(x, y), 2, sampler=sampler))
+    with pytest.warns(UserWarning, match="its RandomSampler is not used"):  # which rows is drawn anew each time
+        DatasetPartition(DataLoader(TensorDataset(x, y), 2, sampler=RandomSampler(y, num_samples=4)))
+    for sampler in (rows, InOrder(rows)):
+        data = ready(DatasetPartition(DataLoader(TensorDataset(x, y), 2, sampler=sampler), num_clients=2))
+        assert sorted(v.item() for c in range(2) for v, _ in (data.client_dataset(c)[i] for i in range(2))) == rows
     fixed = DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(SequentialSampler(y), 3, False))
     assert DatasetPartition(fixed, num_clients=2).batch_size == 3
 
@@ -261,6 +283,11 @@ class Stream(IterableDataset):
         ((i for i in range(3)), "reads generator, an iterable"),
         ({"train": TensorDataset(*numbers())}, "is a dict; give one dataset"),
         (DataLoader(TensorDataset(*numbers()), batch_size=None), "without a batch_size"),
+        (
+            DataLoader(TensorDataset(*numbers()), 2, sampler=InOrder([1, 2], "mine")),
+            "its InOrder draws 2 of 24 samples; give a Subset of these",
+        ),
+        (pandas.DataFrame({"x": [1]}), "is a DataFrame; give one dataset, DataLoader or dict of tensors of it"),
         (
             [DataLoader(TensorDataset(*numbers()), b) for b in (2, 3)],
             "is 2 loaders or datasets; give one, or all alike",
@@ -385,6 +412,29 @@ def test_datasets_of_hugging_face(tmp_path):
         DatasetPartition(train.to_iterable_dataset())
     with pytest.raises(TypeError, match="is a DatasetDict; give one dataset"):
         DatasetPartition(datasets.DatasetDict(train=train))
+
+
+def test_labels_of_hugging_face_are_the_same_in_all_sets():
+    datasets = pytest.importorskip("datasets", reason="needs Hugging Face's datasets")
+    datasets.disable_progress_bars()
+
+    def made(labels, names=None):
+        told = {"x": [[1.0, 2.0]] * len(labels), "label": labels, "day": [datetime.date(2026, 1, 1)] * len(labels)}
+        held = datasets.Dataset.from_dict(told)
+        return held.cast_column("label", datasets.ClassLabel(names=names)) if names else held
+
+    data = ready(DatasetPartition(made(["10", "9", "2"]), made(["9", "10"]), num_clients=1))
+    assert data.classes == ["2", "9", "10"]
+    batch = next(iter(data.test_dataloader()))
+    assert (batch["label"].tolist(), sorted(batch)) == ([1, 2], ["label", "x"])
+    for val, said in ((made(["c"]), "Invalid string class label c"), (made([0], ["b", "a"]), r"order \['b', 'a'\]")):
+        with pytest.raises(ValueError, match=rf"`data.val`: labels are not those of training, \['a', 'b'\]: .*{said}"):
+            ready(DatasetPartition(made([0, 1], ["a", "b"]), val=val, num_clients=1))
+    clients = ready(DatasetPartition([made(["a", "b"]), made(["b"])]))
+    assert clients.client_dataset(1)[0]["label"] == 1
+    assert clients.client_dataset(1)[0]["x"].tolist() == [1.0, 2.0]
+    with pytest.raises(TypeError, match="`data.train`: the clients' columns differ"):
+        DatasetPartition([made([0], ["a", "b"]), made([0], ["b", "a"])])
 
 
 @pytest.mark.parametrize("given", ["list", "loader"])
