@@ -340,3 +340,16 @@ def test_the_history_of_rounds_that_are_trained_again_is_void(tmp_path):
     path.write_text("{}")
     record_changes(tmp_path, 3, {})
     assert not path.exists()
+
+
+@pytest.mark.parametrize("call", ["fit", "test", "validate", "predict"])
+def test_classes_of_other_names_are_refused(tmp_path, call):
+    def classes(*names):
+        train, held_out = (TensorDataset(x := seeded(n, 3), x.sum(1)) for n in (40, 8))
+        return DatasetPartition(train, held_out, num_clients=4, batch_size=4, targets=names * 20)
+
+    quiet_trainer(tmp_path, max_rounds=1).fit(Net(), classes("ant", "bee"))
+    command = getattr(quiet_trainer(tmp_path, max_rounds=2), call)
+    with pytest.raises(MisconfigurationException, match=r"data.classes.1: .*bee.*cat"):
+        command(Net(), classes("ant", "cat"), "last")
+    command(Net(), classes("ant", "bee"), "last")

@@ -114,10 +114,20 @@ class DatasetPartition(PartitionedDataModule):
         if size == 0:
             raise ValueError("`data.train` is empty: there are no training samples.")
         self._encode()
-        targets, self.classes = self._numbers("targets", self._targets, size, self.classes)
+        names, *others = map(_class_names, (self._train, self._val, self._test))
+        for key, other in zip(("val", "test"), others, strict=True):
+            if names and any(a != b for a, b in zip(names, other, strict=False)):
+                raise ValueError(
+                    f"`data.{key}` numbers its classes {other[:5]}, and `data.train` {names[:5]}: a number would be two"
+                    " classes. Number them alike; folders of classes need the same names, in the same order."
+                )
+        theirs = self._targets is None or isinstance(self._targets, str)
+        targets, self.classes = self._numbers("targets", self._targets, size, (self.classes or names) if theirs else [])
         groups, _ = self._numbers("groups", self._groups, size)
         val_targets = None if self._val is None else find_targets(self._val, self._keys, self.classes)
         self._strata = None if targets is None or val_targets is None else (targets, val_targets)
+        if targets is not None and int(targets.max()) >= len(self.classes):  # these are names of something else
+            self.classes = []
         self.divide(size, targets, len(self.classes) or None, groups)
 
     @property
@@ -184,6 +194,14 @@ def _one_coding(sets: dict[str, Any], column: str) -> tuple[dict[str, Any], list
         except ValueError as error:
             raise ValueError(f"`data.{key[1:]}`: labels are not those of training, {names[:5]}: {error}.") from error
     return out, names
+
+
+def _class_names(dataset: Any) -> list[str]:
+    """The names of its classes by number, where a dataset has them in ``classes``."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []
 
 
 def find_targets(dataset: Any, keys: Sequence[str] = LABELS, names: Sequence[str] = ()) -> Tensor | None:

@@ -124,10 +124,10 @@ class PartitionedDataModule(FederatedDataModule):
 
     def _classes(self, targets: Tensor | None, num_classes: int | None) -> Tensor | None:
         """The targets if they number classes; what else they are, as an integer to regress, is not counted by class."""
-        if targets is None or not len(targets) or num_classes is not None:
+        if targets is None or not len(targets):
             return targets
         low, high, count = int(targets.min()), int(targets.max()), len(torch.unique(targets))
-        if low >= 0 and high < max(1000, 100 * count):
+        if low >= 0 and (num_classes is not None or high < max(1000, 100 * count)):
             return targets
         row, why = (targets.argmin(), "below 0") if low < 0 else (targets.argmax(), f"and there are {count} labels")
         text = f"`data.targets`: sample {int(row)} has label {int(targets[row])}, {why}"

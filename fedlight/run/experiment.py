@@ -31,7 +31,10 @@ _TRAINER = (
     *("local_epochs", "local_steps", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("precision", "tf32", "centralized", "transforms", "aggregator", "personal"),
 )
-_DATA = ("num_clients", "batch_size", "seed", "partitioner", "collate_fn", "tokenizer", "max_length", "vocab_size")
+_DATA = (
+    *("num_clients", "batch_size", "seed", "partitioner", "collate_fn"),
+    *("tokenizer", "max_length", "vocab_size", "classes"),
+)
 _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 _SAMPLES = 8
 

@@ -102,9 +102,21 @@ def of_last_call(
 
 
 def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> None:
-    """Set up the data, and give it back what it had saved, under the key that Lightning has for it."""
+    """Set up the data, and give it back what it had saved, under the key that Lightning has for it.
+
+    Raises:
+        MisconfigurationException: if its classes are others than those that the checkpoint's model knows.
+    """
     datamodule.setup(command)
     data = given_data(datamodule)
+    trained = checkpoint.get("fedlight", {}).get("experiment", {}).get("data", {}).get("classes")
+    changes = differences(trained or [], list(getattr(data, "classes", [])), "data.classes")
+    if trained and command != "fit":  # which compares everything
+        for key, (old, new) in changes.items():
+            raise MisconfigurationException(
+                f"{key}: the model was trained with {old}, and the data has {new}, so a number would be another class."
+                " Give data with the same classes."
+            )
     if type(data).__qualname__ in checkpoint:
         data.load_state_dict(checkpoint[type(data).__qualname__])
 

@@ -348,6 +348,27 @@ def test_attributes_are_found_by_name_and_validation_has_the_same_numbers():
             ready(DatasetPartition(other, num_clients=None, partitioner=NaturalGroups(), groups="usr"))
 
 
+class Folder(TensorDataset):
+    """As torchvision's ImageFolder."""
+
+    def __init__(self, classes, labels=(0, 1, 2, 0, 1, 2)):
+        super().__init__(torch.zeros(len(labels), 2), torch.tensor(labels))
+        self.classes, self.targets = classes, list(labels)
+
+
+def test_sets_that_number_their_classes_otherwise_are_refused():
+    train, fewer = Folder(["ant", "bee", "cat"]), Folder(["ant", "cat"], (0, 1))
+    for kind in ("val", "test"):
+        with pytest.raises(ValueError, match=rf"`data.{kind}` numbers its classes \['ant', 'cat'\], and `data.train`"):
+            DatasetPartition(train, **{"val": train, kind: Subset(fewer, [1])}, num_clients=2).setup()
+    data = DatasetPartition(Subset(train, range(6)), Folder(["ant", "bee"], (0, 1)), num_clients=2)
+    data.setup()
+    assert (data.classes, data.num_classes) == (["ant", "bee", "cat"], 3)
+    other = DatasetPartition(train, num_clients=2, targets=[0, 5] * 3)
+    other.setup()
+    assert (other.classes, other.num_classes) == ([], 6)
+
+
 @pytest.mark.parametrize("sample", [lambda i: (i, i % 3), lambda i: {"text": "t", "label": torch.tensor(i % 3)}])
 def test_labels_are_read_from_samples_where_a_partitioner_needs_them(sample, caplog):
     class Bare(Dataset):
