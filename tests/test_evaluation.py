@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MaxMetric, MeanMetric
 
-from fedlight.run.evaluation import evaluating
+from fedlight.run.traces import evaluating
 from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
 
@@ -195,3 +196,39 @@ def test_clients_are_not_evaluated_for_nothing(tmp_path, caplog):
     assert [r.message for r in caplog.records if "clients/*" in r.message] == [
         "clients/*: validation_step logs nothing, so no client is evaluated on its own data."
     ]
+
+
+class Best(Regression):
+    """Keeps what a resume does not know, beside what every evaluation begins anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.top, self.mean, self.outputs = MaxMetric(), MeanMetric(), []
+
+    def on_validation_start(self):
+        self.outputs = [None]
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.outputs.append(batch_idx)
+        self.mean.update(batch[1])
+        self.log("val/mean", self.mean)
+
+    def on_validation_epoch_end(self):
+        self.best = len(self.outputs)
+        self.top.update(self.best)
+
+
+def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
+    quiet_trainer(tmp_path).fit(Best(), Clients())
+    (said,) = (m for m in caplog.messages if "no checkpoint has it" in m)
+    assert said.startswith("model: validation changes self.best, self.top, and no checkpoint has it")
+
+    class Kept(Best):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["best"] = self.best
+
+    for command, model in (("fit", Kept()), ("fit", Regression()), ("validate", Best())):
+        caplog.clear()
+        getattr(quiet_trainer(tmp_path, max_rounds=1), command)(model, Clients())
+        assert "no checkpoint has" not in caplog.text

@@ -65,6 +65,8 @@ def test_two_processes_end_with_the_bits_of_one(one, two, case):
         assert found["views"].keys() == expected["views"].keys()
         assert all(torch.equal(found["views"][view], params) for view, params in expected["views"].items())
         assert found["left out"] == (expected["left out"] if rank == 0 else [])
+        assert len(found["predicted"]) == len(expected["predicted"]) == 3
+        assert all(map(torch.equal, found["predicted"], expected["predicted"]))
     rows = two[1][0][case]["rows"]
     assert len(rows) == len(expected["rows"])
     for row, other in zip(rows, expected["rows"], strict=True):

@@ -1,7 +1,7 @@
 """Evaluation of one set of weights on one dataset."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, groupby
 from typing import Any, Literal
@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
@@ -22,13 +21,13 @@ from fedlight.engines.base import named
 from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import Hooks
 from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
-from fedlight.module.state import ModuleState
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
 from fedlight.run.clients_together import together
+from fedlight.run.traces import evaluating, say_traces, watch
 from fedlight.run.values import as_floats
-from fedlight.seeding import derive_seed, preserved_global_rng, seed_global_rng
+from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 
 Stage = Literal["validation", "test"]
@@ -62,6 +61,7 @@ class Evaluator:
         self._hooks, self._untouched = hooks, untouched
         self.clients_log: bool | None = None
         self._separable: dict[str, bool] = {}
+        self._traces_known = False
         self.transfer = transfer_function(module, fabric.device)
 
     def run(
@@ -93,11 +93,13 @@ class Evaluator:
         # A process without a batch would not know what others log: where there are too few, everyone evaluates all.
         share, seen, records = share and 1 < world <= count and self._separate(dataset, stage), 0, []
         log.alone = not share
+        kept = None if quiet or self._traces_known else watch(self._module)
         context = self._untouched() if quiet else nullcontext()
         with context, evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
             seed_global_rng(derive_seed(0, "evaluation"))
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
+            anew = [] if kept is None else kept.changes()
             for index, batch in self._batches(dataset, count, share):
                 log.batch_size = batch_size(batch)
                 seen += log.batch_size
@@ -115,6 +117,9 @@ class Evaluator:
             if publish is not None:
                 publish(metrics)
             call(f"on_{stage}_end")
+        if kept is not None:
+            self._traces_known = True
+            say_traces(self._module, stage, kept, anew)
         return metrics
 
     def _separate(self, dataset: Dataset[Any], stage: Stage) -> bool:
@@ -137,8 +142,7 @@ class Evaluator:
         with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
-            others: list[Any] = [*module.parameters(), *(m for m in module.modules() if isinstance(m, Metric))]
-            state = ModuleState({"self": module}, lambda: others)
+            state = watch(module)
             index, batch = next(self._batches(dataset, 1, share=False))
             call(f"on_{stage}_batch_start", batch, index)
             call(f"on_{stage}_batch_end", self.step(stage, batch, index), batch, index)
@@ -282,16 +286,3 @@ class Evaluator:
             for name, (value, weight, reduction) in logged.items():
                 total.merge(name, value, weight, reduction)
         return total.compute()
-
-
-@contextmanager
-def evaluating(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with preserved_global_rng():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode

@@ -20,8 +20,8 @@ from fedlight.data.datamodule import first_samples
 from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
 from fedlight.run.context import RunContext
-from fedlight.run.evaluation import evaluating
 from fedlight.run.preflight import trial_step
+from fedlight.run.traces import evaluating
 
 LARGE_STEP = 5e8
 """FLOP of a local step from which on a second thread makes it faster: ten milliseconds of one core."""

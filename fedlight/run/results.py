@@ -4,8 +4,9 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import Tensor
 from fedlight.data.datamodule import first_samples
 from fedlight.module.hooks import overrides
 from fedlight.run.context import RunContext
-from fedlight.run.evaluation import evaluating
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
+from fedlight.run.traces import evaluating, watch
 from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 
@@ -92,20 +93,23 @@ def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
                 " predict_dataloader return one loader, or give it test data."
             )
         loaders = loaders[0]
-    own = []
+    own, alone, before = [], False, watch(run.module) if fabric.world_size > 1 else None
     with evaluating(run.module), torch.no_grad():
         run.hooks("on_predict_start")
         run.hooks("on_predict_epoch_start")
-        for index, batch in enumerate(loaders):
-            if index % fabric.world_size == fabric.global_rank:
+        for index, batch in _read(loaders):
+            mine = index % fabric.world_size == fabric.global_rank
+            # Where a batch leaves something that a later one could read, every process goes through all of them.
+            if mine or index == 0 or alone:
                 seed_global_rng(derive_seed(0, "evaluation", index))
-                batch = run.evaluator.prepare(batch)
-                run.hooks("on_predict_batch_start", batch, index)
+                batch, call = run.evaluator.prepare(batch), run.hooks if mine else run.hooks.module_only
+                call("on_predict_batch_start", batch, index)
                 # Lightning's own step calls forward: with what comes before the targets
                 of_pairs = not overrides(run.module, "predict_step") and isinstance(batch, list | tuple)
                 found = run.evaluator.step("predict", batch[0] if of_pairs else batch, index)
-                run.hooks("on_predict_batch_end", found, batch, index)
-                own.append((index, move_data_to_device(found, torch.device("cpu"))))
+                call("on_predict_batch_end", found, batch, index)
+                own += [(index, move_data_to_device(found, torch.device("cpu")))] if mine else []
+                alone = alone or (index == 0 and before is not None and before.changes() != [])
         run.hooks("on_predict_epoch_end")
         run.hooks("on_predict_end")
     everyone = from_all(own, fabric.world_size)
@@ -113,6 +117,18 @@ def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
     if run.is_zero and not run.trainer.fast_dev_run:
         _write(run, view, outputs, output)
     return outputs
+
+
+def _read(loader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Each batch and its index, on which alone depends what its samples draw."""
+    seed_global_rng(derive_seed(0, "evaluation"))  # that of a loader's workers
+    batches = iter(loader)
+    for index in count():
+        seed_global_rng(derive_seed(0, "evaluation", index))
+        try:
+            yield index, next(batches)
+        except StopIteration:
+            return
 
 
 def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | None) -> None:

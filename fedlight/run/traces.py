@@ -1,0 +1,50 @@
+"""What an evaluation leaves in a module: no other mode, no other random numbers; what else is said."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torchmetrics import Metric
+
+from fedlight.module.hooks import overrides
+from fedlight.module.state import ModuleState
+from fedlight.seeding import preserved_global_rng
+
+
+@contextmanager
+def evaluating(module: LightningModule) -> Iterator[None]:
+    """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        with preserved_global_rng():
+            yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def watch(module: nn.Module) -> ModuleState:
+    """A module as it is now, but for parameters and torchmetrics: to see what a batch or an evaluation changes."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric)]
+    return ModuleState({"self": module}, lambda: [*module.parameters(), *metrics])  # type: ignore[list-item]
+
+
+def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Sequence[str]) -> None:
+    """Say what an evaluation in a fit has changed and no checkpoint has.
+
+    Args:
+        module: as it is afterwards.
+        stage: which evaluation it was.
+        kept: the module before.
+        anew: what the first hooks of every evaluation change.
+    """
+    names = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
+    names |= {*kept.changes()} - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
+    if names and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
+        rank_zero_info(
+            f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: what is logged of it is"
+            f" another after a resume. Begin anew in on_{stage}_start, or keep it in on_save_checkpoint."
+        )
