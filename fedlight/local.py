@@ -58,6 +58,11 @@ class LocalObjective:
         models = {name.removeprefix(_MODEL): value for name, value in parts.items() if name.startswith(_MODEL)}
         return cls(start, **given, references=models)
 
+    @property
+    def pulls(self) -> bool:
+        """Whether a parameter that the loss does not depend on has a gradient, too."""
+        return self.linear is not None or not (self.anchor is None or _is_constant(self.proximal, 0.0))
+
     def point(self, params: Tensor) -> Tensor:
         """Where the loss is taken, ``[P]``."""
         return params if self.other is None else self.other + self.share * (params - self.other)

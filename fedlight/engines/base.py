@@ -93,6 +93,7 @@ class Findings:
         drawn: global random generators that are drawn from, apart from the device's.
         read: what is read that differs from step to step or round to round.
         outside: what they do outside of the module: print, log, change globals.
+        idle: trained parameters that have no gradient in some steps, by name.
     """
 
     moving: tuple[str, ...] = ()
@@ -101,6 +102,7 @@ class Findings:
     drawn: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fedlight.engines.base import ClientTask, LocalTraining
@@ -58,6 +59,7 @@ class ClientLoop:
         self._output: dict[str, Tensor] | None = None
         self._show, self._models = OtherModels(module, self.flat.layout), State()
         self._frozen: Tensor | None = None
+        self._idle: list[Parameter] = []
         self.schedule = LocalHyperparameters(module, training.lr_factors)
         self.fresh: Optimization
         self.plan: BatchOrder
@@ -185,7 +187,7 @@ class ClientLoop:
     def _set_gradient(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> State:
         """Let the parameters have the gradient of a step."""
         call, optimizer, self._models = self.training.call, self.optimizer, objective.references
-        self._frozen = objective.frozen
+        self._frozen, self._idle = objective.frozen, []
         call("on_before_zero_grad", optimizer)
         if self._compiled is not None and self._compiled.takes(batches):
             gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
@@ -198,6 +200,7 @@ class ClientLoop:
                 state,
                 self.training.clip,
             )
+            self._idle = [] if objective.pulls else self.flat.idle
         if gradient is not self.flat.grad:
             self.flat.grad.copy_(gradient)
         call("on_before_optimizer_step", optimizer)
@@ -205,11 +208,17 @@ class ClientLoop:
 
     def _update(self) -> None:
         before = None if self._frozen is None else self.flat.params.clone()
+        if self._idle and self._flat_step is not None:
+            self._flat_step.release()
+        for parameter in self._idle:  # as in torch, neither decay nor momentum moves what no gradient came to
+            parameter.grad = None
         if self._scaler is None:
             (self._flat_step or self.optimizer.step)()
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
+        if self._idle:
+            self.flat.bind_grad()
         if before is not None and self._frozen is not None:  # weight decay and momentum move them as well
             torch.where(self._frozen, before, self.flat.params, out=self.flat.params)
 

@@ -58,7 +58,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
         slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
-        slot.read, slot.outside = read, outside
+        slot.read, slot.outside, slot.idle = read, outside, set()
         try:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -73,6 +73,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             drawn=tuple(sorted(drawn)),
             read=tuple(sorted(read)),
             outside=tuple(sorted(outside)),
+            idle=tuple(name for name, p in module.named_parameters() if id(p) in slot.idle),
         )
 
 
@@ -86,11 +87,14 @@ class _TrialLoop(ClientLoop):
 
     read: set[str]
     outside: set[str]
+    idle: set[int]
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i, self.read)) for batch, i in batches]
         with watched(self.module, self.read), seen_outside(self.module, self.outside):
-            return super()._step(objective, indexed, state)
+            found = super()._step(objective, indexed, state)
+        self.idle.update(id(parameter) for parameter in self.flat.idle)
+        return found
 
 
 def _generators(device: torch.device) -> dict[str, Any]:

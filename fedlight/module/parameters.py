@@ -130,6 +130,7 @@ class FlatParameters:
     Attributes:
         layout: the order of the parameters.
         spans: where each of them begins and ends in the vector, by its ``id``.
+        idle: those to which the last backward pass has added no gradient.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -150,8 +151,9 @@ class FlatParameters:
         )
         for parameter, value, gradient in views:
             parameter.data = value
-            parameter.grad = gradient
-            self._gradients.append((parameter, gradient))
+            parameter.grad = gradient.data  # which counts by itself how often it is written to
+            self._gradients.append((parameter, parameter.grad))
+        self._writes, self.idle = [0] * len(self._gradients), list[nn.Parameter]()
         self._addresses = [p.data_ptr() for p in self._parameters]
         infos = zip(self._parameters, self.layout.parameters, strict=True)
         self.spans = {id(p): (info.offset, info.offset + info.numel) for p, info in infos}
@@ -191,14 +193,22 @@ class FlatParameters:
     def zero_grad(self) -> None:
         """The gradient is 0, and the parameters' gradients are its views, whatever has been put in their place."""
         self.grad.zero_()
+        self.bind_grad()
+        self._writes = [view._version for _, view in self._gradients]
+
+    def bind_grad(self) -> None:
+        """The parameters' gradients are the views of :attr:`grad`."""
         for parameter, view in self._gradients:
             if parameter.grad is not view:
                 parameter.grad = view
 
     def gather_grad(self) -> Tensor:
         """:attr:`grad`, after a backward pass: modules may have put other gradients in place of its views."""
-        for parameter, view in self._gradients:
-            if (other := parameter.grad) is not view:
+        self.idle = []
+        for (parameter, view), writes in zip(self._gradients, self._writes, strict=True):
+            if (other := parameter.grad) is None or (other is view and view._version == writes):
+                self.idle.append(parameter)
+            if other is not view:
                 _ = view.zero_() if other is None else view.copy_(other)
                 parameter.grad = view
         return self.grad

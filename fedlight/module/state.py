@@ -218,9 +218,9 @@ def _items(container: Any) -> dict[Any, Any]:
     """What is in a container, by attribute, key or position."""
     if isinstance(container, type):
         return dict(vars(container))
-    if isinstance(container, set):
-        return dict.fromkeys(container)
-    return container if isinstance(container, dict) else dict(enumerate(container))
+    if isinstance(container, dict):  # those of other libraries may make what they are asked for
+        return {key: dict.__getitem__(container, key) for key in container}
+    return dict.fromkeys(container) if isinstance(container, set) else dict(enumerate(container))
 
 
 def _put_back(container: Any, held: dict[Any, Any]) -> None:

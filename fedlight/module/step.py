@@ -69,10 +69,24 @@ class Reach(nn.Module):
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self.module = module
+        first = {id(t): name for name, t in [*self.named_parameters(), *self.named_buffers()]}
+        both = [(name, m._parameters | m._buffers) for name, m in self.named_modules()]
+        places = [(f"{name}.{key}", t) for name, held in both for key, t in held.items() if t is not None]
+        self._places = {place: first[id(t)] for place, t in places}
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run it."""
         return function(self.module, *args)
+
+    def call(self, values: dict[str, Tensor], *args: Any) -> Any:
+        """Run a function with these values, by first names, which are brought up to date.
+
+        Each place has its value once: torch would leave its own in a submodule that has two names.
+        """
+        placed = {place: values[name] for place, name in self._places.items() if name in values}
+        out = functional_call(self, placed, args, tie_weights=False)
+        values.update((name, placed[name]) for name in values)
+        return out
 
 
 class OtherModels:
@@ -101,7 +115,7 @@ class OtherModels:
                 values |= {key: value.clone() for key, value in own if key not in values}
                 inner = {f"module.{key}": value for key, value in values.items()}
                 with with_attributes([step], {"model": name}):
-                    functional_call(self._reach, inner, (call_step, "training_step", cloned(batch), index))
+                    self._reach.call(inner, call_step, "training_step", cloned(batch), index)
 
     @contextmanager
     def _undone(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch import nn, optim
 
 from fedlight.algorithms.fedavg import FedAvg
@@ -129,6 +129,31 @@ def test_a_module_finds_the_state_of_its_optimizer(tmp_path):
         quiet_trainer(tmp_path, max_rounds=1, clients_per_round=4).fit(module, Clients())
     assert torch.equal(weights(model), weights(plain))
     assert SEEN == [(True, True)] * 8
+
+
+class OneAfterTheOther(Regression):
+    """The first step trains one parameter, the second one another, no step the third; the fourth gets no loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.abc = None, nn.ParameterList([nn.Parameter(torch.ones(())) for _ in "abc"])
+
+    def training_step(self, batch, batch_idx):
+        return [self.abc[0] * 1.0, self.abc[1] * 1.0, None][batch_idx]
+
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    validation_step = LightningModule.validation_step
+
+
+def test_what_gets_no_gradient_is_moved_by_neither_decay_nor_momentum(tmp_path):
+    model = OneAfterTheOther()
+    quiet_trainer(tmp_path, max_rounds=1, clients_per_round=1).fit(model, Clients((12,)))
+    torch.testing.assert_close([p.item() for p in model.abc], [0.89, 0.89, 1.0])  # 1 - 0.1·(1 + 0.1)
+    pulled = OneAfterTheOther()
+    quiet_trainer(tmp_path, algorithm=FedProx(mu=0.5), max_rounds=1, clients_per_round=1).fit(pulled, Clients((12,)))
+    assert all(p < 0.9999 for p in pulled.abc)  # the proximal term is a gradient, if one of 0
 
 
 class ClearsItself(Regression):

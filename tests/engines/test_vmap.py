@@ -232,6 +232,58 @@ def test_a_frozen_layer_stays(tmp_path, monkeypatch):
     torch.testing.assert_close(found, expected)
 
 
+def hooked(net):
+    net.weight.register_hook(lambda gradient: gradient * 0.1)
+
+
+def decays(net):
+    net.unused = nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize(("change", "message"), [(hooked, "net.weight has a hook"), (decays, "unused has no gradient")])
+def test_what_a_parameter_does_in_autograd_alone_is_refused(change, message, tmp_path):
+    model = Regression()
+    change(model.net)
+    model.configure_optimizers = lambda: optim.AdamW(model.parameters(), lr=0.1)
+    with pytest.raises(MisconfigurationException, match=f"trainer.engine=vmap: parameter .*{message}"):
+        quiet_trainer(tmp_path, engine="vmap").fit(model, Clients())
+
+
+class Makes(dict):
+    """As transformers' table of activations, which makes what it is asked for."""
+
+    def keys(self):
+        raise NotImplementedError
+
+    __getitem__ = keys
+
+
+ACTIVATIONS = Makes(relu=torch.relu)
+
+
+class Siamese(Regression):
+    """A submodule under two names, of which another one shares a parameter."""
+
+    def __init__(self):
+        super().__init__(net=nn.Linear(3, 1))
+        self.same, self.other = self.net, nn.Linear(3, 1)
+        self.other.bias = self.net.bias
+
+    def forward(self, x):
+        return ACTIVATIONS.get("relu")(self.other(x) + self.same(2 * x) - self.net(x))[:, 0]
+
+
+def test_a_submodule_may_have_two_names(tmp_path):
+    found = []
+    for engine in ("eager", "vmap"):
+        model = Siamese()
+        with torch.no_grad():
+            model.other.weight.fill_(0.5)
+        quiet_trainer(tmp_path, engine=engine, max_rounds=2).fit(model, Clients())
+        found.append(weights(model))
+    torch.testing.assert_close(*found)
+
+
 def test_an_exception_names_round_and_clients(tmp_path, monkeypatch):
     class Fails(vmap.StackedClients):
         def __init__(self, round, tasks, parts):

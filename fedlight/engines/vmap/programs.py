@@ -10,7 +10,7 @@ from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
@@ -85,7 +85,7 @@ class ClientStep:
             terms, seen = [], self._training.seen(batches, nth)
             for batch in seen:
                 with self._precision.forward_context():
-                    term = functional_call(self._reach, inner, (self._loss, objective.references, log, batch, nth))
+                    term = self._reach.call(inner, self._loss, objective.references, log, batch, nth)
                 terms.append(term if len(seen) == 1 else term * (1 / len(seen)))
             after = {name: inner[f"module.{name}"] for name in held}
             # What was logged belongs to this transform: it can leave it only as its result, and must not stay behind.
