@@ -10,13 +10,18 @@ from pathlib import Path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.report import figures, tables
-from fedlight.report.groups import Group, Study, group_runs
+from fedlight.report.groups import Group, Study, group_runs, left_out
 from fedlight.report.runs import find_runs
 from fedlight.report.tables import is_share
 from fedlight.report.writers import Block, Heading, Picture, Text, write_html, write_latex, write_markdown
 from fedlight.run.folder import writing
 from fedlight.run.names import preferred_metric
 
+_OTHERS = (
+    ("spectra", figures.draw_spectra, "The Hessian of the training loss.", "hessian/(lambda_max|trace)"),
+    ("layers", figures.draw_layers, "λ_max of every layer after the last round.", "hessian/layer/.*/lambda_max"),
+    ("clients", figures.draw_clients, "Accuracy per client after the last round.", "clients/accuracy_(mean|p10)"),
+)
 _ROUND = re.compile(r"_(?:round|epoch)(\d+)$")
 
 
@@ -83,20 +88,20 @@ def _state(study: Study) -> list[Block]:
 
 def _setting(study: Study, setting: str, folder: Path, metric: str, target: float | None) -> list[Block | None]:
     target = tables.default_target(study.within(setting), metric) if target is None else target
+    groups = study.within(setting)
     results, others = tables.results(study, setting, metric, target), tables.figures(study, setting, metric)
     drawn = []
     curves = [(metric, cost) for cost in figures.COSTS]
     for curve, against in dict.fromkeys([*curves, ("val/loss", "rounds"), ("train/loss", "rounds")]):
         name = curve.replace("/", "_") + ("" if against == "rounds" else f"_{against}")
         path = figures.draw_curves(study, setting, curve, folder / f"{name}.png", against)
-        drawn.append((path, f"{curve} against {against}: mean over seeds, band of one standard deviation."))
-    drawn += [
-        (figures.draw_spectra(study, setting, folder / "spectra.png"), "The Hessian of the training loss."),
-        (figures.draw_layers(study, setting, folder / "layers.png"), "λ_max of every layer after the last round."),
-        (figures.draw_clients(study, setting, folder / "clients.png"), "Accuracy per client after the last round."),
-    ]
+        lost = left_out(groups, [curve], ever=True)
+        drawn.append((path, f"{curve} against {against}: mean over seeds, band of one standard deviation.{lost}"))
+    for name, draw, caption, pattern in _OTHERS:
+        lost = left_out(groups, study.logged(setting, pattern), ever=name == "spectra")
+        drawn.append((draw(study, setting, folder / f"{name}.png"), caption + lost))
     pictures = [Picture(path, caption) for path, caption in drawn if path is not None]
-    return [Heading(f"Setting: {setting}"), results, others, *pictures, *_run_pictures(study.within(setting), folder)]
+    return [Heading(f"Setting: {setting}"), results, others, *pictures, *_run_pictures(groups, folder)]
 
 
 def _run_pictures(groups: list[Group], folder: Path) -> list[Picture]:

@@ -69,6 +69,11 @@ class Group:
         """The metric after the last round."""
         return Stat.of(run.last(metric) for run in self.runs)
 
+    def few(self, stat: Stat | None) -> str:
+        """`` (1 of 2)`` where a mean is not over all runs."""
+        whole = stat is None or stat.count == len(self.runs)
+        return "" if stat is None or whole else f" ({stat.count} of {len(self.runs)})"
+
     def total(self, *metrics: str) -> Stat | None:
         """The sum of metrics over all rounds."""
         return Stat.of(run.total(*metrics) for run in self.runs)
@@ -137,9 +142,13 @@ class Study:
 
     def client_metrics(self, setting: str) -> list[str]:
         """What was measured on the clients' own data, an accuracy first."""
-        keys = {key for group in self.within(setting) for run in group.runs for row in run.rows[-1:] for key in row}
-        found = [m[1] for key in keys if (m := re.fullmatch("clients/(.*)_mean", key))]
+        found = [name[8:-5] for name in self.logged(setting, "clients/.*_mean")]
         return sorted(found, key=lambda name: (name != "accuracy", name))
+
+    def logged(self, setting: str, *patterns: str) -> list[str]:
+        """The metrics after the last round of any run of a setting that are called so."""
+        keys = {key for group in self.within(setting) for run in group.runs for row in run.rows[-1:] for key in row}
+        return sorted(key for key in keys if any(re.fullmatch(pattern, key) for pattern in patterns))
 
     def within(self, setting: str) -> list[Group]:
         """The groups of a setting."""
@@ -180,6 +189,34 @@ def gain(group: Group, other: Group, metric: str) -> Stat | None:
         return differences
     mine, base = group.stat(metric), other.stat(metric)
     return None if mine is None or base is None else Stat(mine.mean - base.mean, None, 0)
+
+
+def left_out(groups: Sequence[Group], metrics: Iterable[str], ever: bool = False) -> str:
+    """Which runs the means of some metrics leave out, and why: a sentence, or nothing where there is none.
+
+    Args:
+        groups: whose means.
+        metrics: of what.
+        ever: whether every round counts, as in a curve, and not the last value alone.
+    """
+    said, several = list[str](), len({group.setting_label for group in groups}) > 1
+    for group in groups:
+        known = [m for m in dict.fromkeys(metrics) if any(run.series(m) for run in group.runs)]
+        for run in group.runs:
+            why: dict[str, list[str]] = {}
+            for metric in known:
+                series = run.series(metric)
+                lost = [r for r, value in series.items() if math.isnan(value)]
+                if not series:
+                    why.setdefault("not logged", []).append(metric)
+                elif lost and (ever or lost[-1] == max(series)):
+                    why.setdefault(f"NaN from round {lost[0]}", []).append(metric)
+            who = f"{group.label}{f' in {group.setting_label}' if several else ''}, seed {run.seed}"
+            for reason, names in why.items():
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                said.append(f"{who}: {', '.join(names[:3])}{more} {reason}")
+    more = f"; and {len(said) - 5} more" if len(said) > 5 else ""
+    return f" Left out of means: {'; '.join(said[:5])}{more}." if said else ""
 
 
 def group_runs(runs: Sequence[Run]) -> Study:

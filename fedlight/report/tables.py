@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from fedlight.report.groups import Group, Stat, Study, gain
+from fedlight.report.groups import Group, Stat, Study, gain, left_out
 from fedlight.report.naming import differing, show
 from fedlight.report.writers import Cell, Table, cells
 from fedlight.run.names import smaller_is_better
@@ -53,7 +53,9 @@ def best_of(groups: Sequence[Group], metric: str) -> set[str]:
     means = {}
     for group in groups:
         stat = group.stat(metric)
-        if stat is not None and not group.method.is_central:
+        # The mean of those that did not diverge competes with nobody.
+        whole = stat is not None and stat.count == sum(run.last(metric) is not None for run in group.runs)
+        if stat is not None and whole and not group.method.is_central:
             means[group.label] = round(stat.mean * (100 if is_share(metric) else 1), 2)
     if len(means) < 2:
         return set()
@@ -69,14 +71,14 @@ def overview(study: Study, metric: str) -> Table:
         row = [Cell(method)]
         for setting in study.settings:
             group = study.find(method, setting)
-            stat = None if group is None else group.stat(metric)
-            row.append(Cell(show_stat(stat, metric), method in best[setting]))
+            text = _DASH if group is None else _shown(metric)(group)
+            row.append(Cell(text, method in best[setting]))
         rows.append(row)
     unit, seeds = " in percent" if is_share(metric) else "", {len(group.runs) for group in study.groups}
     few = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
     note = (
         f"{metric}{unit} after the last round, mean ± standard deviation over seeds ({few} of each); bold: the best of"
-        " the setting."
+        " the setting." + left_out(study.groups, [metric])
     )
     return Table(["method", *study.settings], rows, note)
 
@@ -110,7 +112,7 @@ def _compared(study: Study, metric: str, other: Callable[[Group], Group | None],
     note = (
         f"{unit}{metric} {what}: the mean of the differences seed by seed ± half of its 95 % interval by Student's t;"
         " bold: the interval excludes 0. From one common seed there is no interval."
-    )
+    ) + left_out(study.groups, [metric])
     return Table([title, *study.settings], rows, note)
 
 
@@ -152,6 +154,7 @@ def ranks(study: Study, metric: str) -> Table | None:
         critical = float(studentized_range.ppf(0.95, k, math.inf)) / math.sqrt(2) * math.sqrt(k * (k + 1) / (6 * n))
         note += f"Friedman's test: p = {p:.2g}. Nemenyi: ranks differ at 95 % if they are {critical:.2f} apart."
     order = sorted(range(k), key=means.__getitem__)
+    note += left_out(study.groups, [metric])
     return Table(["method", "mean rank"], [cells(methods[i], f"{means[i]:.2f}") for i in order], note)
 
 
@@ -166,11 +169,11 @@ Column = tuple[str, Callable[[Group], str]]
 
 
 def _shown(metric: str, digits: int = 2) -> Callable[[Group], str]:
-    return lambda group: show_stat(group.stat(metric), metric, digits)
+    return lambda group: show_stat(stat := group.stat(metric), metric, digits) + group.few(stat)
 
 
 def _wide(metric: str) -> Callable[[Group], str]:
-    return lambda group: show_wide(group.stat(metric))
+    return lambda group: show_wide(stat := group.stat(metric)) + group.few(stat)
 
 
 def results(study: Study, setting: str, metric: str, target: float | None) -> Table:
@@ -189,7 +192,7 @@ def results(study: Study, setting: str, metric: str, target: float | None) -> Ta
     note = (
         "server, selected, all: accuracy in percent of the server's model, of the mean of the selected clients and of"
         " the mean of all clients' latest models, after the last round; swa: of the mean of the server's last models."
-    )
+    ) + left_out(study.within(setting), [metric, *_COLUMNS])
     return _of_setting(study, setting, metric, columns, note)
 
 
@@ -205,7 +208,7 @@ def figures(study: Study, setting: str, metric: str) -> Table | None:
         "λ_max, trace: of the Hessian of the training loss, at the server's model or at the view named. clients:"
         " accuracy in percent of the server's model on the clients' own held-out data; the worst has the least, or of"
         " a loss the most. MB: sent both ways in all rounds. s: time of all rounds."
-    )
+    ) + left_out(study.within(setting), study.logged(setting, "hessian/[^/]*", "clients/.*_.*"))
     return table if len((table := _of_setting(study, setting, metric, columns, note)).header) > 1 else None
 
 

@@ -159,7 +159,7 @@ def _html_table(table: Table) -> str:
 def write_latex(table: Table, path: Path) -> None:
     """Write a table that needs the package booktabs."""
     columns = "l" + "r" * (len(table.header) - 1)
-    lines = [r"% \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines = [r"% \usepackage{booktabs}", f"% {table.note}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines += [" & ".join(_latex(h) for h in table.header) + r" \\", r"\midrule"]
     for row in table.rows:
         lines.append(" & ".join(rf"\textbf{{{_latex(c.text)}}}" if c.bold else _latex(c.text) for c in row) + r" \\")

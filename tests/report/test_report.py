@@ -172,6 +172,36 @@ def test_nan_and_missing_metrics_do_not_stop_a_report(tmp_path):
     assert "inf ± nan" in text
 
 
+def test_runs_that_a_mean_leaves_out_are_named_and_the_rest_is_not_the_best(tmp_path):
+    nan = float("nan")
+    for seed, accuracy in enumerate(([0.5, 0.9, 0.9], [0.5, nan, nan])):
+        sharp = {"hessian/lambda_max": [4.0, 3.0, 2.0]} if seed == 0 else {}
+        write_run(tmp_path / "a" / f"version_{seed}", accuracy, config(seed=seed), sharp)
+        hiccup = [0.5, nan if seed else 0.6, 0.7]
+        write_run(tmp_path / "b" / f"version_{seed}", hiccup, config("FedDyn", seed))
+        write_run(tmp_path / "c" / f"version_{seed}", [0.4] * 3, config("FedSAM", seed))
+    args = ["--baseline", "FedSAM", "--rank", "--latex"]
+    assert main([str(tmp_path), "-o", str(tmp_path / "out"), *args]) == 0
+    text = (tmp_path / "out" / "report.md").read_text().replace("\\", "")
+    assert "| FedAvg | 90.00 (1 of 2) |" in text
+    assert "| FedDyn | **70.00 ± 0.00** |" in text
+    lost = "Left out of means: FedAvg, seed 1: val/accuracy"
+    paragraphs = text.split("\n\n")
+    assert [p.split(":")[0][:20] for p in paragraphs if f"{lost} NaN from round 2." in p] == [
+        *("val/accuracy in perc", "percentage points of", "Mean rank by val/acc")
+    ]
+    (results,) = (p for p in paragraphs if p.startswith("server, selected, all"))
+    assert f"{lost}, val/loss NaN from round 2." in results
+    (others,) = (p for p in paragraphs if p.startswith("λ_max, trace"))
+    assert "FedAvg, seed 1: hessian/lambda_max not logged." in others
+    assert "| 2 (1 of 2) |" in text
+    curves = [p for p in paragraphs if p.startswith("val/accuracy against")]
+    also = f"{lost} NaN from round 2; FedDyn, seed 1: val/accuracy NaN from round 2."
+    assert len(curves) == 2
+    assert all(also in curve for curve in curves)
+    assert f"{lost} NaN from round 2." in (tmp_path / "out" / "table.tex").read_text()
+
+
 def test_what_is_compared_is_what_validation_logs(tmp_path):
     path = write_run(tmp_path / "version_0", [0.1, 0.2], columns={"val_acc": [0.3, 0.4], "val_acc_all": [0.7, 0.8]})
     text = (path / "metrics.csv").read_text()
