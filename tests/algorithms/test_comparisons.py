@@ -96,7 +96,7 @@ def test_the_other_models_leave_no_trace(tmp_path):
         assert torch.equal(state, found[0][0])
         assert logged.pop("train/penalty") == 0
         assert logged == found[0][1]
-    assert {(True, True, True), (False, True, False), (False, False, False)} == MODES  # and the look before training
+    assert {(True, True, True), (False, True, False)} == MODES  # as in the look before training
 
 
 class Noted(Comparison):
