@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -128,7 +129,7 @@ class Federation:
         moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
-        report = Report.of(result, weight, square, reply.num_bytes + self.clients.buffer_bytes, reply.steps_apart)
+        report = Report.of(result, weight, square, reply.num_bytes, reply.steps_apart)
         kept = {"params": reply.message["params"]} if algorithm.collects else None
         kept = kept if self.aggregator is None else {"update": update, **moves}
         self._incoming.add(Entry(report, terms, counters, rows, kept))
@@ -162,7 +163,9 @@ class Federation:
             FloatingPointError: if no client's message could be used.
             MisconfigurationException: if fewer could than the algorithm needs.
         """
-        incoming, old = self._incoming, self.state
+        incoming, old, beside = self._incoming, self.state, self.clients.buffer_bytes
+        # Now it is known what clients have moved for the first time, and with it how large the messages were.
+        incoming.reports = [replace(report, up_bytes=report.up_bytes + beside) for report in incoming.reports]
         used = [report for report in incoming.reports if report.used]
         incoming.name_left_out(old.round + 1)
         if not self.privacy:
@@ -185,7 +188,7 @@ class Federation:
             perturbation = like(self.perturbation.aggregate(old.perturbation, sums), old.perturbation)
         if self.privacy:
             metrics |= self.privacy.finish(old.round + 1, total)
-        down = num_bytes(self._received) + self.clients.buffer_bytes
+        down = num_bytes(self._received) + beside
         passes = 1 if self.perturbation is None else self.perturbation.passes
         metrics |= round_costs(incoming.reports, down, passes)
         part = total["personal"] / total["weight"] if "personal" in total else old.personal["mean"]
