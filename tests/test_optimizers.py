@@ -319,6 +319,22 @@ def test_every_form_that_lightning_takes(make):
     assert len(found.schedulers) <= 1
 
 
+class TwoPasses(SGD):
+    """As an optimizer that does SAM by itself."""
+
+    def step(self, closure):
+        closure()
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
+    model = Regression()
+    model.configure_optimizers = lambda: TwoPasses(model.parameters(), lr=0.1)
+    with pytest.raises(
+        MisconfigurationException, match=r"TwoPasses.step\(\) is called without .* trainer.perturbation"
+    ):
+        quiet_trainer(tmp_path).fit(model, Clients())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -328,6 +344,7 @@ def test_every_form_that_lightning_takes(make):
         (lambda o: 3, "returned 3, which is not understood"),
         (lambda o: torch.optim.SGD(o.param_groups, lr=-1.0), "model.configure_optimizers: Invalid learning rate: -1.0"),
         (lambda o: torch.optim.LBFGS([o.param_groups[0]["params"][0]]), "LBFGS evaluates its own closure"),
+        (lambda o: torch.optim.SparseAdam(o.param_groups), "SparseAdam takes no gradients but sparse ones"),
         (
             lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "interval": "month"}]),
             "interval 'month' must be one of",

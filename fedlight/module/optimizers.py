@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fedlight.module.hooks import overrides
@@ -97,8 +97,9 @@ def configure_optimizers(module: LightningModule) -> Optimization:
             " training needs exactly one. Put the parameters into groups of one optimizer."
         )
     optimizer = optimizers[0]
-    if isinstance(optimizer, LBFGS):
-        raise MisconfigurationException("model.configure_optimizers: LBFGS evaluates its own closure; use another one.")
+    for refused, why in {LBFGS: "evaluates its own closure", SparseAdam: "takes no gradients but sparse ones"}.items():
+        if isinstance(optimizer, refused):
+            raise MisconfigurationException(f"model.configure_optimizers: {refused.__name__} {why}; use another one.")
     return Optimization(optimizer, [_scheduled(s, optimizer, module) for s in schedulers])
 
 
@@ -169,7 +170,7 @@ def check_schedules(module: LightningModule, sizes: Sequence[int], trainer: Any)
             epochs = trainer.local_epochs or math.ceil(steps * trainer.accumulate_grad_batches / batches)
             optimization = configure_optimizers(module)
         module.zero_grad(set_to_none=True)
-        optimization.optimizer.step()  # changes nothing; schedulers warn if their optimizer never stepped
+        _step_without_gradient(optimization.optimizer)
         for scheduled in optimization.schedulers:
             count = {"step": steps, "epoch": epochs, "round": trainer.max_rounds}[scheduled.interval]
             _check_schedule(module, scheduled, count)
@@ -199,6 +200,18 @@ def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int)
             ) from error
 
 
+def _step_without_gradient(optimizer: Optimizer) -> None:
+    """It changes nothing; schedulers warn if their optimizer never stepped."""
+    try:
+        optimizer.step()
+    except Exception as error:
+        raise MisconfigurationException(
+            f"model.configure_optimizers: {type(optimizer).__name__}.step() is called without a closure, and parameters"
+            f" may have no gradient, which ends in {type(error).__name__}: {error} Use another optimizer; SAM is"
+            " trainer.perturbation."
+        ) from error
+
+
 class RoundSchedule(Optimization):
     """The learning rates of each round, from the module's schedulers whose interval is ``"round"``.
 
@@ -209,7 +222,7 @@ class RoundSchedule(Optimization):
         module.zero_grad(set_to_none=True)
         found = configure_optimizers(module)
         super().__init__(found.optimizer, found.schedulers)
-        self.optimizer.step()  # changes nothing; schedulers warn if their optimizer never stepped
+        _step_without_gradient(self.optimizer)
         self._schedulers = [s for s in self.schedulers if s.interval == "round"]
         for scheduled in (s for s in self._schedulers if s.reduce_on_plateau):
             name = type(scheduled.scheduler).__name__

@@ -70,7 +70,8 @@ class ParameterLayout:
         if len(dtypes) > 1:
             found = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
             raise MisconfigurationException(
-                f"model: trainable parameters must share one data type, found {found}. Use trainer.precision instead."
+                f"model: trainable parameters must share one data type, found {found}. Use trainer.precision instead;"
+                " complex numbers can be kept as real ones (torch.view_as_real)."
             )
         return cls(tuple(infos))
 
