@@ -12,10 +12,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight.report import figures, tables
 from fedlight.report.groups import Group, Study, group_runs, left_out
 from fedlight.report.runs import find_runs
-from fedlight.report.tables import is_share
 from fedlight.report.writers import Block, Heading, Picture, Text, write_html, write_latex, write_markdown
 from fedlight.run.folder import writing
-from fedlight.run.names import preferred_metric
+from fedlight.run.names import is_share, preferred_metric
 
 _OTHERS = (
     ("spectra", figures.draw_spectra, "The Hessian of the training loss.", "hessian/(lambda_max|trace)"),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedlight.analysis.pictures import drawn, line_style
 from fedlight.report.groups import Group, Study
-from fedlight.report.tables import TRAFFIC, is_share
+from fedlight.report.tables import TRAFFIC
+from fedlight.run.names import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -239,8 +240,9 @@ def group_runs(runs: Sequence[Run]) -> Study:
             labels.setdefault(str(run.path), key)
             if run.status == "finished":
                 group = groups.setdefault(key, Group(method, setting, *key))
-                repeated |= {str(older.path): older for older in group.runs if _is_same(older, run)}
-                group.runs = [other for other in group.runs if not _is_same(other, run)] + [run]
+                same = sorted([*(other for other in group.runs if _is_same(other, run)), run], key=_written)
+                repeated |= {str(older.path): older for older in same[:-1]}
+                group.runs = [other for other in group.runs if not _is_same(other, run)] + same[-1:]
     return Study(_ordered(list(groups.values())), list(runs), labels, list(repeated.values()))
 
 
@@ -256,6 +258,12 @@ def _settings(run: Run, methods: dict[int, Method], runs: Sequence[Run]) -> list
 def _is_same(one: Run, other: Run) -> bool:
     """Whether two runs of one group have the same seeds."""
     return all(one.config.get(key) == other.config.get(key) for key in SEEDS)
+
+
+def _written(run: Run) -> float:
+    """When its last round was."""
+    file = Path(run.path) / "metrics.csv"
+    return file.stat().st_mtime if file.exists() else 0.0
 
 
 def _ordered(groups: list[Group], by_setting: bool = True) -> list[Group]:

@@ -3,7 +3,7 @@
 import functools
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fedlight.penalties.numbers import KEYS
 from fedlight.run.names import CENTRAL, method_name
@@ -18,7 +18,7 @@ _ASIDE = (
     "trainer.enable_checkpointing", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.engine", "trainer.client_state", "trainer.compile", "trainer.deterministic", "trainer.views",
     "trainer.check_val_every_n_rounds", "trainer.client_val_every_n_rounds", "trainer.fast_dev_run", "trainer.swa_",
-    "trainer.limit_val_batches", "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
+    "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
     "data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.allow_changes", "trainer.profiler",
 )  # fmt: skip
 _DIVISION = (
@@ -26,6 +26,7 @@ _DIVISION = (
     "trainer.limit_train_batches",
 )  # fmt: skip
 
+_Key = TypeVar("_Key")
 Items = tuple[tuple[str, Any], ...]
 """Keys and values that identify something, sorted and hashable."""
 
@@ -53,9 +54,11 @@ class Method:
         names = [name for name, _ in penalties]
         self.name = method_name(algorithm, added.values(), names, self.centralized)
         work = {"limit_train_batches": config.get("trainer.limit_train_batches")}  # made that of a federated round
-        items = work if self.centralized else _below(config, "algorithm.init_args.")
+        own = _below(config, "algorithm.init_args.") | _own_module(config.get("algorithm.class_path"))
+        items = work if self.centralized else own
         for key, part in added.items():
-            items |= {f"{part}.{k}": v for k, v in _below(config, f"{key}.init_args.").items()}
+            settings = _below(config, f"{key}.init_args.") | _own_module(known[key])
+            items |= {f"{part}.{k}": v for k, v in settings.items()}
         self._without_penalties = (self.name.removesuffix("".join(f"+{n}" for n in names)), _hashable(items))
         self.has_man = "MAN" in names
         self.others = tuple(name for name in names if name != "MAN")
@@ -98,7 +101,7 @@ def method_labels(methods: Iterable[Method]) -> dict[tuple[str, Items], str]:
         for items in variants:
             described = describe(items, keys)
             labels[name, items] = f"{name} ({described})" if described else name
-    return labels
+    return _told_apart(labels)
 
 
 def setting_labels(settings: Iterable[Items]) -> dict[Items, str]:
@@ -106,6 +109,11 @@ def setting_labels(settings: Iterable[Items]) -> dict[Items, str]:
     distinct = list(dict.fromkeys(settings))
     keys = differing(distinct)
     labels = {items: describe(items, keys) or _source(items) for items in distinct}
+    return _told_apart(labels)
+
+
+def _told_apart(labels: dict[_Key, str]) -> dict[_Key, str]:
+    """Labels that are alike get numbers: what they stand for is not."""
     repeated = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     return {s: f"{label} #{i + 1}" if label in repeated else label for i, (s, label) in enumerate(labels.items())}
 
@@ -151,6 +159,12 @@ def _below(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
 
 
+def _own_module(path: Any) -> dict[str, str]:
+    """Where a class that is none of fedlight's is from: another of that name is another method."""
+    module = str(path).rpartition(".")[0]
+    return {"of": module} if module and not module.startswith("fedlight") else {}
+
+
 def _class(path: str) -> str:
     return str(path).rsplit(".", 1)[-1]
 
@@ -172,20 +186,20 @@ def _penalties(callbacks: list[Any]) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(entry, Mapping) and _is_penalty(str(entry.get("class_path"))):
             settings = {k: v for k, v in (entry.get("init_args") or {}).items() if v is not None}
             if settings.get("zeta", 1) != 0:
-                found.append((_class(str(entry["class_path"])), settings))
+                found.append((_class(str(entry["class_path"])), settings | _own_module(entry["class_path"])))
     return found
 
 
 @functools.cache
 def _is_penalty(class_path: str) -> bool:
-    """Whether a callback adds to the loss; one that cannot be imported here is taken not to."""
+    """Whether a callback adds to the loss; one that cannot be imported here may, and so is part of the name."""
     from fedlight.penalties.base import Penalty
 
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        return False
+        return not class_path.startswith("fedlight.")
     return isinstance(found, type) and issubclass(found, Penalty)
 
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.run.folder import HISTORY, is_locked, versions
 from fedlight.run.loggers import read_metrics
-from fedlight.run.names import dotted
+from fedlight.run.names import dotted, is_share
 
 Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign", "changed"]
 
@@ -150,11 +150,20 @@ def _filled_in(run: Run) -> tuple[Status, str]:
         if [row["round"] for row in run.rows] != list(range(run.summary.get("rounds", len(run.rows)))):
             return "torn", "metrics.csv lacks rows"
         changes = _changes(run.path)
-        return ("finished", _other_version(run.summary)) if changes is None else ("changed", changes)
+        notes = (_in_percent(run) * "accuracies were logged in percent", _other_version(run.summary))
+        return ("finished", "; ".join(filter(None, notes))) if changes is None else ("changed", changes)
     if (run.path / "summary.json").exists():
         return "torn", "summary.json cannot be read"
     rounds = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
     return "running" if is_locked(run.path) else "interrupted", rounds
+
+
+def _in_percent(run: Run) -> bool:
+    """Whether accuracies of a run go beyond 1, as those of a module that logs them in percent; they are divided."""
+    found = any(value > 1.001 for row in run.rows for name, value in row.items() if is_share(name))
+    if found:
+        run.rows = [{k: value / 100 if is_share(k) else value for k, value in row.items()} for row in run.rows]
+    return found
 
 
 def _changes(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedlight.report.groups import Group, Stat, Study, gain, left_out
 from fedlight.report.naming import differing, show
 from fedlight.report.writers import Cell, Table, cells
-from fedlight.run.names import smaller_is_better
+from fedlight.run.names import is_share, smaller_is_better
 
 _DASH = "–"
 TRAFFIC = ("comm/down_mb", "comm/up_mb")
@@ -22,18 +22,18 @@ _HESSIAN = {"λ_max": "lambda_max", "trace": "trace", "λ_max (all)": "lambda_ma
 _FOLDERS = ("trainer.default_root_dir", "trainer.name", "ckpt_path", "seed_everything")
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric lies in [0, 1] and is shown in percent."""
-    return "accuracy" in metric
-
-
 def show_stat(stat: Stat | None, metric: str = "", digits: int = 2) -> str:
-    """``mean ± std``; accuracies in percent."""
+    """``mean ± std``; accuracies in percent, and what these digits would not show with significant ones."""
     if stat is None:
         return _DASH
-    scale = 100 if is_share(metric) else 1
-    mean = f"{stat.mean * scale:z.{digits}f}"
-    return mean if stat.std is None else f"{mean} ± {stat.std * scale:.{digits}f}"
+    if is_share(metric):
+        mean, std = f"{stat.mean * 100:z.{digits}f}", "" if stat.std is None else f" ± {stat.std * 100:.{digits}f}"
+        return mean + std
+    mean = f"{stat.mean:z.{digits}f}" if stat.mean == 0 or 0.0995 <= abs(stat.mean) < 1e5 else f"{stat.mean:.3g}"
+    if stat.std is None:
+        return mean
+    rough = 0 < stat.std < (0.1 if abs(stat.mean) < 0.1 else 0.5 / 10**digits) or stat.std >= 1e5
+    return f"{mean} ± {stat.std:.2g}" if rough else f"{mean} ± {stat.std:.{digits}f}"
 
 
 def show_number(value: float | None) -> str:
@@ -56,7 +56,7 @@ def best_of(groups: Sequence[Group], metric: str) -> set[str]:
         # The mean of those that did not diverge competes with nobody.
         whole = stat is not None and stat.count == sum(run.last(metric) is not None for run in group.runs)
         if stat is not None and whole and not group.method.is_central:
-            means[group.label] = round(stat.mean * (100 if is_share(metric) else 1), 2)
+            means[group.label] = float(show_stat(replace(stat, std=None), metric))
     if len(means) < 2:
         return set()
     best = (min if smaller_is_better(metric) else max)(means.values())

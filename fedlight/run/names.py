@@ -50,6 +50,11 @@ def smaller_is_better(metric: str) -> bool:
     return re.search(_SMALLER, metric.lower()) is not None
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric lies in [0, 1] and is shown in percent."""
+    return "accuracy" in metric
+
+
 def best_row(rows: Iterable[Mapping[str, float]], metric: str) -> Mapping[str, float] | None:
     """The row with the best value of a metric, the first of equals; None if none has one."""
     having = [row for row in rows if not math.isnan(row.get(metric, math.nan))]

@@ -1,6 +1,7 @@
 """What belongs together, what it is called, and the statistics of it."""
 
 import math
+import os
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -31,7 +32,7 @@ def man(zeta: float) -> dict:
         ({"algorithm": "algorithms.FedDyn", "perturbation": SAM, "callbacks": [MAN]}, "FedDyn+SAM+MAN"),
         ({"callbacks": [man(0)]}, "FedAvg"),
         ({"callbacks": [{"class_path": "fedlight.callbacks.HessianSpectrum"}]}, "FedAvg"),
-        ({"callbacks": [{"class_path": "no.such.Thing"}]}, "FedAvg"),
+        ({"callbacks": [{"class_path": "no.such.Thing"}]}, "FedAvg+Thing"),  # it may be a penalty
         ({"callbacks": MAN}, "FedAvg+MAN"),
         ({"algorithm": "FedDyn", "centralized": True, "callbacks": [MAN]}, "Central+MAN"),
     ],
@@ -45,6 +46,7 @@ def test_seeds_folders_and_devices_do_not_tell_settings_apart():
     assert one == setting_of(dotted(config("FedDyn", seed=1, callbacks=[MAN], name="y", accelerator="gpu")))
     assert one != setting_of(dotted(config(alpha=0.6)))
     assert one != setting_of(dotted(config(local_epochs=2)))
+    assert one != setting_of(dotted(config(limit_val_batches=2)))  # accuracies of other samples
 
 
 def test_seeds_are_means():
@@ -85,6 +87,22 @@ def test_a_run_that_was_made_twice_counts_once():
     study = group_runs([run([0.1], seed=0), run([0.2], seed=0), run([0.4], seed=1)])
     assert study.groups[0].stat("val/accuracy").mean == pytest.approx(0.3)
     assert [r.last("val/accuracy") for r in study.repeated] == [0.1]
+
+
+def test_the_newer_of_two_is_told_by_its_rounds_and_not_by_its_place(tmp_path):
+    paths = [write_run(tmp_path / name / "version_0", [accuracy]) for name, accuracy in (("new", 0.2), ("old", 0.1))]
+    os.utime(paths[1] / "metrics.csv", (1, 1))
+    study = group_runs(find_runs([tmp_path]))
+    assert study.groups[0].stat("val/accuracy").mean == 0.2
+    assert [r.path.parent.name for r in study.repeated] == ["old"]
+
+
+def test_classes_of_one_name_and_numbers_that_look_alike_are_methods_of_their_own():
+    first, second = run([0.1]), run([0.9])
+    first.config["algorithm.class_path"], second.config["algorithm.class_path"] = "one.FedX", "two.FedX"
+    assert group_runs([first, second]).methods == ["FedX (of=one)", "FedX (of=two)"]
+    near = group_runs([run([0.1], callbacks=[man(0.1)]), run([0.9], callbacks=[man(0.1 + 1e-9)])])
+    assert near.methods == ["FedAvg+MAN (zeta=0.1) #1", "FedAvg+MAN (zeta=0.1) #2"]
 
 
 def test_unfinished_runs_are_no_part_of_means():

@@ -202,6 +202,15 @@ def test_runs_that_a_mean_leaves_out_are_named_and_the_rest_is_not_the_best(tmp_
     assert f"{lost} NaN from round 2." in (tmp_path / "out" / "table.tex").read_text()
 
 
+def test_accuracies_in_percent_are_read_as_such(tmp_path):
+    write_run(tmp_path / "version_0", [50.0, 93.25], columns={"clients/accuracy_std": [0.5, 0.5], "val/loss": [1, 1]})
+    assert main([str(tmp_path), "-o", str(tmp_path / "out"), "--target", "0.9"]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| FedAvg | 93.25 |" in text
+    assert "| FedAvg | 93.25 | 1.000 | 2 | 4 | 1 |" in text
+    assert "accuracies were logged in percent" in text
+
+
 def test_what_is_compared_is_what_validation_logs(tmp_path):
     path = write_run(tmp_path / "version_0", [0.1, 0.2], columns={"val_acc": [0.3, 0.4], "val_acc_all": [0.7, 0.8]})
     text = (path / "metrics.csv").read_text()
@@ -230,11 +239,20 @@ def test_numbers_as_they_are_shown():
     assert tables.show_number(12345.6) == "12346"
     assert tables.show_number(0.00012345) == "0.0001234"
     assert tables.show_gain(Stat.of([-1e-6, -3e-6]), "accuracy").text == "0.00 ± 0.00"
+    assert tables.show_stat(Stat(0.00012, 0.00003, 3), "val/mse") == "0.00012 ± 3e-05"
+    assert tables.show_stat(Stat(0.52, 0.003, 3), "val/mse") == "0.52 ± 0.003"
+    assert tables.show_stat(Stat(1e30, 2e29, 3), "val/loss") == "1e+30 ± 2e+29"
     assert tables.show_gain(None, "x") == Cell("–")
     assert tables.show_gain(Stat.of([0.10, 0.12, 0.14]), "accuracy") == Cell("+12.00 ± 4.97", bold=True)
     assert tables.show_gain(Stat.of([-0.1, 0.2]), "loss") == Cell("+0.05 ± 1.91"), "the interval holds 0"
     assert tables.show_gain(Stat.of([-0.1]), "accuracy") == Cell("-10.00 (1 seed)")
     assert tables.show_gain(Stat(0.1, None, 0), "accuracy") == Cell("+10.00 (no common seed)")
+
+
+def test_the_best_of_small_numbers_is_one(tmp_path):
+    for method, mse in (("FedAvg", 0.0004), ("FedDyn", 0.0003)):
+        write_run(tmp_path / method / "version_0", [0.1], config(method), {"val/mse": [mse]})
+    assert tables.best_of(group_runs(find_runs([tmp_path])).groups, "val/mse") == {"FedDyn"}
 
 
 def ranked(tmp_path, settings: int) -> Table:
