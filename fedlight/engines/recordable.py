@@ -110,6 +110,11 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
     reason = otherwise
     if any(sign in text for sign in ("data-dependent", ".item()", "synchronizing CUDA", "stream is capturing")):
         reason = "branches on the value of a tensor, or takes it to Python"
+    elif "randomness" in text:
+        reason = (
+            "draws random numbers into a tensor that is no client's own, as torch.normal and torch.distributions do;"
+            " torch.randn and torch.randn_like draw for each client"
+        )
     elif "in-place" in text or "inplace" in text:
         reason = "changes a tensor in place that the clients share"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]

@@ -170,7 +170,12 @@ def changes_its_weights(module, loss, batch, index):
     return loss
 
 
+def draws_for_all(module, loss, batch, index):
+    return loss * torch.distributions.Normal(loss.detach(), 1.0).rsample()
+
+
 REFUSED = {
+    draws_for_all: r"draws random numbers into .* no client's own, .* torch.randn_like draw for each.*: `return loss \* ",
     branches: r"branches on the value of a tensor.*test_vmap.py:\d+: `return loss \* 2 if loss > 1 else loss`",
     reads_the_round: r"reads trainer.current_epoch",
     reads_the_index: r"reads batch_idx",
