@@ -175,7 +175,7 @@ def draws_for_all(module, loss, batch, index):
 
 
 REFUSED = {
-    draws_for_all: r"draws random numbers into .* no client's own, .* torch.randn_like draw for each.*: `return loss \* ",
+    draws_for_all: r"draws random numbers into .* no client's own, .* torch.randn_like draw .*: `return loss \* ",
     branches: r"branches on the value of a tensor.*test_vmap.py:\d+: `return loss \* 2 if loss > 1 else loss`",
     reads_the_round: r"reads trainer.current_epoch",
     reads_the_index: r"reads batch_idx",
