@@ -129,7 +129,7 @@ class Commands(TrainerInterface):
         with Session(self, model, datamodule, "predict", ckpt_path) as session:
             session.views.choose(view)
             if self.is_global_zero:
-                export(session, Path(to))
+                export(session, Path(to).expanduser())
                 print(f"{view} model: {to}", flush=True)
 
     def summary(self) -> RunSummary:

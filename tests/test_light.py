@@ -34,6 +34,12 @@ def test_a_command_alone_says_what_to_type_first(name, capsys):
     assert light([name, "--help"]) is None
 
 
+def test_a_command_that_does_not_exist(capsys):
+    assert light(["stuy", "sweep.yaml"]) == 2
+    assert "there is no command 'stuy'; did you mean 'study'? `fedlight --help` lists them." in capsys.readouterr().err
+    assert light(["study", "sweep.yaml"]) is None
+
+
 def test_the_version(capsys):
     assert light(["--version"]) == 0
     assert capsys.readouterr().out == f"fedlight {fedlight.__version__}\n"

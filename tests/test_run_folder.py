@@ -23,6 +23,16 @@ def test_new_runs_at_the_same_time_get_folders_of_their_own(tmp_path):
     assert versions(tmp_path / "run") == list(range(40))
 
 
+def test_a_home_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trainer = quiet_trainer("~/runs", max_rounds=1)
+    trainer.fit(Regression(), Clients())
+    assert trainer.run_dir == tmp_path / "runs" / "default" / "version_0"
+    trainer.validate(Regression(), Clients(), ckpt_path="~/runs/default/version_0/checkpoints/last.ckpt")
+    trainer.export(Regression(), Clients(), ckpt_path="last", to="~/model.pt")
+    assert (tmp_path / "model.pt").is_file()
+
+
 def test_versions_follow_the_highest_and_ignore_other_names(tmp_path):
     for name in ("version_2", "version_10", "version_x", "other"):
         (tmp_path / "run" / name).mkdir(parents=True)

@@ -26,21 +26,13 @@ from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
 from fedlight.cli.classes import ShortHelp, class_names, completion, list_classes
 from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
-from fedlight.cli.light import TRAINERS
+from fedlight.cli.light import COMMANDS, TRAINERS
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.processes import exit_by_signal, raised_in
 from fedlight.run.resume import usual_checkpoint
 from fedlight.trainer import FederatedTrainer
-
-COMMANDS = {
-    "study": "fedlight.studies.command",
-    "report": "fedlight.report.command",
-    "check-fidelity": "fedlight.cli.fidelity",
-    "deploy": "fedlight.flower.deploy",
-}
-"""Commands of their own, which read their arguments themselves."""
 
 
 class FederatedArgumentParser(LightningArgumentParser):
@@ -140,7 +132,9 @@ class FederatedCLI(LightningCLI):
         config = self.config.get(self.subcommand or "fit", {})
         if self.subcommand not in (None, "fit") and config.get("ckpt_path") is None and not config.trainer.fast_dev_run:
             files = [Path(str(file)) for file in config.get("config") or []]
-            config.ckpt_path = usual_checkpoint(files, Path(config.trainer.default_root_dir), config.trainer.name)
+            config.ckpt_path = usual_checkpoint(
+                files, Path(config.trainer.default_root_dir).expanduser(), config.trainer.name
+            )
 
     def _parse_ckpt_path(self) -> None:
         """The model comes from the configuration; a checkpoint of another model is refused by the trainer."""

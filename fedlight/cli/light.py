@@ -1,5 +1,6 @@
 """What the command line answers without loading torch."""
 
+import difflib
 import re
 import shlex
 import sys
@@ -11,6 +12,13 @@ from fedlight.cli import configs
 
 TRAINERS = ("fit", "validate", "test", "predict", "export", "analyze")
 """The commands that take a configuration."""
+COMMANDS = {
+    "study": "fedlight.studies.command",
+    "report": "fedlight.report.command",
+    "check-fidelity": "fedlight.cli.fidelity",
+    "deploy": "fedlight.flower.deploy",
+}
+"""Commands of their own, which read their arguments themselves."""
 
 
 def light(args: Sequence[str]) -> int | None:
@@ -28,6 +36,11 @@ def light(args: Sequence[str]) -> int | None:
             "`fedlight configs` lists those that are packaged; `fedlight new my_project` writes one of your own.",
             file=sys.stderr,
         )
+        return 2
+    known = (*TRAINERS, *COMMANDS, "configs", "new")
+    if not name.startswith("-") and name not in known:
+        near = "".join(f"; did you mean {n!r}?" for n in difflib.get_close_matches(name, known, 1)) or "."
+        print(f"fedlight: error: there is no command {name!r}{near} `fedlight --help` lists them.", file=sys.stderr)
         return 2
     return {"configs": configs.main, "new": new}[name](rest) if name in ("configs", "new") else None
 

@@ -104,7 +104,7 @@ class TrainerInterface(LightningNames):
         for default, is_wanted in zip(kinds, [*enabled, True], strict=True):
             if is_wanted and not any(isinstance(c, default) for c in self.callbacks):
                 self.callbacks.append(default())
-        settings["default_root_dir"] = Path(settings["default_root_dir"])
+        settings["default_root_dir"] = Path(settings["default_root_dir"]).expanduser()
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
         self._personal = one_personalization(settings)

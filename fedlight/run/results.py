@@ -32,7 +32,7 @@ def destination(run: RunContext, output: str | Path | None = None) -> tuple[Path
     """
     trainer, stem = run.trainer, run.checkpoint_path.stem if run.resumed else "model"
     own = trainer.run_dir if not run.resumed else None if run.folder is None else run.folder.path
-    return Path(output or own or trainer.default_root_dir / trainer.name / "analysis"), stem
+    return Path(output or own or trainer.default_root_dir / trainer.name / "analysis").expanduser(), stem
 
 
 def keep(run: RunContext, name: str, metrics: Mapping[str, float], folder: Path, **how: Any) -> None:

@@ -47,7 +47,7 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
     Returns:
         The checkpoint, its path, and the folder of its run, if it lies in one.
     """
-    trainer, path = run.trainer, Path(wanted)
+    trainer, path = run.trainer, Path(wanted).expanduser()
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
         path = decided(run.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))

@@ -72,13 +72,22 @@ class RunSlot:
 
 
 def write_plan(folder: Path, study: Study, runs: Sequence[PlannedRun]) -> None:
-    """Write ``study.json``: all runs that the study has, so that a report can name those that are missing."""
-    content = {
+    """Write ``study.json``: all runs that the study has, so that a report can name those that are missing.
+
+    Runs that it had before and that have begun stay: those that ``--only`` leaves out, or whose values were taken out.
+    """
+    before: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        before = [
+            run for run in json.loads((folder / "study.json").read_text())["runs"] if versions(folder / run["folder"])
+        ]
+    content: dict[str, Any] = {
         "name": study.name,
         "method": study.method,
         "metric": study.metric,
         "runs": [{"folder": run.name, "label": run.label, "parameters": dict(run.parameters)} for run in runs],
     }
+    content["runs"] += [run for run in before if run["folder"] not in {planned.name for planned in runs}]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "study.json", content)

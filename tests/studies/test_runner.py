@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedlight.studies.command import selected
 from fedlight.studies.folder import RunSlot, log_tail
 from fedlight.studies.plan import PlannedRun, plan
 from fedlight.studies.runner import StudyRunner
@@ -64,6 +65,17 @@ def test_what_is_finished_is_skipped_and_what_is_new_is_run(tmp_path, capsys):
     assert run(path)[0] == 0
     assert "3 runs, 2 finished before, 1 to do" in capsys.readouterr().out
     assert [rounds(f) for f in folders(path)] == [[0, 1], [0, 1], [0, 1]]
+
+
+def test_a_report_knows_of_runs_that_are_left_out_later(tmp_path):
+    path = write_study(tmp_path, {"seed_everything": [0, 1]})
+    run(path)
+    study, runs = read(path)
+    for fewer in (selected(runs, ["seed_everything=1"]), read(write_study(tmp_path, {"seed_everything": [1, 2]}))[1]):
+        StudyRunner(study, fewer, tmp_path / "runs").run()
+        kept = json.loads((tmp_path / "runs" / "tiny" / "study.json").read_text())["runs"]
+        assert {entry["folder"] for entry in kept} == {r.name for r in [*runs, *fewer]}
+    assert len(kept) == 3
 
 
 def test_another_setting_of_the_command_is_another_run(tmp_path):
