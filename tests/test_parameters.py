@@ -106,6 +106,10 @@ def test_tied_parameters_count_once_and_stay_tied():
     [
         (lambda: nn.ReLU(), "has no trainable parameter"),
         (lambda: nn.LazyLinear(3), "parameter 'weight' is lazy and has no shape yet"),
+        (
+            lambda: nn.Linear(2, 2, dtype=torch.complex64),
+            "parameter 'weight' is complex, and sums over clients are real",
+        ),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).half()), "must share one data type, found 0.weight is"),
     ],
 )

@@ -94,6 +94,7 @@ class Findings:
         read: what is read that differs from step to step or round to round.
         outside: what they do outside of the module: print, log, change globals.
         idle: trained parameters that have no gradient in some steps, by name.
+        written: those that a forward or backward pass writes to.
     """
 
     moving: tuple[str, ...] = ()
@@ -103,6 +104,7 @@ class Findings:
     read: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

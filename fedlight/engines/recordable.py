@@ -1,7 +1,7 @@
 """What an engine that records the local step once, instead of running it anew each time, can not do."""
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
-from fedlight.engines.base import LocalTraining
+from fedlight.engines.base import Findings, LocalTraining
 from fedlight.engines.outside import differ, variables
 from fedlight.module.hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
 from fedlight.module.optimizers import configure_optimizers
@@ -82,20 +82,22 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
     if findings.replaced and engine == "cuda_graph":
         yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
     if engine != "cuda_graph" or training.compile:
-        yield from _at_parameters(training.module, findings.idle)
+        yield from _at_parameters(training.module, findings)
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
 
 
-def _at_parameters(module: LightningModule, idle: Sequence[str]) -> Iterator[str]:
+def _at_parameters(module: LightningModule, findings: Findings) -> Iterator[str]:
     """What autograd does with a parameter by itself, and a function that gives all gradients does not."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"parameter {name} has a hook, which a recorded step would not call"
-    groups = configure_optimizers(module).optimizer.param_groups if idle else []
+    if findings.written:
+        yield f"training_step writes to parameter {findings.written[0]}, and a recorded step would lose that"
+    groups = configure_optimizers(module).optimizer.param_groups if findings.idle else []
     if any(group.get(decay) for group in groups for decay in ("weight_decay", "lambd")):
-        yield f"parameter {idle[0]} has no gradient in some step, and a recorded one would let weight decay move it"
+        yield f"parameter {findings.idle[0]} has no gradient in a step, and weight decay would move it once recorded"
 
 
 def explain(error: Exception, module: LightningModule, otherwise: str) -> str:

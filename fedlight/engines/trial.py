@@ -58,7 +58,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
         slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
-        slot.read, slot.outside, slot.idle = read, outside, set()
+        slot.read, slot.outside, slot.idle, slot.written = read, outside, set(), set()
         try:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -74,6 +74,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             read=tuple(sorted(read)),
             outside=tuple(sorted(outside)),
             idle=tuple(name for name, p in module.named_parameters() if id(p) in slot.idle),
+            written=tuple(sorted(slot.written)),
         )
 
 
@@ -88,6 +89,14 @@ class _TrialLoop(ClientLoop):
     read: set[str]
     outside: set[str]
     idle: set[int]
+    written: set[str]
+
+    def _gradient(self, batches: list[IndexedBatch], point: Tensor, nth: int) -> Tensor:
+        before = self.flat.params.clone()
+        gradient, views = super()._gradient(batches, point, nth), self.flat.layout.views
+        both = zip(views(before).items(), views(self.flat.params).values(), strict=True)
+        self.written.update(name for (name, old), now in both if not torch.equal(old, now))
+        return gradient
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i, self.read)) for batch, i in batches]

@@ -48,7 +48,7 @@ class ParameterLayout:
         """The layout of ``module``.
 
         Raises:
-            MisconfigurationException: if nothing is trainable, or the parameters have several data types.
+            MisconfigurationException: if nothing is trainable, or parameters are complex or of several data types.
         """
         owners = {id(p): type(m) for m in module.modules() for p in m.parameters(recurse=False)}
         infos: list[ParameterInfo] = []
@@ -67,12 +67,7 @@ class ParameterLayout:
             offset += parameter.numel()
         if not infos:
             raise MisconfigurationException("model: the module has no trainable parameter.")
-        if len(dtypes) > 1:
-            found = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
-            raise MisconfigurationException(
-                f"model: trainable parameters must share one data type, found {found}. Use trainer.precision instead;"
-                " complex numbers can be kept as real ones (torch.view_as_real)."
-            )
+        _check_types(dtypes)
         return cls(tuple(infos))
 
     @cached_property
@@ -119,6 +114,21 @@ class ParameterLayout:
             if select(info):
                 out[info.offset : info.offset + info.numel] = True
         return out
+
+
+def _check_types(names: Mapping[torch.dtype, str]) -> None:
+    """Refuse parameters of these types, by one's name, that one real vector cannot hold."""
+    for dtype, name in names.items():
+        if dtype.is_complex:
+            raise MisconfigurationException(
+                f"model: parameter {name!r} is complex, and sums over clients are real. Let it hold real numbers"
+                " (torch.view_as_real), and take torch.view_as_complex of them where they are used."
+            )
+    if len(names) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in names.items())
+        raise MisconfigurationException(
+            f"model: trainable parameters must share one data type, found {found}. Use trainer.precision instead."
+        )
 
 
 class FlatParameters:
