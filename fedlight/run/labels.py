@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
@@ -34,24 +35,24 @@ def check_labels(run: RunContext, labels: list[tuple[int, int, int]]) -> None:
             f"model.num_classes={expected} is too small: the data has label {max(known)}."
             f" Set model.num_classes to {max(known) + 1}."
         )
-    for stage, dataset in (("validation", data.val_dataset()), ("test", data.test_dataset())):
+    validated = overrides(module, "validation_step") and run.settings["limit_val_batches"] != 0
+    for stage, dataset in (("validation", data.val_dataset() if validated else None), ("test", data.test_dataset())):
         if not known or dataset is None or (targets := find_targets(dataset)) is None:
             continue
         for label, row in _ends(targets):
-            if min(known) <= label <= max(known):
-                continue
             what = (
                 f"data: the {stage} data has label {label} (row {row}), those of clients {min(known)} to {max(known)}"
             )
-            if isinstance(expected, int) and not 0 <= label < expected:
+            foreign = isinstance(expected, int) and not 0 <= label < expected
+            if stage == "test" and foreign:  # labels that are kept secret are -1, say
+                rank_zero_info(f"{what}; model.num_classes={expected}, so it cannot be tested on these.")
+            elif foreign:
                 raise MisconfigurationException(f"{what}; model.num_classes={expected}. Correct it, or leave it out.")
-            if stage == "validation" and overrides(module, "validation_step"):
+            elif stage == "validation" and not min(known) <= label <= max(known):
                 try:
                     run.evaluator.attempt(Subset(dataset, [row]), "validation")
                 except (IndexError, torch.AcceleratorError) as error:
-                    raise MisconfigurationException(
-                        f"{what}; {type(module).__name__}.validation_step: {error}"
-                    ) from error
+                    raise MisconfigurationException(f"{what}; validation_step: {error}") from error
 
 
 def extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]]:
