@@ -83,6 +83,8 @@ class Observation(TorchFunctionMode):
         self._called: dict[str, tuple[Source, str]] = {}  # source and name of each measurement
         self._squashed: list[tuple[Tensor, Source]] = []  # values in [-1, 1], or what is made of one of them alone
         self._stack: list[_Frame] = []
+        self._late: set[Source] = set()  # functions of training_step that nothing learns after
+        self._within: set[Source] = set()  # and those that something does
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -91,6 +93,8 @@ class Observation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function. The mode is off meanwhile: what that calls in turn is not seen."""
+        if self._late and any(isinstance(tensor, nn.Parameter) for tensor in tree_leaves((args, kwargs))):
+            self.learn()
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name in NAMES:
@@ -111,7 +115,14 @@ class Observation(TorchFunctionMode):
             self._squashed.append((out, source))
         if self.choosing and (top is not None or function in _LINKS) and not any(f.learns for f in self._stack):
             self._doubts[source] = LOSS
+        elif self.choosing and top is None:
+            self._late.add(source)
         self.take(f"{path}.{function}" if path else function, out, source)
+
+    def learn(self) -> None:
+        """Something that learns comes after what has been called."""
+        self._within |= self._late
+        self._late = set()
 
     def _follow(self, name: str, given: Any, out: Any) -> None:
         """Find gates. Tensors are compared by ``is``, which a compiler can follow."""
@@ -166,6 +177,7 @@ class Observation(TorchFunctionMode):
     def _choose(self) -> None:
         """After the first step: what is measured from now on, and of it."""
         called = self._called
+        self._doubts |= dict.fromkeys(self._late - self._within, LOSS)
         doubts = {source: self._doubts.get(source, "") for source, _ in called.values()}
         takes = {
             (source, name): self.penalty.takes(name, doubts[source], bool(source[0]))
@@ -212,6 +224,8 @@ class _Frame:
     def enter(self, module: nn.Module, args: Any) -> None:
         if self.observation._recording:
             self.observation._stack.append(self)
+            if self.observation._late and self.learns:
+                self.observation.learn()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         observation, stack = self.observation, self.observation._stack

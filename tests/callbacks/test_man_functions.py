@@ -254,6 +254,24 @@ def test_a_loss_and_a_metric_are_no_layers(messages):
     assert messages == ["MAN: 2 layers: net.relu, net.tanh. Left out, as parts of the loss: loss.relu."]
 
 
+def test_a_hinge_at_the_end_of_the_step_is_the_loss_and_what_comes_before_weights_is_a_layer(messages):
+    class Margin(Wrapped):
+        def training_step(self, batch):
+            return F.relu(1 - self.net(batch)).sum()
+
+    class Bare(Margin):
+        def __init__(self, net):
+            super().__init__(net)
+            self.weight = nn.Parameter(torch.ones(4, 6, dtype=torch.float64))
+
+        def training_step(self, batch):
+            return super().training_step(F.relu(batch @ self.weight) @ self.weight.T)
+
+    assert list(step(Margin(FunctionalNet()), ones(6, 4))[0]) == ["net.relu", "net.tanh"]
+    assert messages == ["MAN: 2 layers: net.relu, net.tanh. Left out, as parts of the loss: relu."]
+    assert list(step(Bare(FunctionalNet()), ones(6, 4))[0]) == ["relu", "net.relu", "net.tanh", "relu_2"]
+
+
 # Gates
 
 
