@@ -109,6 +109,8 @@ def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> No
     """
     datamodule.setup(command)
     data = given_data(datamodule)
+    if type(data).__qualname__ in checkpoint:
+        data.load_state_dict(checkpoint[type(data).__qualname__])
     trained = checkpoint.get("fedlight", {}).get("experiment", {}).get("data", {}).get("classes")
     changes = differences(trained or [], list(getattr(data, "classes", [])), "data.classes")
     if trained and command != "fit":  # which compares everything
@@ -117,8 +119,6 @@ def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> No
                 f"{key}: the model was trained with {old}, and the data has {new}, so a number would be another class."
                 " Give data with the same classes."
             )
-    if type(data).__qualname__ in checkpoint:
-        data.load_state_dict(checkpoint[type(data).__qualname__])
 
 
 def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool:
