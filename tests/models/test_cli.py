@@ -111,7 +111,8 @@ def test_every_config_part_is_known_here():
     assert {path.stem for path in CONFIGS} == set(IMAGE_SHAPES)
 
 
-def test_cli_checkpoint_holds_plain_hyperparameters_and_loads_by_itself(tmp_path):
+def test_cli_checkpoint_holds_plain_hyperparameters_and_loads_by_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fit"])  # Lightning warns of pytest's own
     cli = LightningCLI(
         LightningModule,
         Rows,
