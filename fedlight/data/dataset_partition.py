@@ -12,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.folders import in_order
+from fedlight.data.images import say_shared
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
 from fedlight.data.reading import Loaded, is_hf, loaded
@@ -113,6 +114,10 @@ class DatasetPartition(PartitionedDataModule):
         size = 0 if self._train is None else len(self._train)
         if size == 0:
             raise ValueError("`data.train` is empty: there are no training samples.")
+        (whole, rows), places = _rows_of(self._train), {"test": _rows_of(self._test), "validation": _rows_of(self._val)}
+        for what, (below, held_out) in places.items():
+            if below == whole and (what == "test" or self._val is not self._test):
+                say_shared(f"data: {{}} {what} samples are training samples", rows, held_out)
         self._encode()
         names, *others = map(_class_names, (self._train, self._val, self._test))
         for key, other in zip(("val", "test"), others, strict=True):
@@ -173,6 +178,16 @@ class DatasetPartition(PartitionedDataModule):
             from torch_geometric.data import Batch
 
             self.collate_fn = Batch.from_data_list
+
+
+def _rows_of(data: Any) -> tuple[int, list[int]]:
+    """The dataset below subsets, by its identity, and the rows of it that there are."""
+    rows: Any = range(0 if data is None else len(data))
+    while isinstance(data, Subset):
+        data, rows = data.dataset, [data.indices[row] for row in rows]
+    if isinstance(data, ArrayDataset):
+        data, rows = data.storage, data.positions(torch.tensor(rows, dtype=torch.int64)).tolist()
+    return id(data), list(map(int, rows))
 
 
 def _one_coding(sets: dict[str, Any], column: str) -> tuple[dict[str, Any], list[str]]:

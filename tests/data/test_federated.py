@@ -435,6 +435,20 @@ def test_datasets_of_hugging_face(tmp_path):
         DatasetPartition(datasets.DatasetDict(train=train))
 
 
+@pytest.mark.parametrize("kind", [TensorDataset, Samples])
+def test_rows_of_both_sets_are_counted(kind, caplog):
+    caplog.set_level(logging.INFO)
+    whole = kind(*numbers(20))
+    ready(DatasetPartition(Subset(whole, range(12)), val=Subset(Subset(whole, range(8, 20)), range(6)), num_clients=2))
+    assert "4 of 6 validation samples are training samples, too" in caplog.text
+    caplog.clear()
+    ready(DatasetPartition(Subset(whole, range(12)), test=Subset(whole, range(12, 20)), num_clients=2))
+    assert "training samples" not in caplog.text
+    ready(DatasetPartition(whole, test=whole, num_clients=2))
+    assert caplog.text.count("20 of 20 test samples are training samples, too") == 1
+    assert "validation" not in caplog.text
+
+
 def test_labels_of_hugging_face_are_the_same_in_all_sets():
     datasets = pytest.importorskip("datasets", reason="needs Hugging Face's datasets")
     datasets.disable_progress_bars()
