@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from fedlight.algorithms.fedavg import FedAvg
+from fedlight.module import optimizers
 from fedlight.module.optimizers import RoundSchedule, configure_optimizers
 from tests.helpers.tiny import Clients, Keep, Regression, quiet_trainer, weights
 
@@ -317,6 +318,19 @@ def test_every_form_that_lightning_takes(make):
     found = configure_optimizers(Scheduled(make))
     assert type(found.optimizer) is SGD
     assert len(found.schedulers) <= 1
+
+
+def test_a_schedule_of_epochs_is_said_to_be_one_of_local_epochs(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(optimizers, "rank_zero_info", said.append)
+    model = Regression()
+    for interval in ("epoch", "round"):
+        optimizer = SGD(model.parameters(), lr=0.1)
+        config = {"scheduler": ExponentialLR(optimizer, 0.9), "interval": interval}
+        model.configure_optimizers = lambda o=optimizer, c=config: {"optimizer": o, "lr_scheduler": c}
+        RoundSchedule(model)
+    assert len(said) == 1
+    assert "ExponentialLR counts the local epochs of a client's round" in said[0]
 
 
 class TwoPasses(SGD):
