@@ -229,7 +229,7 @@ class RoundSchedule(Optimization):
             rank_zero_info(f"{name} steps after each round that is evaluated, by the round's {scheduled.monitor!r}.")
         for name in sorted({type(s.scheduler).__name__ for s in self.schedulers if s.interval == "epoch"}):
             rank_zero_info(
-                f"model.configure_optimizers: {name} counts the local epochs of a client's round, and begins anew in the"
+                f"model.configure_optimizers: {name} counts the local epochs of a client's round and begins anew in the"
                 " next (interval 'epoch'). With interval 'round' it is one schedule over all rounds."
             )
         self.has_lr = all("lr" in g for g in self.optimizer.param_groups)
