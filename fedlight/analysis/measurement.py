@@ -102,6 +102,11 @@ class Measurement:
                 operator.matvec(torch.ones(operator.size, dtype=operator.dtype, device=operator.device))
         except (NoSecondDerivativeError, ValueError, TypeError) as error:
             raise MisconfigurationException(f"{self.who}: {error}") from error
+        except (AttributeError, LookupError, AssertionError) as error:
+            raise MisconfigurationException(
+                f"{self.who}: the loss is measured in evaluation mode, and there training_step of"
+                f" {type(subject.module).__name__} ends in {type(error).__name__}: {error}. Let it give its loss in both."
+            ) from error
 
     def blocks(self, subject: Subject) -> Mapping[str, Block]:
         """The parameters of each layer that is measured; none where ``layerwise`` is off."""

@@ -208,6 +208,13 @@ class NoValidation(Clients):
         return None
 
 
+class LossInTraining(Regression):
+    """As the detectors of torchvision."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if self.training else [].items()
+
+
 @pytest.mark.parametrize(
     ("settings", "others", "message"),
     [
@@ -220,6 +227,7 @@ class NoValidation(Clients):
             {"model": Regression(net=nn.Sequential(nn.Linear(3, 1), Abs()))},
             r"second derivatives.*'net\.1' \(Abs\)",
         ),
+        ({"data": "train"}, {"model": LossInTraining()}, r"evaluation mode, .* LossInTraining ends in AttributeError"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_training(tmp_path, settings, others, message):
