@@ -105,7 +105,7 @@ class Measurement:
         except (AttributeError, LookupError, AssertionError) as error:
             raise MisconfigurationException(
                 f"{self.who}: the loss is measured in evaluation mode, and there training_step of"
-                f" {type(subject.module).__name__} ends in {type(error).__name__}: {error}. Let it give its loss in both."
+                f" {type(subject.module).__name__} ends in {type(error).__name__}: {error}. Let it give a loss there."
             ) from error
 
     def blocks(self, subject: Subject) -> Mapping[str, Block]:
