@@ -24,10 +24,13 @@ def main() -> None:
 
 
 def _run() -> None:
-    with loading():
-        from fedlight.cli.command import main as run
+    try:
+        with loading():
+            from fedlight.cli.command import main as run
 
-        gc.freeze()  # to look through all of it at the end would take a quarter of a short command's time
+            gc.freeze()  # to look through all of it at the end would take a quarter of a short command's time
+    except KeyboardInterrupt:
+        sys.exit(130)
     # As with `python -m`, so that a study's runs find the same classes; after what fedlight itself is made of, which a
     # file called random.py must not replace.
     if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:

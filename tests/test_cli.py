@@ -195,6 +195,16 @@ def test_the_current_folder_comes_first_as_with_python_m_unless_that_is_forbidde
     assert found == ["the script's folder" if safe else str(tmp_path)]
 
 
+def test_ctrl_c_while_modules_are_loaded_ends_quietly(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fedlight.__main__, "loading", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        fedlight.__main__._run()
+    assert stop.value.code == 130
+
+
 def test_help_names_every_key_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--help"])

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.run.folder import RunFolder, atomic_write, versions
+from fedlight.run.folder import RunFolder, atomic_write, versions, writing
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
@@ -31,6 +31,14 @@ def test_a_home_is_the_users(tmp_path, monkeypatch):
     trainer.validate(Regression(), Clients(), ckpt_path="~/runs/default/version_0/checkpoints/last.ckpt")
     trainer.export(Regression(), Clients(), ckpt_path="last", to="~/model.pt")
     assert (tmp_path / "model.pt").is_file()
+
+
+def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path):
+    said = "[enforce fail at inline_container.cc:672] . unexpected pos 282624 vs 282528"
+    with pytest.raises(MisconfigurationException, match="the disk is full"), writing(tmp_path):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="another"), writing(tmp_path):
+        raise RuntimeError("another")
 
 
 def test_versions_follow_the_highest_and_ignore_other_names(tmp_path):

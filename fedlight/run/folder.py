@@ -233,6 +233,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise unwritable(path, error) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):
+            raise
+        raise unwritable(path, OSError(errno.ENOSPC, "torch's writer has no room")) from error
 
 
 @contextmanager
