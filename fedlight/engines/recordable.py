@@ -31,7 +31,8 @@ class Unrecordable(MisconfigurationException):
     """
 
     def __init__(self, engine: str, reason: str) -> None:
-        super().__init__(f"trainer.engine={engine}: {reason}. Use trainer.engine=eager.")
+        instead = "trainer.compile=false" if "compile" in engine else "trainer.engine=eager"
+        super().__init__(f"trainer.engine={engine}: {reason}. Use {instead}.")
         self.reason = reason
 
 
