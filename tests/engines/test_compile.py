@@ -94,6 +94,6 @@ def test_hooks_within_a_step_are_refused(tmp_path):
             pass
 
     with pytest.raises(
-        MisconfigurationException, match="Watches overrides on_after_backward.*Use trainer.compile=false"
+        MisconfigurationException, match="Watches overrides on_after_b.*Use trainer.compile=false"
     ):
         cases.train(tmp_path, "eager", compile=True, callbacks=[Watches()])
