@@ -93,7 +93,5 @@ def test_hooks_within_a_step_are_refused(tmp_path):
         def on_after_backward(self, trainer, module):
             pass
 
-    with pytest.raises(
-        MisconfigurationException, match="Watches overrides on_after_b.*Use trainer.compile=false"
-    ):
+    with pytest.raises(MisconfigurationException, match="Watches overrides on_after_b.*Use trainer.compile=false"):
         cases.train(tmp_path, "eager", compile=True, callbacks=[Watches()])

@@ -13,12 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlight.engines.base import LocalTraining
-from fedlight.engines.side_by_side import LARGEST
+from fedlight.engines.side_by_side import LARGEST, _Watch
 from fedlight.engines.step_sizes import StepSizes
 from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
+from fedlight.run.memory_format import _channels_last
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SIZES = (10,) * 8 + (7, 7, 9)
@@ -223,3 +224,12 @@ def test_exact_operations_treat_rows_alike(operation):
         whole = operation(x, y)
         for begin, end in ((0, 2), (1, 4), (5, 12)):
             assert torch.equal(operation(x[begin:end].clone(), y[begin:end].clone()), whole[begin:end])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_that_lie_channels_last_are_no_reason(channels):
+    with _Watch(4) as watch:
+        out = _channels_last(torch.arange(4 * channels * 64.0).view(4, channels, 8, 8))
+    assert watch.found == []
+    assert out.stride() == (channels * 64, 1, channels * 8, channels)
+    assert torch.equal(out.flatten(), torch.arange(4 * channels * 64.0))
