@@ -405,6 +405,16 @@ def test_a_view_that_channels_last_forbids_is_explained(tmp_path):
         fit(tmp_path, Pictures(view=True), OfPictures(), channels_last=True)
 
 
+def test_a_view_that_fails_anyway_is_not_explained_with_channels_last(tmp_path):
+    class Turned(Pictures):
+        def forward(self, x):
+            return super().forward(x.transpose(2, 3).view(len(x), 3, 4, 5))
+
+    with pytest.raises(MisconfigurationException, match="view size is not compatible") as caught:
+        fit(tmp_path, Turned(), OfPictures())
+    assert "channels_last" not in str(caught.value)
+
+
 class Small(Regression):
     """A loss that float16 holds when it is multiplied by 65536."""
 

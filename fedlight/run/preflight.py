@@ -157,7 +157,7 @@ def _try_one_batch(run: RunContext, client: int, start: int) -> None:
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
             f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
             + " For trainer.channels_last, view must be flatten or reshape."
-            * ("view size" in str(error))
+            * (run.settings["channels_last"] and "view size" in str(error))
         ) from error
     loss = loss.get("loss") if isinstance(loss, Mapping) else loss
     if not isinstance(loss, Tensor) or loss.numel() != 1:
