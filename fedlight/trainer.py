@@ -207,7 +207,8 @@ class FederatedTrainer(Commands):
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
             row |= now | federation.aggregate()
         self.should_stop = self.should_stop or stop > 0 or federation.spent
-        session.publish({name: torch.as_tensor(value) for name, value in row.items()})
+        session.fresh.update(row)
+        self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}  # waits for no device
         session.hooks("on_round_trained")
         with clock("evaluate"):
             row |= session.views.evaluate_round()
