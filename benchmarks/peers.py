@@ -63,6 +63,10 @@ ENTRIES = {
     ),
     "fedlight vmap, 2 processes": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--processes", "2")),
     "fedlight vmap": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap")),
+    "fedlight vmap, channels last": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--channels-last")),
+    "fedlight vmap, channels last, 2 processes": Entry(
+        "fedlight", 200, (), "fedlight", ("--engine", "vmap", "--channels-last", "--processes", "2")
+    ),
     "fedlight vmap, compiled": Entry("fedlight", 200, (), "fedlight", ("--engine", "vmap", "--compile")),
     "Flower simulation": Entry("flower", 20, ("flwr[simulation]",), "flwr"),
     "NVFlare simulator": Entry("nvflare", 20, ("nvflare", "pytorch-lightning"), "nvflare"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedlight.engines.vmap import Vmap
 from fedlight.run import processes as _processes
 from fedlight.run.loggers import read_metrics
 from fedlight.run.processes import LARGE_STEP, num_processes, step_flop
@@ -89,6 +90,22 @@ def test_large_steps_run_on_all_threads(tmp_path, two_cores):
     module = Threads()
     quiet_trainer(tmp_path).fit(module, Clients())
     assert SEEN[-1] == 2
+
+
+@pytest.mark.parametrize("engine", ["vmap", Vmap()])
+def test_clients_side_by_side_are_one_large_step(tmp_path, two_cores, engine):
+    """Steps of one client that are too small for two threads may be large together."""
+    step = step_flop(Regression(), next(iter(Clients().train_dataloader())))
+    two_cores.setattr(_processes, "LARGE_BATCHED_STEP", 2 * step)
+    seen = []
+
+    class Notes(Regression):
+        def on_train_start(self):
+            seen.append(torch.get_num_threads())
+
+    for clients in (1, 2):
+        quiet_trainer(tmp_path, engine=engine, clients_per_round=clients).fit(Notes(), Clients())
+    assert seen == [1, 2]
 
 
 def test_threads_that_the_user_chose_stay(tmp_path, two_cores):

@@ -32,8 +32,7 @@ class Model(LightningModule):
 
 class Data(FederatedDataModule):
     def __init__(self, problem: Problem) -> None:
-        # Processes share the batches of an evaluation, so there should be some where it takes long.
-        super().__init__(problem.batch_size, eval_batch_size=1000 if problem.name != "cnn" else 100)
+        super().__init__(problem.batch_size, eval_batch_size=problem.eval_batch_size)
         self.num_clients = len(problem.clients)
         sizes = [len(y) for _, y in problem.clients]
         stored = ArrayDataset(torch.cat([x for x, _ in problem.clients]), torch.cat([y for _, y in problem.clients]))

@@ -31,7 +31,9 @@ if __name__ == "__main__":
     environment.set_evaluator(ClassificationEval(eval_every=10**9, n_classes=classes))
     environment.set_eval_cfg(pre_fit=False, post_fit=False, locals=False, server=False)
     clients = [loader(x, y, problem.batch_size) for x, y in problem.clients]
-    container = DummyDataContainer(clients, [None] * len(clients), loader(*problem.test, 1000), classes)
+    container = DummyDataContainer(
+        clients, [None] * len(clients), loader(*problem.test, problem.eval_batch_size), classes
+    )
     parameters = DDict(
         model=problem.net(),
         client=DDict(

@@ -73,7 +73,7 @@ if __name__ == "__main__":
             local_num_epochs=problem.epochs,
             local_batch_size=problem.batch_size,
         ),
-        model_eval_params=NNEvalHyperParams(local_batch_size=1000),
+        model_eval_params=NNEvalHyperParams(local_batch_size=problem.eval_batch_size),
         callbacks=[Watch()],
     )
     clock.report(accuracies[-1])

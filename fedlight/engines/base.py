@@ -38,6 +38,7 @@ class LocalTraining:
         collate_fn: its collate function.
         call: calls a hook of the callbacks and of the module, as ``call("on_train_batch_start", batch, index)``.
         compile: whether the engine may compile what it runs.
+        channels_last: whether images lie with their channels side by side.
         lr_factors: what the algorithm multiplies the learning rate of each local step with, or None.
         optimizer_state: what the algorithm wants to know of the optimizer's state, by name.
         clients: clients that this process trains in a round, usually at most.
@@ -62,6 +63,7 @@ class LocalTraining:
     collate_fn: Callable[[Any], Any] | None = None
     call: Callable[..., Any] = field(default=lambda name, *args: None)
     compile: bool = False
+    channels_last: bool = False
     lr_factors: Callable[[int], Sequence[float]] | None = None
     optimizer_state: tuple[str, ...] = ()
     clients: int = 1
@@ -159,9 +161,11 @@ class Engine(ABC):
 
     Attributes:
         reason: why it is this one, in words.
+        together: whether a step of it is one of all clients.
     """
 
     reason = "as trainer.engine says"
+    together = False
 
     @abstractmethod
     def setup(self, training: LocalTraining) -> None:

@@ -22,9 +22,9 @@ _WORTH = 0.5
 
 _EXACT = """
     __rshift__ abs add add_ addcdiv addcdiv_ addcmul addcmul_ alias amax amin arange argmax as_strided baddbmm
-    bitwise_and bitwise_not bitwise_xor bmm cat clamp clamp_ clamp_max clamp_min clone copy_ detach detach_ div div_
-    empty empty_like empty_strided eq expand fill_ full full_like gather ge gt hardtanh hardtanh_backward huber_loss
-    huber_loss_backward index le leaky_relu leaky_relu_backward lerp lerp_ lift_fresh linalg_vector_norm
+    bitwise_and bitwise_not bitwise_xor bmm cat clamp clamp_ clamp_max clamp_min clone copy_ cumsum detach detach_ div
+    div_ empty empty_like empty_strided eq expand fill_ full full_like gather ge gt hardtanh hardtanh_backward
+    huber_loss huber_loss_backward index le leaky_relu leaky_relu_backward lerp lerp_ lift_fresh linalg_vector_norm
     _local_scalar_dense _log_softmax _log_softmax_backward_data logical_and logical_not lt masked_fill masked_fill_ max
     maximum mean minimum mse_loss mse_loss_backward mul mul_ ne neg new_empty new_full new_zeros ones ones_like permute
     _prelu_kernel _prelu_kernel_backward promote_types randperm reciprocal _record_function_enter_new

@@ -17,14 +17,18 @@ import torch
 from lightning.pytorch import LightningModule
 
 from fedlight.data.datamodule import first_samples
+from fedlight.engines.base import Engine
 from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
 from fedlight.run.context import RunContext
 from fedlight.run.preflight import trial_step
 from fedlight.run.traces import evaluating
+from fedlight.server.sampling import expected_clients
 
 LARGE_STEP = 5e8
 """FLOP of a local step from which on a second thread makes it faster: ten milliseconds of one core."""
+LARGE_BATCHED_STEP = 1e8
+"""FLOP of a step of clients side by side from which on it does: its operations are as many, and longer each."""
 _STEP_S, _FLOP_PER_S = 4e-4, 3e10
 """What a local step takes on one core: so much in Python, and its arithmetic."""
 _WORTH_S = 60.0
@@ -87,7 +91,10 @@ def use_threads(run: RunContext, cleanup: ExitStack) -> None:
     batch = first_samples(run.datamodule, int(run.federation.sizes.argmax()), run.datamodule.batch_size)
     flop = step_flop(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
     cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-    torch.set_num_threads(1 if flop < LARGE_STEP else cores)
+    large, engine = LARGE_STEP, run.settings["engine"]
+    if engine == "vmap" or (isinstance(engine, Engine) and engine.together):
+        flop, large = flop * expected_clients(run.trainer.sampler), LARGE_BATCHED_STEP
+    torch.set_num_threads(1 if flop < large else cores)
 
 
 def started_as_command() -> bool:

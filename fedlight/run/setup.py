@@ -213,6 +213,7 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
         collate_fn=data.collate_fn,
         call=run.hooks,
         compile=settings["compile"],
+        channels_last=settings["channels_last"],
         lr_factors=trainer.algorithm.lr_factors,
         optimizer_state=trainer.algorithm.optimizer_state,
         clients=math.ceil(per_round / run.fabric.world_size),

@@ -27,6 +27,8 @@ SIZES = (10,) * 8 + (7, 7, 9)
 
 counted, noted, last, table = 0, [], None, {"x": torch.zeros(2)}
 options, weight = SimpleNamespace(scale=1.0), 1.0
+LOGGED = {}
+"""What the last run logged."""
 
 
 class Small(Regression):
@@ -82,6 +84,7 @@ def fit(folder, module, sizes=SIZES, **settings):
     trainer = quiet_trainer(folder, enable_checkpointing=False, **settings)
     trainer.fit(module, Clients(sizes))
     engine = trainer._session.engine
+    LOGGED.update({name: value for name, value in trainer.callback_metrics.items() if "time/" not in name})
     return f"{type(engine).__name__}: {engine.reason}", weights(module)
 
 
@@ -141,8 +144,9 @@ def test_bits_do_not_depend_on_who_trains_beside_whom(tmp_path, monkeypatch):
         return Small(16, lambda: nn.Sequential(nn.ReLU(), nn.Dropout(0.2)))
 
     dropped = fit(tmp_path, dropping())[1]
-    train = Vmap.train
-    for width in (1, 4):
+    train, logged = Vmap.train, dict(LOGGED)
+    assert "train/loss" in logged
+    for width in (1, 4, 6):
 
         def some(self, round, tasks, width=width):
             tasks = list(tasks)
@@ -152,6 +156,7 @@ def test_bits_do_not_depend_on_who_trains_beside_whom(tmp_path, monkeypatch):
         monkeypatch.setattr(Vmap, "train", some)
         assert torch.equal(fit(tmp_path, Small(), max_rounds=3, **settings)[1], expected), width
         assert torch.equal(fit(tmp_path, dropping())[1], dropped), width
+        assert logged == LOGGED, width
 
 
 class Reads(Small):

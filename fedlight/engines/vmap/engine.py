@@ -30,7 +30,10 @@ class Vmap(Engine):
     What only one client does at a time, as a smaller last batch, is run for it alone.
 
     With ``trainer.compile`` the program for full batches is compiled: that needs a C++ compiler and some seconds.
+    With ``trainer.channels_last`` images of all clients lie as ``[B, H, W, K·C]``, as one convolution reads them.
     """
+
+    together = True
 
     def setup(self, training: LocalTraining) -> None:
         """Try a step of two clients.

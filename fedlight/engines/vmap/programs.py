@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.hyperparameters import LocalHyperparameters
 from fedlight.engines.step_sizes import StepSizes
+from fedlight.engines.vmap.channelwise import clients_as_channels
 from fedlight.engines.vmap.draws import ClientDropout
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
@@ -61,6 +62,7 @@ class ClientStep:
         spec: what a batch is made of.
         reductions: how what was logged is combined, by name; known after a call.
         changing: those of ``state/`` that steps change; known after a call, None before.
+        channels_last: whether images are to lie with their channels side by side.
     """
 
     def __init__(self, training: LocalTraining, layout: ParameterLayout) -> None:
@@ -71,6 +73,7 @@ class ClientStep:
         self.spec: TreeSpec  # set before the first call
         self.reductions: dict[str, str] = {}
         self.changing: set[str] | None = None
+        self.channels_last = training.channels_last
 
     def __call__(self, sizes: tuple[int, ...], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The step on a batch that consists of micro-batches of these sizes."""
@@ -169,6 +172,8 @@ class Program:
         if shared is not None:
             in_dims = tuple(None if name in shared else 0 for name in names)
             self._function = vmap(one, in_dims=in_dims, randomness="different")
+            if step.channels_last:
+                self._function = clients_as_channels(self._function)
 
     def __call__(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run it: inputs ``[A, ...]`` by name, outputs ``[A, ...]`` by name."""

@@ -20,6 +20,8 @@ from fedlight.module.optimizers import about
 _GATHERED_BYTES = 2**27
 """Batches are read ahead, as many as fit into so many bytes."""
 
+_NEUTRAL = {"min": float("inf"), "max": -float("inf")}
+"""What changes no extremum."""
 
 Tensors = list[Tensor]
 """The tensors of a batch, as inputs and targets."""
@@ -218,19 +220,22 @@ class StackedClients:
 
     def _reduce(self, name: str, entries: list[tuple[slice | Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What every client logged under a name: ``(Σ or extremum [K], Σ weight [K])``."""
-        reduction, clients = self._reductions[name], len(self._tasks)
-        first = entries[0][1]
-        if all(len(value) == clients for _, value, _ in entries):
-            values, weights = torch.stack([v for _, v, _ in entries]), torch.stack([w for _, _, w in entries])
-            total = values.sum(0) if reduction in ("mean", "sum") else getattr(values, f"a{reduction}")(0)
-            return total, weights.sum(0)
-        start = {"min": float("inf"), "max": -float("inf")}.get(reduction, 0.0)
-        total, weight_sum = first.new_full((clients,), start), first.new_zeros(clients)
-        for rows, value, weight in entries:
-            add = torch.add if reduction in ("mean", "sum") else getattr(torch, f"{reduction}imum")
-            total[rows] = add(total[rows], value)
-            weight_sum[rows] += weight
-        return total, weight_sum
+        reduction = self._reductions[name]
+        values = self._by_entry([(rows, value) for rows, value, _ in entries], _NEUTRAL.get(reduction, 0.0))
+        weights = self._by_entry([(rows, weight) for rows, _, weight in entries], 0.0)
+        # Sums go step by step: others would be rounded as the number of clients and of steps has it.
+        total = values.cumsum(0)[-1] if reduction not in _NEUTRAL else getattr(values, f"a{reduction}")(0)
+        return total, weights.cumsum(0)[-1]
+
+    def _by_entry(self, entries: list[tuple[slice | Tensor, Tensor]], neutral: float) -> Tensor:
+        """A row of all clients for each entry: ``[entries, K]``."""
+        first, clients = entries[0][1], len(self._tasks)
+        if all(len(value) == clients for _, value in entries):
+            return torch.stack([value for _, value in entries])
+        out = first.new_full((len(entries), clients), neutral)
+        for row, (rows, value) in zip(out, entries, strict=True):
+            row[rows] = value
+        return out
 
 
 class _Data:
