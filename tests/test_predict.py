@@ -79,6 +79,25 @@ def test_another_view_and_another_folder(run, tmp_path):
         quiet_trainer(tmp_path).predict(Regression(), Clients(), view="all")
 
 
+def test_classes_that_have_names(tmp_path):
+    class Named(Clients):
+        classes = ("no", "yes, or perhaps")
+
+    class Signed(Regression):
+        def predict_step(self, batch, batch_idx):
+            return (batch[0].sum(1) > 0).long()
+
+    found = torch.cat(quiet_trainer(tmp_path).predict(Signed(), Named(), output=tmp_path)).tolist()
+    rows = (tmp_path / "model.csv").read_text().splitlines()
+    assert set(found) == {0, 1}
+    quoted = ("no", '"yes, or perhaps"')
+    assert rows == ["sample,prediction,class", *(f"{i},{value},{quoted[value]}" for i, value in enumerate(found))]
+    assert torch.load(tmp_path / "model.pt")["classes"] == list(Named.classes)
+    Named.classes = ("one",)  # of something else
+    quiet_trainer(tmp_path).predict(Signed(), Named(), output=tmp_path)
+    assert (tmp_path / "model.csv").read_text().splitlines()[0] == "sample,prediction"
+
+
 def test_a_stock_datamodule_has_its_own_loader(tmp_path):
     model = Regression()
     found = quiet_trainer(tmp_path).predict(model, Federated(Stock(), num_clients=3))

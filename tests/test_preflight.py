@@ -197,11 +197,42 @@ def test_samples_that_make_no_batch(tmp_path):
     refused(tmp_path, said, data=DatasetPartition(ragged, num_clients=2))
 
 
-def test_an_error_of_an_evaluation_says_where_it_was(tmp_path):
+def test_a_step_of_validation_is_tried(tmp_path):
+    """It may come many rounds after the first."""
     train, val = (torch.utils.data.TensorDataset(seeded(8, n), seeded(8)) for n in (3, 5))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-        quiet_trainer(tmp_path).fit(Regression(), DatasetPartition(train, val=val, num_clients=2))
-    assert "This happened in validation_step, batch 0 of an evaluation." in caught.value.__notes__
+    data = DatasetPartition(train, val=val, num_clients=2)
+    where = "Regression.validation_step failed on the first samples of DatasetPartition.val_dataset"
+    refused(tmp_path, f"model and data do not fit: {where}: RuntimeError: .*shapes cannot be multiplied", data=data)
+    quiet_trainer(tmp_path, limit_val_batches=0).fit(Regression(), data)
+
+
+def test_a_tried_step_of_validation_leaves_no_trace(tmp_path):
+    class Counts(Regression):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.mean = [], MeanMetric()
+
+        def validation_step(self, batch, batch_idx):
+            self.seen.append(len(batch[0]))
+            self.mean.update(batch[0].sum())
+            self.log("val/mean", self.mean)
+
+    trainer, module = quiet_trainer(tmp_path, max_rounds=1, views=["server"], client_val_every_n_rounds=0), Counts()
+    data = Clients((4, 8), eval_batch_size=5)  # 10 to evaluate on
+    trainer.fit(module, data)
+    assert module.seen == [5, 5]
+    x = torch.stack([x.sum() for x in torch.stack([x for x, _ in data.val_dataset()]).split(5)])
+    assert trainer.callback_metrics["val/mean"] == pytest.approx(float(x.mean()), rel=1e-6)
+
+
+def test_an_error_of_an_evaluation_says_where_it_was(tmp_path):
+    class Fails(Regression):
+        def validation_step(self, batch, batch_idx):
+            assert batch_idx == 0, "on purpose"
+
+    with pytest.raises(AssertionError, match="on purpose") as caught:
+        quiet_trainer(tmp_path).fit(Fails(), Clients((4, 8), eval_batch_size=5))
+    assert "This happened in validation_step, batch 1 of an evaluation." in caught.value.__notes__
 
 
 def test_where_labels_are_unknown_it_is_said_what_can_be_done(tmp_path):

@@ -257,6 +257,8 @@ def in_memory(data: Any, collate_fn: Collate | None = None, read: bool = False) 
         return ArrayDataset.of(data)
     if type(data) is Subset:
         whole, rows = in_memory(data.dataset, None, read), torch.as_tensor(data.indices)
+        if rows.dtype == torch.bool:
+            raise ValueError("data: a Subset has numbers of rows, and this one a mask. Give mask.nonzero().flatten().")
         return whole.view(whole.positions(rows), whole.transform) if isinstance(whole, ArrayDataset) else data
     tensors = data.tensors if type(data) is TensorDataset else ()
     if not tensors and not (read and isinstance(data, Hashable)):

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
@@ -28,6 +28,9 @@ from fedlight.seeding import generator
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import check_enough
 from fedlight.transforms.attack import attacks_by
+
+_MISFITS = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)
+"""What a step raises that was not made for its batch."""
 
 
 def check_methods(run: RunContext) -> None:
@@ -70,6 +73,7 @@ def check_data(run: RunContext) -> None:
     _try_evaluation_of_one(run, data[1])
     for where in ((client, 0), *((client, row) for _, client, row in labels)):
         _try_one_batch(run, *where)
+    _try_validation(run, data[1])
 
 
 def _check_client_data(run: RunContext) -> None:
@@ -152,7 +156,7 @@ def _try_one_batch(run: RunContext, client: int, start: int) -> None:
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
         loss = _attempt(run, batch)
-    except (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+    except _MISFITS as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
             f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
@@ -183,6 +187,21 @@ def _try_batch_of_one(run: RunContext, sizes: Tensor) -> None:
             f"model: BatchNorm cannot train on a batch of one sample ({error}). With data.batch_size={batch_size}"
             f" {len(alone)} clients have such a batch; client {client} has {int(sizes[client])} samples. Change"
             " data.batch_size, or use GroupNorm or LayerNorm."
+        ) from error
+
+
+def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
+    """One step of validation, which may come many rounds after the first: what Lightning's sanity check is for."""
+    module, data = run.module, run.datamodule
+    if not val or run.settings["limit_val_batches"] == 0 or not overrides(module, "validation_step"):
+        return
+    few = Subset(val, range(min(len(val), data.batch_size)))  # type: ignore[arg-type]
+    try:
+        run.evaluator.attempt(few, "validation")
+    except _MISFITS as error:
+        raise MisconfigurationException(
+            f"model and data do not fit: {type(module).__name__}.validation_step failed on the first samples of"
+            f" {type(given_data(data)).__name__}.val_dataset: {type(error).__name__}: {error}"
         ) from error
 
 

@@ -1,6 +1,8 @@
 """What comes of trained weights: predictions, a file that needs no fedlight, and a record of their metrics."""
 
+import csv
 import fcntl
+import io
 import json
 import os
 import warnings
@@ -16,6 +18,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 
 from fedlight.data.datamodule import first_samples
+from fedlight.data.held_out import given_data
 from fedlight.module.hooks import overrides
 from fedlight.run.context import RunContext
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
@@ -132,22 +135,36 @@ def _read(loader: Iterable[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | None) -> None:
-    """``<checkpoint>_round<n>.pt``, and where there is a number for each sample a table of them."""
+    """``<checkpoint>_round<n>.pt``, and where there is a number for each sample a table of them, with known names."""
     folder, stem = destination(run, output)
     where, rounds = folder if output else folder / "predictions", run.trainer.current_round if run.resumed else None
     name = stem + (f"_round{rounds}" if run.resumed else "") + (f"_{view}" if view != "server" else "")
     joined: Any = outputs
     if all(isinstance(o, Tensor) and o.ndim and o.shape[1:] == outputs[0].shape[1:] for o in outputs):
         joined = torch.cat(outputs)
-    about = {"view": view, "checkpoint": checkpoint_name(run, folder), "rounds": rounds}
+    about: dict[str, Any] = {"view": view, "checkpoint": checkpoint_name(run, folder), "rounds": rounds}
+    if names := _names(joined, getattr(given_data(run.datamodule), "classes", ())):
+        about["classes"] = names
     with writing(where):
         where.mkdir(parents=True, exist_ok=True)
         with atomic_file(where / f"{name}.pt") as file:
             torch.save({"predictions": joined, **about}, file)
         if isinstance(joined, Tensor) and joined.ndim == 1:
-            rows = "".join(f"{sample},{value}\n" for sample, value in enumerate(joined.tolist()))
-            atomic_write(where / f"{name}.csv", f"sample,prediction\n{rows}".encode())
+            text = io.StringIO()
+            table = csv.writer(text, lineterminator="\n")
+            table.writerow(["sample", "prediction", *(["class"] if names else [])])
+            for sample, value in enumerate(joined.tolist()):
+                table.writerow([sample, value, *([names[value]] if names else [])])
+            atomic_write(where / f"{name}.csv", text.getvalue().encode())
     print(f"predictions: {where / name}.pt", flush=True)
+
+
+def _names(predictions: Any, classes: Any) -> list[str]:
+    """The data's names of classes by number, if predictions are such numbers; else none."""
+    numbers = isinstance(predictions, Tensor) and predictions.ndim == 1 and predictions.dtype == torch.int64
+    if not (numbers and len(predictions) and 0 <= int(predictions.min()) <= int(predictions.max()) < len(classes)):
+        return []
+    return list(classes)
 
 
 def export(run: RunContext, to: Path) -> None:

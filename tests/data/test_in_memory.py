@@ -175,3 +175,10 @@ def test_tensors_stand_for_a_dataset(tree):
 def test_tensors_of_a_dataset_fit(tree, message):
     with pytest.raises(ValueError, match=message):
         DatasetPartition(tree, num_clients=2).setup()
+
+
+@pytest.mark.parametrize("mask", [[True, False], torch.tensor([True, False])])
+def test_a_mask_is_no_numbers_of_rows(mask):
+    """A Subset would take samples 1 and 0."""
+    with pytest.raises(ValueError, match=r"numbers of rows, and this one a mask. Give mask.nonzero\(\).flatten\(\)"):
+        in_memory(Subset(TensorDataset(torch.zeros(2)), mask))
