@@ -352,6 +352,43 @@ def test_tf32_is_set_for_the_length_of_a_run(tmp_path, tf32, inside):
     assert [b.fp32_precision for b in backends] == before
 
 
+class Prepares(Regression):
+    """Has what its steps need from the hooks of a start, as modules written for Lightning may."""
+
+    def on_fit_start(self):
+        self.fitted = getattr(self, "fitted", 0) + 1
+
+    def on_train_start(self):
+        self.scale = torch.full((), 0.5 * self.fitted)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * self.scale
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/scale", self.scale)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager", "vmap"])
+def test_steps_are_tried_with_what_hooks_of_the_start_prepare(tmp_path, engine):
+    class Halved(Regression):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.5
+
+    module, trainer = fit(tmp_path, Prepares(), engine=engine)
+    assert module.fitted == 1
+    assert trainer.callback_metrics["val/scale"] == 0.5
+    torch.testing.assert_close(weights(module), weights(fit(tmp_path, Halved(), engine=engine)[0]))
+
+
+def test_a_step_that_fails_with_it_as_well_is_refused(tmp_path):
+    class Breaks(Prepares):
+        def on_train_start(self):
+            self.other = 1
+
+    with pytest.raises(MisconfigurationException, match=r"training_step failed .* has no attribute 'scale'"):
+        fit(tmp_path, Breaks())
+
+
 class Pictures(Regression):
     """Convolutions of images ``[B, 3, 4, 5]`` made of the inputs; notes how its batches and their outputs lie."""
 

@@ -207,12 +207,15 @@ def test_a_step_of_validation_is_tried(tmp_path):
 
 
 def test_a_tried_step_of_validation_leaves_no_trace(tmp_path):
+    stages = []
+
     class Counts(Regression):
         def __init__(self):
             super().__init__()
             self.seen, self.mean = [], MeanMetric()
 
         def validation_step(self, batch, batch_idx):
+            stages.append((self.trainer.sanity_checking, self.trainer.validating, self.trainer.training))
             self.seen.append(len(batch[0]))
             self.mean.update(batch[0].sum())
             self.log("val/mean", self.mean)
@@ -221,6 +224,7 @@ def test_a_tried_step_of_validation_leaves_no_trace(tmp_path):
     data = Clients((4, 8), eval_batch_size=5)  # 10 to evaluate on
     trainer.fit(module, data)
     assert module.seen == [5, 5]
+    assert stages == [(True, False, False), *[(False, True, False)] * 2]
     x = torch.stack([x.sum() for x in torch.stack([x for x, _ in data.val_dataset()]).split(5)])
     assert trainer.callback_metrics["val/mean"] == pytest.approx(float(x.mean()), rel=1e-6)
 

@@ -179,10 +179,13 @@ _PARTS = {
     },
 }
 _VALUES: dict[str, Callable[[Any, Any], Any]] = {
-    **{name: partial(_stage, name.upper()) for name in ("training", "validating", "testing", "predicting")},
+    **{
+        name: partial(_stage, name.upper())
+        for name in ("training", "validating", "testing", "predicting", "sanity_checking")
+    },
     **{name: partial(_part, path) for name, path in _PARTS.items()},
     **dict.fromkeys(("min_epochs", "min_steps", "progress_bar_callback"), lambda t, s: None),
-    **dict.fromkeys(("overfit_batches", "num_sanity_val_steps", "sanity_checking"), lambda t, s: False),
+    **dict.fromkeys(("overfit_batches", "num_sanity_val_steps"), lambda t, s: False),
     **dict.fromkeys(("estimated_stepping_batches", "max_steps"), _steps),
     "current_epoch": lambda t, s: t.current_round,
     "num_training_batches": _batches,

@@ -1,12 +1,13 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -196,13 +197,16 @@ def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
     if not val or run.settings["limit_val_batches"] == 0 or not overrides(module, "validation_step"):
         return
     few = Subset(val, range(min(len(val), data.batch_size)))  # type: ignore[arg-type]
+    stage, run.trainer.state.stage = run.trainer.state.stage, RunningStage.SANITY_CHECKING
     try:
-        run.evaluator.attempt(few, "validation")
+        _prepared(module, lambda: run.evaluator.attempt(few, "validation"))
     except _MISFITS as error:
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.validation_step failed on the first samples of"
             f" {type(given_data(data)).__name__}.val_dataset: {type(error).__name__}: {error}"
         ) from error
+    finally:
+        run.trainer.state.stage = stage
 
 
 def _try_evaluation_of_one(run: RunContext, val: Any) -> None:
@@ -232,11 +236,28 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
         batch: a batch on its device.
         context: what the forward pass runs in.
     """
-    log = LogCollector(module.device)
-    undone = untouched(module)
-    # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
-    with undone, watched(module, set()), collecting_logs(module, log), torch.enable_grad(), context or nullcontext():
-        return call_step(module, "training_step", batch, 0)
+
+    def step() -> Any:
+        log, within = LogCollector(module.device), context or nullcontext()
+        # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
+        with untouched(module), watched(module, set()), collecting_logs(module, log), torch.enable_grad(), within:
+            return call_step(module, "training_step", batch, 0)
+
+    return _prepared(module, step)
+
+
+def _prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
+    """The result of an attempt; where it fails, that of one with what the module's hooks of a start prepare."""
+    try:
+        return attempt()
+    except Exception:
+        hooks = [name for name in ("on_fit_start", "on_train_start") if overrides(module, name)]
+        if not hooks:
+            raise
+        with untouched(module):
+            for name in hooks:
+                getattr(module, name)()
+            return attempt()
 
 
 def _shapes(batch: Any) -> str:
