@@ -139,6 +139,7 @@ class Session(RunContext):
         if overrides(self.module, "on_train_start"):  # steps are tried with what it prepares
             self.begin_training()
             self.layout.check(self.module)
+        self.movers.capture_anew()
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
 

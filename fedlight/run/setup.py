@@ -94,6 +94,10 @@ class Movers:
             self.state.restore()
             load_tensors(self._run.module, self._run.federation.state.buffers)
 
+    def capture_anew(self) -> None:
+        """Training begins: what clients find is the module as it is now, not as an evaluation before has seen it."""
+        vars(self).pop("state", None)
+
     def adopt(self, names: Iterable[str]) -> None:
         """Treat these parameters, which have not moved yet, as buffers."""
         federation = self._run.federation
