@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -204,6 +205,21 @@ def test_a_step_of_validation_is_tried(tmp_path):
     where = "Regression.validation_step failed on the first samples of DatasetPartition.val_dataset"
     refused(tmp_path, f"model and data do not fit: {where}: RuntimeError: .*shapes cannot be multiplied", data=data)
     quiet_trainer(tmp_path, limit_val_batches=0).fit(Regression(), data)
+
+
+def test_what_callbacks_bring_is_not_missed_before(tmp_path):
+    class Brings(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            pl_module.brought = torch.ones(())
+
+    class Needs(Regression):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/brought", self.brought)
+
+    trainer = quiet_trainer(tmp_path, callbacks=[Brings()], client_val_every_n_rounds=0, views=["server"])
+    trainer.fit(Needs(), Clients())
+    assert trainer.callback_metrics["val/brought"] == 1
+    refused(tmp_path / "without", "Needs.validation_step failed .* no attribute 'brought'", Needs())
 
 
 def test_a_tried_step_of_validation_leaves_no_trace(tmp_path):

@@ -201,6 +201,9 @@ def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
     try:
         _prepared(module, lambda: run.evaluator.attempt(few, "validation"))
     except _MISFITS as error:
+        lacks = isinstance(error, AttributeError) and any(error.obj is part for part in module.modules())
+        if lacks and any(not c.__module__.startswith(("fedlight.", "lightning.")) for c in run.trainer.callbacks):
+            return  # a callback may bring it, in a hook that is still to come
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.validation_step failed on the first samples of"
             f" {type(given_data(data)).__name__}.val_dataset: {type(error).__name__}: {error}"
