@@ -92,7 +92,7 @@ ASKED = []
 
 def test_the_facts_of_other_runs(tmp_path):
     class Facts(Regression):
-        def on_train_start(self):
+        def on_round_start(self):
             session = self.trainer._session
             SEEN.append(facts(session))
 

@@ -234,7 +234,7 @@ class SiteSession(Session):
     def _begin(self, job: Parcel) -> list[int]:
         use_threads(self, self._cleanup)
         self.start_training()
-        self.begin_training()
+        self.hooks.once("on_train_start")
         clients: list[int] = job.info["clients"]
         self._receive(job, clients)
         return clients

@@ -210,6 +210,7 @@ class Hooks:
         ]
         self._table: dict[str, list[Callable[..., Any]]] = {}
         self._asked: dict[tuple[int, str], set[str]] = {}
+        self._once = set[str]()
 
     def overridden(self, name: str) -> list[str]:
         """Class names of the callbacks, and of the module, that override a hook."""
@@ -224,6 +225,12 @@ class Hooks:
         if self._table.get(name) == []:  # several are called in every local step, and hardly anyone overrides them
             return False
         return any(r == -1 for r in self._call(name, *args) if isinstance(r, int))
+
+    def once(self, name: str) -> None:
+        """Call a hook that was not called in this way before."""
+        if name not in self._once:
+            self._once.add(name)
+            self(name)
 
     def collect(self, name: str, *args: Any) -> dict[str, Any]:
         """Call the hook, and join the dictionaries that it returns."""

@@ -77,7 +77,7 @@ class Session(RunContext):
         self.profiler = setup.make_profiler(self.settings["profiler"])
         self.hooks = Hooks(trainer, model, trainer.callbacks, self.profiler)
         self.loggers, self.folder = [], None
-        self._finished = self._created = self._begun = False
+        self._finished = self._created = False
         self.resumed, self.ckpt_path = ckpt_path is not None, ckpt_path
         self._checkpoint: dict[str, Any] | None = None
         self.first_round, self.experiment, self.changes, self.fresh = 0, {}, {}, set()
@@ -115,7 +115,7 @@ class Session(RunContext):
         self.clock = setup.RoundClock(profiler, self.fabric.device)
         if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
             resume.record_changes(self.folder.path, trainer.current_round, self.changes)
-        self.begin_training()
+        self.hooks.once("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
             self.raise_if_interrupted(self.interrupted)
 
@@ -137,17 +137,10 @@ class Session(RunContext):
             resume.restore_schedule(self, self._checkpoint)
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
         if overrides(self.module, "on_train_start"):  # steps are tried with what it prepares
-            self.begin_training()
+            self.hooks.once("on_train_start")
             self.layout.check(self.module)
-        self.movers.capture_anew()
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
-
-    def begin_training(self) -> None:
-        """Call ``on_train_start``, once."""
-        if not self._begun:
-            self._begun = True
-            self.hooks("on_train_start")
 
     def make_engine(self) -> Engine:
         """What executes the local trainings."""
@@ -233,10 +226,7 @@ class Session(RunContext):
         self.evaluator = Evaluator(module, self.fabric, self.datamodule, self.hooks, self.movers.untouched)
 
     def _begin_federation(self) -> None:
-        """Make the federation; of a checkpoint, with its values, and with the parameters that its run trained.
-
-        In a fit the flags are put back then: what hooks before training freeze is compared when they have been called.
-        """
+        """Make the federation; of a checkpoint, with its values, and while those are trained that its run trained."""
         module, checkpoint = self.module, self._checkpoint
         if checkpoint is None:
             return self._make_federation()

@@ -197,6 +197,7 @@ def start_profiler(profiler: Profiler, folder: Path | None, rank: int, cleanup: 
 
 def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     """What all local trainings of the run have in common."""
+    movers.capture_anew()
     trainer, settings, data, federation = run.trainer, run.settings, run.datamodule, run.federation
     clip, engine, per_round = settings["gradient_clip_val"], settings["engine"], expected_clients(trainer.sampler)
     federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))
