@@ -389,6 +389,15 @@ def test_a_step_that_fails_with_it_as_well_is_refused(tmp_path):
         fit(tmp_path, Breaks())
 
 
+def test_a_hook_that_fails_when_it_is_tried_hides_no_batch_that_does_not_fit(tmp_path):
+    class Early(Regression):
+        def on_train_start(self):
+            raise LookupError("too early")
+
+    with pytest.raises(MisconfigurationException, match=r"training_step failed on .*: RuntimeError: .*multiplied"):
+        fit(tmp_path, Early(net=nn.Linear(5, 1)))
+
+
 class Pictures(Regression):
     """Convolutions of images ``[B, 3, 4, 5]`` made of the inputs; notes how its batches and their outputs lie."""
 

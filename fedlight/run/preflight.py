@@ -253,13 +253,16 @@ def _prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
     """The result of an attempt; where it fails, that of one with what the module's hooks of a start prepare."""
     try:
         return attempt()
-    except Exception:
+    except Exception as error:
         hooks = [name for name in ("on_fit_start", "on_train_start") if overrides(module, name)]
         if not hooks:
             raise
         with untouched(module):
-            for name in hooks:
-                getattr(module, name)()
+            try:
+                for name in hooks:
+                    getattr(module, name)()
+            except Exception:  # a hook that cannot be tried says nothing of the batch
+                raise error from None
             return attempt()
 
 

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from fedlight.data.datamodule import first_samples
-from fedlight.engines.base import Engine
+from fedlight.engines import make_engine
 from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
 from fedlight.run.context import RunContext
@@ -92,7 +92,7 @@ def use_threads(run: RunContext, cleanup: ExitStack) -> None:
     flop = step_flop(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
     cleanup.callback(torch.set_num_threads, torch.get_num_threads())
     large, engine = LARGE_STEP, run.settings["engine"]
-    if engine == "vmap" or (isinstance(engine, Engine) and engine.together):
+    if engine != "auto" and make_engine(engine).together:
         flop, large = flop * expected_clients(run.trainer.sampler), LARGE_BATCHED_STEP
     torch.set_num_threads(1 if flop < large else cores)
 
