@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from fedlight.run.folder import place
+
 TOLERANCE = 1e-10
 """The largest error, relative to the largest entry of the twin's models, that is one of rounding."""
 HEAD = ("method", "twin written from", "problem", "rounds", "largest relative error", "verdict")
@@ -56,7 +58,7 @@ def main(args: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("fedlight check-fidelity", description=str(__doc__).split(": ", 1)[1])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="algorithms and perturbations; by default all")
     parser.add_argument("--engine", default="eager", help="what trains: eager (the default), vmap or cuda_graph")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file as well")
+    parser.add_argument("--json", type=place, metavar="FILE", help="write the rows to a file as well")
     given = parser.parse_args(args)
     if given.json and not given.json.absolute().parent.is_dir():
         parser.error(f"--json {given.json}: there is no folder {given.json.absolute().parent}")

@@ -59,7 +59,7 @@ def new(args: Sequence[str]) -> int:
     if len(args) != 1 or args[0].startswith("-"):
         print("usage: fedlight new FOLDER\n\nWrites module.py, config.yaml, sweep.yaml, a test and a README to FOLDER.")
         return 0 if args and args[0] in ("-h", "--help") else 2
-    folder = Path(args[0])
+    folder = Path(args[0]).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if found := sorted(p.name for p in folder.iterdir()):

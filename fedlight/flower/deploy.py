@@ -22,6 +22,7 @@ from fedlight.data.held_out import training_data
 from fedlight.flower.config import ALLOWED, Parts, import_paths
 from fedlight.flower.local import run_local
 from fedlight.flower.server import check_deployable
+from fedlight.run.folder import place
 from fedlight.studies.command import positive
 
 PACKAGE = "fedlight_app"
@@ -182,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("-o", "--output", type=Path, required=True, metavar="APP", help="the folder to write, new or empty")
+    add("-o", "--output", type=place, required=True, metavar="APP", help="the folder to write, new or empty")
     add("--local", type=positive, metavar="N", help="run the app on this machine, with N nodes that share the clients; "
         "without a configuration, one that was written before")  # fmt: skip
     add("--publisher", default="local", metavar="NAME", help="who Flower is told has made the app (default: local)")

@@ -13,7 +13,7 @@ from fedlight.report import figures, tables
 from fedlight.report.groups import Group, Study, group_runs, left_out
 from fedlight.report.runs import find_runs
 from fedlight.report.writers import Block, Heading, Picture, Text, write_html, write_latex, write_markdown
-from fedlight.run.folder import writing
+from fedlight.run.folder import place, writing
 from fedlight.run.names import is_share, preferred_metric
 
 _OTHERS = (
@@ -139,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         "settings, curves with a band over seeds, spectra, accuracy per client, differences of the configurations.",
     )
     add = parser.add_argument
-    add("folders", type=Path, nargs="+", metavar="FOLDER", help="folders of runs or studies, or above them")
-    add("-o", "--output", type=Path, default=Path("report"), metavar="DIR", help="where to write (default: report/)")
+    add("folders", type=place, nargs="+", metavar="FOLDER", help="folders of runs or studies, or above them")
+    add("-o", "--output", type=place, default=Path("report"), metavar="DIR", help="where to write (default: report/)")
     add("--metric", help="what methods are compared by (default: val/accuracy, or what else validation logs)")
     add("--target", type=float, help="count rounds to this value (default: what every method of a setting reaches)")
     add("--baseline", metavar="METHOD", help="show the differences to this method, with 95 %% intervals over seeds")

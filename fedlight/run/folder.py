@@ -18,6 +18,11 @@ HISTORY = "config_history"
 """Where a run keeps the configurations that it had before, and what was changed."""
 
 
+def place(text: str) -> Path:
+    """A path of a command line: ``~`` is the home, also behind ``--output=``, where shells leave it."""
+    return Path(os.path.expanduser(text))
+
+
 class RunFolder:
     """One run's folder, locked while the run is alive, so that no two runs write to it.
 

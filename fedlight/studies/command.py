@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.run.folder import place
 from fedlight.run.names import nearest
 from fedlight.studies.folder import RunSlot
 from fedlight.studies.plan import PlannedRun, command, plan, study_folder
@@ -61,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "are skipped, interrupted ones go on from their last checkpoint: the same command resumes a study.",
     )
     add = parser.add_argument
-    add("study", type=Path, help="the YAML: method, parameters, command")
+    add("study", type=place, help="the YAML: method, parameters, command")
     add("--jobs", type=positive, default=1, metavar="N", help="runs at a time (default: 1)")
-    add("--root", type=Path, default=Path("runs"), metavar="DIR", help="runs go to DIR/<name of the study>/")
+    add("--root", type=place, default=Path("runs"), metavar="DIR", help="runs go to DIR/<name of the study>/")
     add("--count", type=positive, metavar="N", help="at most N runs; needed for random without run_cap")
     add("--only", action="append", default=[], metavar="KEY=VALUE", help="only runs with this value; repeatable")
     add("--dry-run", action="store_true", help="print the commands and run nothing")

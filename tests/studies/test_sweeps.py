@@ -1,6 +1,7 @@
 """The studies that are shipped: W&B takes them, every command they produce is understood, and runs."""
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight import algorithms as fedlight_algorithms
 from fedlight.cli.command import FederatedCLI
 from fedlight.cli.command import main as fedlight
+from fedlight.report.command import main as report
 from fedlight.report.naming import Method
 from fedlight.studies.command import main as run_study
 from fedlight.studies.command import selected
@@ -178,6 +180,15 @@ def test_dry_run_prints_commands(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all("fedlight fit --config=configs/quickstart.yaml" in line and "wandb" not in line for line in lines)
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copyfile("sweeps/digits.yaml", tmp_path / "digits.yaml")
+    assert run_study(["~/digits.yaml", "--root=~/runs", "--dry-run"]) == 0
+    assert f"--trainer.default_root_dir={tmp_path}/runs/digits" in capsys.readouterr().out
+    with pytest.raises(MisconfigurationException, match=f"There is no folder {tmp_path}/none"):
+        report(["~/none", "--output=~/report"])
 
 
 def test_bad_studies_end_with_2_and_a_message(tmp_path, capsys):
