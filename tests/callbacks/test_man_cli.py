@@ -1,6 +1,7 @@
 """MAN in a stock LightningCLI: from YAML and from the command line, and the example that shows it."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,11 @@ QUIET = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])  # a LightningCLI with `args` warns of others
 
 
 class WithData(Lit):
