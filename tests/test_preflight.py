@@ -1,5 +1,6 @@
 """What does not fit together is found before the first round, and the trial leaves no trace."""
 
+import copy
 import re
 
 import pytest
@@ -220,6 +221,28 @@ def test_what_callbacks_bring_is_not_missed_before(tmp_path):
     trainer.fit(Needs(), Clients())
     assert trainer.callback_metrics["val/brought"] == 1
     refused(tmp_path / "without", "Needs.validation_step failed .* no attribute 'brought'", Needs())
+
+
+class Asks(Regression):
+    scale = None
+
+    def training_step(self, batch, batch_idx):
+        return self.scale * super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_start"])
+@pytest.mark.parametrize("frozen", [False, True])  # then steps are tried after the hooks of the start, too
+def test_what_callbacks_bring_to_training_is_not_missed_before(tmp_path, hook, frozen):
+    def brings(callback, trainer, pl_module, *args):
+        pl_module.scale = torch.full((), 2.0)
+
+    net = nn.Sequential(nn.Linear(3, 3).requires_grad_(not (frozen and "batch" not in hook)), nn.Linear(3, 1))
+    expected, found = Asks(net=copy.deepcopy(net)), Asks(net=net)
+    expected.scale = 2.0
+    quiet_trainer(tmp_path).fit(expected, Clients())
+    quiet_trainer(tmp_path, callbacks=type("Brings", (Callback,), {hook: brings})()).fit(found, Clients())
+    assert torch.equal(weights(found), weights(expected))
+    refused(tmp_path / "without", "Asks.training_step failed .*NoneType", Asks())
 
 
 def test_a_tried_step_of_validation_leaves_no_trace(tmp_path):

@@ -94,6 +94,11 @@ def overrides(instance: object, name: str) -> bool:
     return False
 
 
+def strangers(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks that are neither ours nor Lightning's."""
+    return [c for c in callbacks if not c.__module__.startswith(("fedlight.", "lightning."))]
+
+
 def check_module(module: LightningModule) -> None:
     """Refuse by name what federated training cannot honour.
 

@@ -17,7 +17,7 @@ from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
 from fedlight.engines.trial import watched
-from fedlight.module.hooks import overrides
+from fedlight.module.hooks import overrides, strangers
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.module.state import untouched
@@ -158,6 +158,8 @@ def _try_one_batch(run: RunContext, client: int, start: int) -> None:
     try:
         loss = _attempt(run, batch)
     except _MISFITS as error:
+        if _may_come(run, error):
+            return
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
             f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
@@ -201,15 +203,21 @@ def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
     try:
         _prepared(module, lambda: run.evaluator.attempt(few, "validation"))
     except _MISFITS as error:
-        lacks = isinstance(error, AttributeError) and any(error.obj is part for part in module.modules())
-        if lacks and any(not c.__module__.startswith(("fedlight.", "lightning.")) for c in run.trainer.callbacks):
-            return  # a callback may bring it, in a hook that is still to come
+        if _may_come(run, error):
+            return
         raise MisconfigurationException(
             f"model and data do not fit: {type(module).__name__}.validation_step failed on the first samples of"
             f" {type(given_data(data)).__name__}.val_dataset: {type(error).__name__}: {error}"
         ) from error
     finally:
         run.trainer.state.stage = stage
+
+
+def _may_come(run: RunContext, error: Exception) -> bool:
+    """Whether a step fails for something missing that a callback may bring, in a hook that is still to come."""
+    none = isinstance(error, KeyError) or "NoneType" in str(error)
+    lacks = isinstance(error, AttributeError) and any(error.obj is part for part in run.module.modules())
+    return (none or lacks) and bool(strangers(run.trainer.callbacks))
 
 
 def _try_evaluation_of_one(run: RunContext, val: Any) -> None:

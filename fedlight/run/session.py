@@ -15,7 +15,7 @@ from fedlight.data.federated import not_federated
 from fedlight.data.held_out import training_data
 from fedlight.data.sharing import share_among_processes
 from fedlight.engines import Engine, start_engine
-from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, with_module_callbacks
+from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, strangers, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
 from fedlight.run import resume, setup
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
@@ -136,7 +136,8 @@ class Session(RunContext):
             self._make_federation()
             resume.restore_schedule(self, self._checkpoint)
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
-        if overrides(self.module, "on_train_start"):  # steps are tried with what it prepares
+        # Steps are tried with what it prepares.
+        if any(overrides(x, "on_train_start") for x in (self.module, *strangers(self.trainer.callbacks))):
             self.hooks.once("on_train_start")
             self.layout.check(self.module)
         self.engine = self.make_engine()
