@@ -108,7 +108,8 @@ class DirichletClasses(Partitioner):
         raise ValueError(
             f"`data.partitioner.min_size` is {self.min_size}, but in {self.max_tries} draws of DirichletClasses(alpha="
             f"{self.alpha}) for {num_clients} clients and {len(targets)} samples the smallest client had {best} at "
-            "best. A smaller min_size, fewer clients (`data.num_clients`) or a larger `data.partitioner.alpha` help."
+            f"best. {'A smaller min_size, f' if best else 'F'}ewer clients (`data.num_clients`) or a larger "
+            "`data.partitioner.alpha` help."
         )
 
     def _shares(self, counts: Tensor, num_clients: int, generator: Generator) -> Tensor:

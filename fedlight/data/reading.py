@@ -1,11 +1,12 @@
 """Datasets and loaders of other projects: read sample by sample, and taken apart."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import rank_zero_warn
+from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
@@ -115,6 +116,13 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
         or hasattr(dataset, "iloc")
     ):
         raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset, DataLoader or dict of tensors of it.")
+    if clients and isinstance(data, list) and data and isinstance(data[0], tuple | list | Mapping):
+        lengths = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in tree_leaves(data[0])}
+        if len(lengths) == 1 and lengths.isdisjoint({(), (1,)}):
+            rank_zero_info(
+                f"{what}: each of these {len(data)} {type(data[0]).__name__}s is one sample, though its arrays have one"
+                " length. The data of each client are a TensorDataset(X, Y)."
+            )
     if not isinstance(data, DataLoader):
         return Loaded(dataset)
     return _of_loader(data, what)
@@ -124,7 +132,7 @@ def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
     """The dataset of a loader with the rows that its sampler draws, and how it reads them."""
     dataset: Any = data.dataset
     batches: Any = data.batch_sampler
-    size = data.batch_size or getattr(batches, "batch_size", None)
+    size = data.batch_size or getattr(batches, "batch_size", None) or (batches and len(next(iter(batches))))
     if not isinstance(size, int):
         raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
     order: Any = getattr(batches, "sampler", data.sampler) if type(batches) is BatchSampler else batches
@@ -135,6 +143,12 @@ def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
             return Loaded(Subset(dataset, [int(row) for row in rows]), size, data.num_workers, data.collate_fn)
         if not type(order).__module__.startswith("torch."):
             raise TypeError(f"{what}: its {name} draws {drawn} of {len(dataset)} samples; give a Subset of these.")
+    elif hasattr(batches, "__len__") and order is batches:
+        with preserved_global_rng():  # what it draws twice it has chosen, and not drawn by chance
+            one, other = ({int(row) for batch in islice(batches, len(batches)) for row in batch} for _ in range(2))
+        if one == other and len(one) < len(dataset):
+            rank_zero_info(f"{what}: the {len(one)} of {len(dataset)} samples that its {name} draws.")
+            return Loaded(Subset(dataset, sorted(one)), size, data.num_workers, data.collate_fn)
     usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler, sampler.SubsetRandomSampler)
     if not usual or drawn != len(dataset) or getattr(order, "replacement", False):
         rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")

@@ -252,6 +252,10 @@ class InOrder(Sampler):
         return len(getattr(self, self.name))
 
 
+class Shuffled(BatchSampler):
+    """Leaves out other rows in each epoch."""
+
+
 def test_a_sampler_of_rows_is_kept_and_one_of_weights_is_named():
     x, y = torch.arange(10.0)[:, None], torch.arange(10) % 2
     rows = [1, 3, 5, 7]
@@ -268,6 +272,23 @@ def test_a_sampler_of_rows_is_kept_and_one_of_weights_is_named():
         assert sorted(v.item() for c in range(2) for v, _ in (data.client_dataset(c)[i] for i in range(2))) == rows
     fixed = DataLoader(TensorDataset(x, y), batch_sampler=BatchSampler(SequentialSampler(y), 3, False))
     assert DatasetPartition(fixed, num_clients=2).batch_size == 3
+    chosen = DataLoader(TensorDataset(x, y), batch_sampler=[[7, 1], [5, 3]])
+    data = ready(DatasetPartition(chosen, num_clients=2))
+    assert data.batch_size == 2
+    assert sorted(v.item() for c in range(2) for v, _ in (data.client_dataset(c)[i] for i in range(2))) == rows
+    by_chance = DataLoader(TensorDataset(x, y), batch_sampler=Shuffled(RandomSampler(y), 4, True))
+    with pytest.warns(UserWarning, match="its Shuffled is not used"):
+        assert ready(DatasetPartition(by_chance, num_clients=2)).partition_counts().sum() == 10
+
+
+def test_a_pair_of_arrays_is_said_to_be_one_sample(caplog):
+    with caplog.at_level(logging.INFO):
+        DatasetPartition([numbers(4), numbers(5)])
+    assert "`data.train`: each of these 2 tuples is one sample" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        DatasetPartition([(x, int(y > 0)) for x, y in zip(*numbers(4), strict=True)])
+    assert not caplog.text
 
 
 class Stream(IterableDataset):

@@ -179,6 +179,8 @@ def test_dirichlet_classes_keeps_the_minimum_size():
 def test_dirichlet_classes_gives_up_and_says_so():
     with pytest.raises(ValueError, match=r"`data\.partitioner\.min_size` is 29, but in 5 draws .* at best"):
         DirichletClasses(0.01, min_size=29, max_tries=5)(labels(600, 10), 20, rng())
+    with pytest.raises(ValueError, match="had 0 at best. Fewer clients"):  # no smaller min_size helps
+        DirichletClasses(0.01, min_size=1, max_tries=2)(labels(600, 10), 500, rng())
 
 
 @pytest.mark.parametrize("cls", [DirichletClasses, QuantitySkew])
