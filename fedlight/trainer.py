@@ -205,7 +205,8 @@ class FederatedTrainer(Commands):
             session.movers.join(federation.late())
         with clock("aggregate"):
             row: dict[str, Tensor | float] = {"round": round, "lr": session.schedule.lr}
-            row |= now | federation.aggregate()
+            begun = session.hooks.logged if round == session.first_round else {}
+            row |= begun | now | federation.aggregate()
         self.should_stop = self.should_stop or stop > 0 or federation.spent
         session.fresh.update(row)
         self._metrics |= {name: torch.as_tensor(value) for name, value in row.items()}  # waits for no device

@@ -1,8 +1,11 @@
 """What self.log collects over batches, epochs, clients and processes."""
 
+import csv
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 
@@ -162,12 +165,28 @@ def test_reductions_that_cannot_be_merged_are_refused():
         LogCollector().log("x", 1.0, reduce_fx=torch.median)
 
 
+@pytest.mark.parametrize("owner", ["module", "callback"])
+def test_what_is_logged_when_training_starts_is_in_the_first_row(tmp_path, owner):
+    class Model(Regression):
+        def on_train_start(self):
+            self.log("at_start", 7.0)
+
+    class Logger(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.log("at_start", 7.0)
+
+    trainer = quiet_trainer(tmp_path, callbacks=[Logger()] if owner == "callback" else [])
+    trainer.fit(Model() if owner == "module" else Regression(), Clients())
+    rows = csv.DictReader((trainer.run_dir / "metrics.csv").read_text().splitlines())
+    assert [row["at_start"] for row in rows] == ["7", "", ""]
+
+
 def test_logging_outside_of_training_says_so(tmp_path):
     class Model(Regression):
         def on_round_end(self):
             self.log("late", 1.0)
 
-    with pytest.raises(MisconfigurationException, match="self.log"):
+    with pytest.raises(MisconfigurationException, match="self.log: this hook .* Log in on_train_start"):
         fit(tmp_path, Model())
 
 

@@ -8,9 +8,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import Looking, once_known
 from fedlight.penalties.base import Penalty
 from fedlight.run.folder import optional
@@ -199,6 +201,7 @@ class Hooks:
     Attributes:
         audience: each callback, and the trainer as it sees it.
         quiet: whether the module's own hooks alone are called.
+        logged: what was logged in hooks that are called once.
     """
 
     quiet = False
@@ -215,7 +218,7 @@ class Hooks:
         ]
         self._table: dict[str, list[Callable[..., Any]]] = {}
         self._asked: dict[tuple[int, str], set[str]] = {}
-        self._once = set[str]()
+        self._once, self.logged = set[str](), dict[str, Tensor]()
 
     def overridden(self, name: str) -> list[str]:
         """Class names of the callbacks, and of the module, that override a hook."""
@@ -232,10 +235,12 @@ class Hooks:
         return any(r == -1 for r in self._call(name, *args) if isinstance(r, int))
 
     def once(self, name: str) -> None:
-        """Call a hook that was not called in this way before."""
+        """Call a hook that was not called in this way before, and keep what it logs."""
         if name not in self._once:
             self._once.add(name)
-            self(name)
+            with collecting_logs(self._module, LogCollector(self._module.device)) as log:
+                self(name)
+            self.logged |= log.compute()
 
     def collect(self, name: str, *args: Any) -> dict[str, Any]:
         """Call the hook, and join the dictionaries that it returns."""

@@ -83,9 +83,7 @@ class TrainerInterface(LightningNames):
     seed: int
     fast_dev_run: bool
 
-    # Read by Lightning's own callbacks and by LightningModule.log, which says where it may be called.
-    _results = None
-    barebones = False
+    barebones = False  # what Lightning's own callbacks and LightningModule.log read
 
     def __init__(self, settings: dict[str, Any]) -> None:
         check_settings(settings)
@@ -119,6 +117,14 @@ class TrainerInterface(LightningNames):
         self._metrics: dict[str, torch.Tensor] = {}
         self.run_dir: Path | None = None
         self.facts: dict[str, str] = {}
+
+    @property
+    def _results(self) -> Any:  # what LightningModule.log asks for
+        raise MisconfigurationException(
+            "self.log: this hook belongs to no client and no evaluation, so there is nothing to reduce over. Log in"
+            " on_train_start, in a step, or in a hook of an epoch or batch; a callback may return figures of a round"
+            " from on_round_metrics."
+        )
 
     @property
     def method_name(self) -> str:
