@@ -14,14 +14,14 @@ from torch import Tensor
 from fedlight.data.folders import EXTENSIONS, split_of
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
-from fedlight.data.tables import Table, coded, column, is_leaf, read_leaf, read_table
+from fedlight.data.tables import DELIMITERS, Table, coded, column, ending_of, is_leaf, read_leaf, read_table
 
 _COLUMNS = {"image": "image_id", "label": "class", "client": "user_id", "split": "split"}
 
 
 def is_listed(path: Path) -> bool:
-    """Whether it is a CSV file, or a folder of LEAF."""
-    return (path.is_file() and path.suffix.lower() == ".csv") or is_leaf(path)
+    """Whether it is a CSV or TSV file, or a folder of LEAF."""
+    return (path.is_file() and ending_of(path) in DELIMITERS) or is_leaf(path)
 
 
 def load_listed(

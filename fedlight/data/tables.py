@@ -1,6 +1,7 @@
 """Tables of samples, by column: read from CSV, JSON, LEAF's JSON, and Hugging Face's datasets."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -18,6 +19,8 @@ from fedlight.data.folders import in_order, read_tree, split_of
 from fedlight.data.reading import is_hf
 
 Table = dict[str, list[Any]]
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t"}
+"""What may part the columns of a file; of several, what the header holds most of."""
 _WHOLE = re.compile(r"^(\d+)(?:\.0+)?$")
 """A whole number, also as pandas writes it beside empty cells: ``3.0``."""
 
@@ -36,7 +39,7 @@ def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         files = sorted(path.glob("*")) if path.is_dir() else [path]
-        named = {file.name: file for file in files if file.suffix.lower() in (".csv", ".tsv", ".jsonl")}
+        named = {file.name: file for file in files if ending_of(file) in (*DELIMITERS, ".jsonl", ".ndjson", ".parquet")}
         named |= {file.name: file for file in files if file.suffix == ".json" and split_of(file.name)[0]}
         if {"state.json", "dataset_dict.json"} & {file.name for file in files}:
             from datasets import load_from_disk
@@ -70,24 +73,33 @@ def _texts(root: Path, test_fraction: float) -> dict[str, Table]:
 
 
 def _text(path: Path) -> str:
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeError) as error:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            return str(file.read())
+    except (OSError, EOFError, UnicodeError) as error:
         raise ValueError(f"`data.source`: {path} is not readable as UTF-8: {error}. Write it anew as UTF-8.") from error
 
 
 def read_table(source: Any) -> Table:
-    """The columns of a CSV or TSV file with a header, of JSON lines, or of a Hugging Face dataset.
+    """The columns of a CSV or TSV file with a header, of JSON lines or Parquet, or of a Hugging Face dataset.
 
     Raises:
         ValueError: naming the file, and the line where it is known.
     """
     if is_hf(source):
         return {name: list(source.with_format(None)[name]) for name in source.column_names}
+    if (ending := ending_of(source)) == ".parquet":
+        try:
+            import pyarrow.parquet as parquet
+
+            return dict(parquet.read_table(source).to_pydict())
+        except (ImportError, OSError, ValueError) as error:
+            raise ValueError(f"`data.source` ({source}): {error}. Parquet needs pyarrow; or write CSV.") from error
     text = _text(source)
     try:
-        if source.suffix.lower() in (".csv", ".tsv"):
-            rows: Any = _csv_rows(text, "\t" if source.suffix.lower() == ".tsv" else ",")
+        if ending in DELIMITERS:
+            rows: Any = _csv_rows(text, DELIMITERS[ending])
         elif text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
@@ -95,19 +107,28 @@ def read_table(source: Any) -> Table:
         names = dict.fromkeys(name for row in rows for name in row.keys())  # noqa: SIM118
     except (AttributeError, csv.Error, ValueError, TypeError) as error:
         raise ValueError(
-            f"`data.source` ({source}) is no table, with an object or row for each sample (.csv, .tsv, .json, .jsonl):"
-            f" {error}"
+            f"`data.source` ({source}) is no table, with an object or row for each sample (.csv, .tsv, .json, .jsonl,"
+            f" .parquet): {error}"
         ) from error
     if not rows:
         raise ValueError(f"`data.source` ({source}) holds no samples.")
     return {str(name): [row.get(name) for row in rows] for name in names}
 
 
-def _csv_rows(text: str, delimiter: str) -> list[dict[str, str | None]]:
+def ending_of(file: Path) -> str:
+    """``.csv`` of ``A.CSV`` and of ``a.csv.gz``."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def _csv_rows(text: str, delimiters: str) -> list[dict[str, str | None]]:
     """The rows by the names of the header; cells that are empty are None, as those that are not there."""
     csv.field_size_limit(sys.maxsize)  # texts are longer than the csv module expects
-    file = io.StringIO(text, newline="")
-    rows = csv.DictReader(file, delimiter=delimiter, strict=True, skipinitialspace=delimiter == ",")
+    delimiter = max(delimiters, key=text.lstrip().partition("\n")[0].count)
+    # Where every line is a row by itself, a quotation mark that its cell does not close begins none of many lines.
+    stray = delimiter == "\t" and len({line.count("\t") for line in text.split("\n") if line.strip()}) == 1
+    stray = stray and re.search(r'(?m)(^|\t)"(?![^\t\n]*"(\t|$))', text) is not None
+    how: Any = {"quoting": csv.QUOTE_NONE if stray else csv.QUOTE_MINIMAL, "skipinitialspace": delimiter == ","}
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **how)
     names = [*filter(None, rows.fieldnames or ())]
     if len({*names}) < len(names):
         raise ValueError(f"two columns have one name: {', '.join(names)}")

@@ -34,9 +34,9 @@ class TextData(PartitionedDataModule):
     Checkpoints hold it and the labels' names, and what is evaluated with one is read with these.
 
     Args:
-        source: a CSV, TSV, JSON or JSON-lines file, or a folder with one for each split; a folder of LEAF; folders
-            ``<label>/*.txt`` or ``<client>/<label>/*.txt``, with or without splits; a folder that a Hugging Face
-            dataset was saved to, such a dataset, or a mapping with one for each split.
+        source: a CSV, TSV, JSON, JSON-lines or Parquet file, or a folder with one for each split; a folder of LEAF;
+            folders ``<label>/*.txt`` or ``<client>/<label>/*.txt``, with or without splits; a folder that a Hugging
+            Face dataset was saved to, such a dataset, or a mapping with one for each split.
         text: the column of the texts.
         label: the column of the labels; null for language models, whose labels are the ids themselves, and -100 where
             there is padding.

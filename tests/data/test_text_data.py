@@ -1,15 +1,18 @@
 """Texts: sources, numbers of words and characters, clients, what checkpoints keep, and what is refused."""
 
+import gzip
 import json
 import logging
 
 import datasets
+import pandas
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.data import IID, DirichletClients, TextData
 from fedlight.data.held_out import draw_clients
+from fedlight.data.tables import read_table
 from fedlight.models import CharLSTM, Classifier, TextMLP
 from tests.data import layouts
 from tests.helpers.tiny import quiet_trainer
@@ -246,6 +249,24 @@ def test_tables_as_people_write_them(tmp_path, caplog):
     jsonl(tmp_path / "train.jsonl")
     with pytest.raises(ValueError, match=r"needs one table for training.*'train.jsonl', .*'train.json'"):
         ready(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["rows.CSV.gz", "rows.csv", "rows.tsv", "rows.ndjson", "rows.parquet"])
+def test_the_same_table_in_other_files(tmp_path, name):
+    texts = ['"' * (i % 7 == 0) + f"mail, {i}" for i in range(20)]  # a quotation mark that is never closed
+    file, frame = tmp_path / name, pandas.DataFrame({"text": texts, "label": [i % 2 for i in range(20)]})
+    if name.endswith(".gz"):
+        file.write_bytes(gzip.compress(b"\xef\xbb\xbf" + frame.to_csv(lineterminator="\r\n").encode()))
+    elif name.endswith(".csv"):
+        frame.to_csv(file, sep=";", index=False)
+    elif name.endswith(".tsv"):
+        file.write_text("text\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts)))
+    elif name.endswith(".ndjson"):
+        jsonl(file, frame.to_dict("records"))
+    else:
+        frame.to_parquet(file)
+    assert read_table(file)["text"] == texts
+    assert [int(label) for label in read_table(file)["label"]] == frame["label"].tolist()
 
 
 @pytest.mark.parametrize(("train", "y", "names"), [(["0", "2"], [2], 3), ([1, 2], [0], 2), (["a", "1"], [0], 2)])
