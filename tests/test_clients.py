@@ -34,13 +34,14 @@ def test_disk_gives_what_memory_gives(tmp_path, dtype):
             for store in (memory, disk):
                 store.put(client, "algorithm", state(client, time, dtype))
                 store.put(client, "latest", {"params": seeded(5, seed=client * time, dtype=dtype)})
+                store.put(client, "transforms", {"params/0/error": seeded(5, seed=client + time, dtype=dtype)})
         if time % 2:
             for store in (memory, disk):
                 store.state_dict()
                 store.committed()
     assert memory.clients() == disk.clients() == list(range(7))
     for client in range(7):
-        for part in ("algorithm", "latest"):
+        for part in ("algorithm", "latest", "transforms"):
             assert same(memory.get(client, part), disk.get(client, part))
     assert memory.get(7, "latest") is None
     assert disk.get(7, "latest") is None

@@ -11,6 +11,7 @@ from torchmetrics import MaxMetric, MeanMetric, MeanSquaredError, MetricCollecti
 
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.penalties.base import Penalty
+from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
 from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, quiet_trainer
@@ -48,6 +49,18 @@ def test_values_are_reduced_over_unequal_batches_and_clients(tmp_path):
     assert found["b"] == pytest.approx(2 * weighted)
     assert found["unweighted"] == pytest.approx(sum(batches) / len(batches))
     assert (found["sum"], found["min"], found["max"]) == (2 * sum(batches), 1, 4)
+
+
+def test_train_loss_has_all_digits_in_double_precision(tmp_path):
+    class Same(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("same", loss)
+            return loss
+
+    fit(tmp_path, Same(), Clients(dtype=torch.float64), precision="64-true")
+    (row,) = read_metrics(next(tmp_path.rglob("metrics.csv")))
+    assert row["train/loss"] == row["same"]
 
 
 def test_train_loss_is_the_mean_over_samples_of_the_loss_without_penalties(tmp_path):

@@ -88,9 +88,10 @@ class LogCollector:
         if isinstance(value, dict):
             raise ValueError(f"self.log({name!r}, {{...}}) is not possible; use self.log_dict for a dictionary.")
         reduction = self._reduction(name, reduce_fx)
-        self.add(name, self._scalar(name, value), weight, reduction)
+        self.add(name, self.scalar(name, value), weight, reduction)
 
-    def _scalar(self, name: str, value: Any) -> Tensor:
+    def scalar(self, name: str, value: Any) -> Tensor:
+        """A value as it is summed: a scalar tensor ``[]`` on the device, of ``dtype`` or float64."""
         if not isinstance(value, Tensor):  # filled in on the device: a copy from here would wait for it
             return torch.full((), float(value), dtype=self.dtype, device=self.device)
         if value.dtype is self.dtype and value.device == self.device and value.dim() == 0:
@@ -129,7 +130,7 @@ class LogCollector:
         found = {name: (value, _like(value, weight)) for name, (value, weight) in self._sums.items()}
         for name, metric in self._metrics.items():
             with with_attributes([metric] if self.alone else [], _ALONE):
-                value = self._scalar(name, metric.compute())
+                value = self.scalar(name, metric.compute())
             found[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
             self._reductions[name] = "mean"
         if not keep:

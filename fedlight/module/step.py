@@ -47,7 +47,7 @@ def step_loss(
     if first and loss is not None:
         wrapper = penalized_step(module)
         task_loss = loss if wrapper is None or wrapper.task_loss is None else wrapper.task_loss
-        log.add(LOSS, task_loss.detach().float(), log.batch_size)
+        log.add(LOSS, log.scalar(LOSS, task_loss), log.batch_size)
     return loss
 
 

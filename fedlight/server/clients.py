@@ -174,7 +174,7 @@ class DiskClientStore(ClientStore):
         return sorted({i for slots in self._slots.values() for i in slots})
 
     def _file(self, part: str, name: str) -> Path:
-        return self._folder / f"{part}.{name}.bin"
+        return self._folder / f"{part}.{name.replace('/', '%2F')}.bin"  # transforms keep `params/0/error`
 
     def _read(self, part: str, slot: int) -> State:
         """What a slot holds, in main memory."""
