@@ -69,10 +69,12 @@ def test_a_program_computes_the_same_for_any_number_of_samples(run, tmp_path):
         assert torch.allclose(program(X[:count]), run[1](X[:count]), atol=1e-6)
 
 
-def test_an_example_of_one_sample_stands_for_any_number(tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_an_example_of_one_sample_stands_for_any_number(tmp_path, monkeypatch, precision):
     monkeypatch.setattr(Regression, "example_input_array", torch.zeros(1, 3))
-    quiet_trainer(tmp_path).export(Regression(), Clients(), to=tmp_path / "a.pt2")
-    assert len(torch.export.load(tmp_path / "a.pt2").module()(torch.zeros(5, 3))) == 5
+    quiet_trainer(tmp_path, precision=precision).export(Regression(), Clients(), to=tmp_path / "a.pt2")
+    dtype = torch.float64 if precision.startswith("64") else torch.float32
+    assert len(torch.export.load(tmp_path / "a.pt2").module()(torch.zeros(5, 3, dtype=dtype))) == 5
 
 
 @pytest.mark.slow
@@ -85,7 +87,18 @@ def test_onnx_computes_the_same(run, tmp_path):
 
 
 class Pairs(Regression):
-    example_input_array = (torch.zeros(2, 3), torch.zeros(2, 3))
+    def forward(self, x, *, weight, scale=None):
+        return super().forward(x * weight) * (1 if scale is None else scale)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_forward_of_several_arguments_is_exported_as_it_is_called(tmp_path, monkeypatch, rows):
+    example = {"x": torch.zeros(rows, 3), "weight": torch.zeros(rows, 3), "scale": torch.ones(())}
+    monkeypatch.setattr(Regression, "example_input_array", example)
+    module, x, scale = Pairs(), seeded(5, 3), torch.tensor(2.0)
+    quiet_trainer(tmp_path).export(module, Clients(), to=tmp_path / "a.pt2")
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    assert torch.allclose(program(x=x, weight=x + 1, scale=scale), module(x, weight=x + 1, scale=scale))
 
 
 class Branching(Regression):
@@ -97,10 +110,15 @@ def test_what_cannot_be_exported_is_said(run, tmp_path, monkeypatch):
     trainer = quiet_trainer(tmp_path)
     with pytest.raises(MisconfigurationException, match=r"to='model.h5' must end in .pt"):
         exported(run, "model.h5")
-    with pytest.raises(MisconfigurationException, match="Pairs.forward is exported for one tensor"):
+    with pytest.raises(MisconfigurationException, match="cannot export Pairs.forward: TypeError.* Set example_input"):
         trainer.export(Pairs(), Clients(), to=tmp_path / "a.pt2")
     with pytest.raises(MisconfigurationException, match="torch cannot export Branching.forward"):
         trainer.export(Branching(), Clients(), to=tmp_path / "a.pt2")
+    monkeypatch.setattr(Regression, "example_input_array", {})
+    with pytest.raises(
+        MisconfigurationException, match="Regression.forward, as what it takes is not known. Set example"
+    ):
+        trainer.export(Regression(), Clients(), to=tmp_path / "a.pt2")
     monkeypatch.setattr(results, "find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"needs ONNX: pip install .fedlight\[onnx\]"):
         exported(run, tmp_path / "a.onnx")

@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
@@ -196,19 +197,28 @@ def _program(run: RunContext, to: Path) -> Any:
     if x is None:
         batch = first_samples(run.datamodule, int(run.federation.sizes.argmax()), 2)
         x = batch[0] if isinstance(batch, list | tuple) else batch
-    if not isinstance(x, Tensor):
-        raise MisconfigurationException(
-            f"to={str(to)!r}: {type(run.module).__name__}.forward is exported for one tensor, and a batch here begins"
-            f" with {type(x).__name__}. Set example_input_array in the module to what forward takes."
-        )
-    x = x.expand(2, *x.shape[1:]) if len(x) == 1 else x  # torch takes a dimension of one for a constant
+        x = None if isinstance(x, Mapping) else x  # as arguments, or as one: nobody knows
+    given = ((), dict(x)) if isinstance(x, Mapping) else (x if isinstance(x, tuple) else (x,), {})
+    given = move_data_to_device(run.fabric.strategy.precision.convert_input(given), torch.device("cpu"))
+    sizes = [len(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor) and leaf.ndim]
+    about = f"to={str(to)!r}: torch cannot export {type(run.module).__name__}.forward"
+    instead = "Set example_input_array in the module to what it takes: a tensor, or a tuple or dictionary of arguments."
+    if not sizes:
+        raise MisconfigurationException(f"{about}, as what it takes is not known. {instead}")
+
+    def is_batch(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == sizes[0]
+
+    batch = torch.export.Dim("batch")
+    shapes = tree_map(lambda t: {0: batch} if is_batch(t) else None, (*given[0], *given[1].values()))
+    # torch takes a dimension of one for a constant
+    args, kwargs = tree_map(lambda t: t.expand(2, *t.shape[1:]) if is_batch(t) and len(t) == 1 else t, given)
     try:
         with evaluating(run.module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.export.export(run.module, (x.cpu(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-            names: dict[str, Any] = {"input_names": ["input"], "output_names": ["output"]}
+            program = torch.export.export(run.module, args, kwargs, dynamic_shapes=shapes)
+            names: dict[str, Any] = {} if len(shapes) > 1 else {"input_names": ["input"], "output_names": ["output"]}
             return program if to.suffix == ".pt2" else torch.onnx.export(program, **names, dynamo=True, verbose=False)
     except Exception as error:
-        raise MisconfigurationException(
-            f"to={str(to)!r}: torch cannot export {type(run.module).__name__}.forward: {type(error).__name__}: {error}"
-        ) from error
+        hint = f" {instead}" * isinstance(error, TypeError)
+        raise MisconfigurationException(f"{about}: {type(error).__name__}: {error}{hint}") from error
