@@ -1,7 +1,7 @@
 """Any datasets, divided among clients."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,8 @@ from fedlight.data.folders import in_order
 from fedlight.data.images import say_shared
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
-from fedlight.data.reading import Loaded, is_hf, loaded
+from fedlight.data.reading import LABELS, Loaded, is_hf, label_of, loaded, numbered
 from fedlight.seeding import preserved_global_rng
-
-_NONE = ("nan", "NaT", "<NA>")
-LABELS = ("targets", "labels", "target", "label", "y")
-"""What data call the classes of their samples."""
 
 
 class DatasetPartition(PartitionedDataModule):
@@ -128,12 +124,19 @@ class DatasetPartition(PartitionedDataModule):
                 )
         theirs = self._targets is None or isinstance(self._targets, str)
         targets, self.classes = self._numbers("targets", self._targets, size, (self.classes or names) if theirs else [])
-        groups, _ = self._numbers("groups", self._groups, size)
+        groups, sites = self._numbers("groups", self._groups, size)
         val_targets = None if self._val is None else find_targets(self._val, self._keys, self.classes)
+        labels = None if theirs or targets is None or val_targets is None else find_targets(self._train)
+        if labels is not None and not labels.equal(targets):  # type: ignore[arg-type]  # mypy forgets that it is one
+            rank_zero_info("data: `data.targets` are not the data's own labels: clients get no held-out data by these.")
+            val_targets = None
         self._strata = None if targets is None or val_targets is None else (targets, val_targets)
         if targets is not None and int(targets.max()) >= len(self.classes):  # these are names of something else
             self.classes = []
         self.divide(size, targets, len(self.classes) or None, groups)
+        column = self._groups if isinstance(self._groups, str) and self._val is not None else None
+        if groups is not None and column and (held := find_targets(self._val, (column,), sites)) is not None:
+            self.stratify(self._strata, (groups, held))
 
     @property
     def _keys(self) -> Sequence[str]:
@@ -148,10 +151,12 @@ class DatasetPartition(PartitionedDataModule):
                 raise ValueError(f"`data.{key}` is {given!r}, which is no column or attribute of the training data.")
         elif given is None and key == "targets":
             found = find_values(self._train, LABELS) if find_targets(self._train) is not None else None
+            if found is not None and len(getattr(getattr(self._train, "storage", None), "leaves", ())) > 2:
+                rank_zero_info("data: the class of a sample is `label`, `y` or its last tensor, if not `data.targets`.")
             if found is None and self.partitioner.needs_labels:
                 rank_zero_info(f"data: all {size} samples are read to find their labels; `data.targets` saves that.")
                 with preserved_global_rng():
-                    found = [_label(self._train[i]) for i in range(size)]
+                    found = [label_of(self._train[i]) for i in range(size)]
                 found = None if any(label is None for label in found) else found
         if found is None:
             return None, []
@@ -240,7 +245,8 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
     if isinstance(dataset, ArrayDataset):
         tree = dataset.storage.build(dataset.storage.leaves)
         key = next((key for key in keys if isinstance(tree, dict) and key in tree), None)
-        found: Any = tree[key] if key is not None else dataset.targets if keys is LABELS else None
+        last = dataset.targets if keys is LABELS and not isinstance(tree, dict) else None
+        found: Any = last if key is None else tree[key]
         found = None if found is None else found[dataset.positions(torch.arange(len(dataset)))]
     elif is_hf(dataset):
         key = next((key for key in keys if key in dataset.column_names), None)
@@ -249,52 +255,3 @@ def find_values(dataset: Any, keys: Sequence[str]) -> list[Any] | None:
         found = next((value for key in keys if (value := getattr(dataset, key, None)) is not None), None)
     fits = hasattr(found, "__len__") and getattr(found, "ndim", 1) == 1 and len(found) == len(dataset)
     return (found.tolist() if hasattr(found, "tolist") else list(found)) if fits else None
-
-
-def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Tensor, list[str]]:
-    """Classes or groups as ``[n]`` int64, and the names of strings, which are numbered by ``names`` or as they sort.
-
-    With ``key``, of data that are known to be classes or groups, whole floating-point numbers are taken, too.
-
-    Raises:
-        ValueError: if they are neither integers nor strings, or a sample has none.
-    """
-    if not isinstance(values, Tensor):
-        values = [_plain(value) for value in (values if getattr(values, "ndim", 1) == 1 else np.asarray(values))]
-        lost = [i for i, v in enumerate(values) if v is None or (not isinstance(v, str | int) and str(v) in _NONE)]
-        strings = [isinstance(value, str) for value in values]
-        if lost or (any(strings) and not all(strings)):
-            found = f"{len(lost)} samples have none, the first is {lost[0]}" if lost else "some are strings, others not"
-            raise ValueError(f"`data.{key}`: {found}. Each sample has one integer, or one string.")
-        if values and all(strings):
-            names = list(names) or in_order(set(values))
-            number = {name: i for i, name in enumerate(names)}
-            return torch.tensor([number.get(value, len(names)) for value in values]), names
-    try:
-        tensor = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).cpu()
-    except (TypeError, ValueError) as error:
-        found = type(next(iter(values))).__name__
-        raise ValueError(f"`data.{key}`: {found} is no class or group; give an integer or a string.") from error
-    whole = bool(key) and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
-    if tensor.ndim != 1 or (tensor.is_floating_point() and not whole) or tensor.is_complex():
-        raise ValueError(
-            f"`data.{key}`: classes and groups are one integer per sample, or one string, got {tensor.dtype} of shape"
-            f" {list(tensor.shape)}."
-        )
-    return tensor.long(), list(names)
-
-
-def _label(sample: Any) -> Any:
-    """The label of a sample: its last part, or what it calls so; None for what is no single value."""
-    if isinstance(sample, list | tuple):
-        label = sample[-1]
-    else:
-        held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
-        label = next((held[key] for key in LABELS if held.get(key) is not None), None)
-    return _plain(label)
-
-
-def _plain(value: Any) -> Any:
-    """A value as Python has it, where it is one value."""
-    value = value.item() if hasattr(value, "item") and np.shape(value) in ((), (1,)) else value
-    return value.decode() if isinstance(value, bytes) else value

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,8 +67,8 @@ def load_folder(
     (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
     shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
     rank_zero_info(
-        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; {len(classes)} "
-        f"classes, {len(domains) or 'no'} domains; {said}."
+        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; "
+        f"{named(classes)}, {len(domains) or 'no'} domains; {said}."
     )
     return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
 
@@ -185,6 +185,11 @@ def _labels(files: list[_File], classes: list[str], domains: list[str]) -> tuple
     number = {name: i for i, name in enumerate(classes)}
     y = torch.tensor([number[f.label] for f in files], dtype=torch.int64)
     return y, torch.from_numpy(np.searchsorted(domains, [f.domain for f in files])) if domains else None
+
+
+def named(classes: Sequence[str]) -> str:
+    """How many classes there are, and what the first are called."""
+    return f"{len(classes)} classes ({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
 
 
 def in_order(names: Collection[str]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.folders import EXTENSIONS, split_of
+from fedlight.data.folders import EXTENSIONS, named, split_of
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 from fedlight.data.tables import DELIMITERS, Table, coded, column, ending_of, is_leaf, read_leaf, read_table
@@ -75,7 +75,7 @@ def load_listed(
     n, splits = len(train), ", ".join(sorted({table["split"][row] for row in held} - {"train"})[:5])
     apart, names = test_domains or splits or "a part of each", clients.tolist() if natural else []
     rank_zero_info(
-        f"`data.source` ({path}): {n} training and {len(held)} test images; {len(classes)} classes, "
+        f"`data.source` ({path}): {n} training and {len(held)} test images; {named(classes)}, "
         f"{len({*group[train].tolist()}) if natural else 'no'} clients; test on {apart}."
     )
     return ImageArrays(x[:n], y[train], x[n:], y[held], groups[train] if natural else None, known, classes, names)
@@ -121,6 +121,7 @@ def _files(images: list[str], path: Path, root: Path) -> list[Path]:
     """The files of images, by path, or else by name without suffix, below the folder of ``path`` or ``root``."""
     images = [image.replace("\\", "/") for image in images]  # as Windows writes them
     files = [path.parent / image for image in images]
+    files = files if files[0].is_file() or not (root / images[0]).is_file() else [root / image for image in images]
     found = {} if files[0].is_file() else _by_name({*images}, (path.parent, root))
     files = [found.get(image, file) for image, file in zip(images, files, strict=True)]
     if missing := [file for file in files if not file.is_file()]:

@@ -20,9 +20,13 @@ from torch.utils.data import (
     sampler,
 )
 
+from fedlight.data.folders import in_order
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 Collate = Callable[[list[Any]], Any]
+_NONE = ("nan", "NaT", "<NA>")
+LABELS = ("targets", "labels", "target", "label", "y")
+"""What data call the classes of their samples."""
 
 
 def read_batches(
@@ -110,12 +114,12 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
             "FederatedDataModule of your own whose client_dataset(i) gives the data of client i."
         )
     held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
-    if (
-        not all(isinstance(part, Tensor | np.ndarray) for part in held)
-        or not (dataset is None or hasattr(dataset, "__getitem__"))
-        or hasattr(dataset, "iloc")
-    ):
-        raise TypeError(f"{what} is a {type(dataset).__name__}; give one dataset, DataLoader or dict of tensors of it.")
+    kinds = {
+        "f" if isinstance(part, Tensor) else part.dtype.kind if isinstance(part, np.ndarray) else "" for part in held
+    }
+    if not kinds <= {*"biufc"} or not (dataset is None or hasattr(dataset, "__getitem__")) or hasattr(dataset, "iloc"):
+        found = f"{type(dataset).__name__}{' of strings or objects' if kinds & {*'USO'} else ''}"
+        raise TypeError(f"{what} is a {found}; give one dataset, DataLoader or dict of tensors of it.")
     if clients and isinstance(data, list) and data and isinstance(data[0], tuple | list | Mapping):
         lengths = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in tree_leaves(data[0])}
         if len(lengths) == 1 and lengths.isdisjoint({(), (1,)}):
@@ -153,3 +157,52 @@ def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
     if not usual or drawn != len(dataset) or getattr(order, "replacement", False):
         rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
     return Loaded(dataset, size, data.num_workers, data.collate_fn)
+
+
+def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Tensor, list[str]]:
+    """Classes or groups as ``[n]`` int64, and the names of strings, which are numbered by ``names`` or as they sort.
+
+    With ``key``, of data that are known to be classes or groups, whole floating-point numbers are taken, too.
+
+    Raises:
+        ValueError: if they are neither integers nor strings, or a sample has none.
+    """
+    if not isinstance(values, Tensor):
+        values = [_plain(value) for value in (values if getattr(values, "ndim", 1) == 1 else np.asarray(values))]
+        lost = [i for i, v in enumerate(values) if v is None or (not isinstance(v, str | int) and str(v) in _NONE)]
+        strings = [isinstance(value, str) for value in values]
+        if lost or (any(strings) and not all(strings)):
+            found = f"{len(lost)} samples have none, the first is {lost[0]}" if lost else "some are strings, others not"
+            raise ValueError(f"`data.{key}`: {found}. Each sample has one integer, or one string.")
+        if values and all(strings):
+            names = list(names) or in_order(set(values))
+            number = {name: i for i, name in enumerate(names)}
+            return torch.tensor([number.get(value, len(names)) for value in values]), names
+    try:
+        tensor = (values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).cpu()
+    except (TypeError, ValueError) as error:
+        found = type(next(iter(values))).__name__
+        raise ValueError(f"`data.{key}`: {found} is no class or group; give an integer or a string.") from error
+    whole = bool(key) and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
+    if tensor.ndim != 1 or (tensor.is_floating_point() and not whole) or tensor.is_complex():
+        raise ValueError(
+            f"`data.{key}`: classes and groups are one integer per sample, or one string, got {tensor.dtype} of shape"
+            f" {list(tensor.shape)}."
+        )
+    return tensor.long(), list(names)
+
+
+def label_of(sample: Any) -> Any:
+    """The label of a sample: its last part, or what it calls so; None for what is no single value."""
+    if isinstance(sample, list | tuple):
+        label = sample[-1]
+    else:
+        held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
+        label = next((held[key] for key in LABELS if held.get(key) is not None), None)
+    return _plain(label)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it, where it is one value."""
+    value = value.item() if hasattr(value, "item") and np.shape(value) in ((), (1,)) else value
+    return value.decode() if isinstance(value, bytes) else value

@@ -54,6 +54,8 @@ def load_source(
         ValueError: if it is not what it should be, naming the key.
     """
     path = Path(source).expanduser()
+    if kept := [name for name, (_, folder, _) in _TORCHVISION.items() if path.name == folder and path.is_dir()]:
+        raise ValueError(f"`data.source`: {path} is where {kept[0]} is kept: `source: {kept[0]}, root: {path.parent}`.")
     listed = path.exists() and is_listed(path)
     is_tree = source not in SOURCE_NAMES and path.is_dir() and not has_idx(path)
     if columns and not listed:

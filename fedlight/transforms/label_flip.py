@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from fedlight.data.arrays import ArrayDataset
-from fedlight.data.dataset_partition import LABELS
+from fedlight.data.reading import LABELS
 from fedlight.seeding import preserved_global_rng
 from fedlight.transforms.attack import Attack
 

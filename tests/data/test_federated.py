@@ -308,6 +308,7 @@ class Stream(IterableDataset):
             DataLoader(TensorDataset(*numbers()), 2, sampler=InOrder([1, 2], "mine")),
             "its InOrder draws 2 of 24 samples; give a Subset of these",
         ),
+        ((torch.ones(2), pandas.Series(["a", "b"]).to_numpy()), "is a tuple of strings or objects; give one dataset"),
         (pandas.DataFrame({"x": [1]}), "is a DataFrame; give one dataset, DataLoader or dict of tensors of it"),
         (
             [DataLoader(TensorDataset(*numbers()), b) for b in (2, 3)],
@@ -363,10 +364,23 @@ def test_attributes_are_found_by_name_and_validation_has_the_same_numbers():
     train, val = Texts(["x", "z", "x", "z"]), Texts(["z", "x"])
     data = DatasetPartition(train, val=val, num_clients=None, partitioner=NaturalGroups(), groups="user")
     assert ready(data).client_rows(0).sort().values.tolist() == [1, 3]
-    assert data.client_val_dataset(0)[0] == (0, "z")
+    assert data.client_val_dataset(0)[0] == (1, "x"), "a natural client has the held-out data of its group"
     for other in (train, TensorDataset(torch.zeros(4, 2), torch.arange(4))):  # whose last tensor is no user
         with pytest.raises(ValueError, match="`data.groups` is 'usr', which is no column or attribute"):
             ready(DatasetPartition(other, num_clients=None, partitioner=NaturalGroups(), groups="usr"))
+
+
+def test_what_is_taken_for_classes_is_said(caplog):
+    x, y = seeded(12, 3), torch.arange(12) % 4
+    caplog.set_level(logging.INFO)
+    coarse = ready(DatasetPartition((x, y), test=(x, y), targets=(y // 2).tolist(), num_clients=2))
+    assert coarse.client_val_dataset(0) is None, "its validation data would be chosen by other labels"
+    assert "`data.targets` are not the data's own labels" in caplog.text
+    same = ready(DatasetPartition((x, y), test=(x, y), targets=y.tolist(), num_clients=2))
+    assert same.client_val_dataset(0) is not None
+    assert ready(DatasetPartition((x, y, y // 2), num_clients=2)).num_classes == 2
+    assert "the class of a sample is `label`, `y` or its last tensor" in caplog.text
+    assert ready(DatasetPartition({"x": x, "age": y}, num_clients=2)).num_classes is None
 
 
 class Folder(TensorDataset):

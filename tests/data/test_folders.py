@@ -180,5 +180,5 @@ def test_what_was_understood_is_said_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         load_source(tree(tmp_path, layout))
     (line,) = [r.message for r in caplog.records if "`data.source`" in r.message]
-    assert "3 training and 1 test images, 1 x 2 x 2; 2 classes, no domains; test on the split 'test'" in line
+    assert "3 training and 1 test images, 1 x 2 x 2; 2 classes (cat, dog), no domains; test on the split 'test'" in line
     assert "2 images of another split or in no class folder are left out" in line

@@ -80,7 +80,7 @@ def test_a_list_without_clients_and_its_splits(tmp_path, caplog):
     got = load_source(listed(tmp_path, rows))
     assert (got.y_train.tolist(), len(got.y_test), got.classes) == ([0, 1, 0, 1], 8, ["0", "1"])
     assert (got.group_train, got.groups) == (None, [])
-    assert "4 training and 8 test images; 2 classes, no clients; test on test, val." in caplog.text
+    assert "4 training and 8 test images; 2 classes (0, 1), no clients; test on test, val." in caplog.text
     (tmp_path / "images.tsv").write_text((tmp_path / "images.csv").read_text().replace(",", "\t"))
     assert load_source(str(tmp_path / "images.tsv")).x_train.equal(got.x_train)
     got = load_source(listed(tmp_path / "whole", [row[:2] for row in rows], "image_id,class"), test_fraction=0.5)
@@ -100,6 +100,8 @@ def test_a_name_that_two_images_have_is_refused(tmp_path):
         text.replace("\ni", "\nimages\\i").replace(",", ".png,").replace(".png,class.png", ",class")
     )
     assert len(load_source(source, columns={"split": "split"}).y_train) == 8
+    moved = (tmp_path / "images.csv").rename(tmp_path / "other" / "images.csv")  # paths may begin in `data.root`
+    assert len(load_source(str(moved), tmp_path).y_train) == 8
 
 
 def damaged(file, **changes):

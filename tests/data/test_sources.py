@@ -401,6 +401,12 @@ def test_mnist_through_torchvision(tmp_path, source, folder):
     assert got.num_classes == 10
 
 
+def test_the_folder_of_a_known_source_is_told_from_one_of_images(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(ValueError, match=f"is where cifar10 is kept: `source: cifar10, root: {tmp_path}`"):
+        load_source(str(tmp_path / "cifar-10-batches-py"))
+
+
 def test_emnist_is_turned_upright(tmp_path):
     prefix = "emnist-balanced-train", "emnist-balanced-test"
     held = write_mnist(tmp_path / "EMNIST" / "raw", prefix=prefix)
