@@ -172,12 +172,41 @@ class Masked(Regression):
         return super().training_step(batch, batch_idx)
 
 
-def test_infinite_buffers_that_stay_so_are_kept_and_others_are_named(tmp_path):
+def test_infinite_buffers_that_stay_so_are_kept_and_those_that_become_so_are_named(tmp_path):
     model, trainer = fit(tmp_path, Masked())
     assert torch.equal(model.mask, torch.tensor([0.0, -torch.inf]))
     assert trainer.callback_metrics["clients/left_out"] == 0
-    with pytest.raises(FloatingPointError, match=r"round 1: the buffers/seen of every client .* begin and stay finite"):
-        fit(tmp_path, Masked(torch.inf))
+
+    class Diverges(Masked):
+        def on_train_epoch_end(self):
+            self.seen.fill_(torch.inf)
+
+    with pytest.raises(FloatingPointError, match=r"round 1: the buffers/seen of every client .* stay finite"):
+        fit(tmp_path, Diverges())
+
+
+def test_what_an_observer_has_seen_is_the_mean_over_the_clients_that_saw_something(tmp_path):
+    class Observes(Masked):
+        def on_train_epoch_end(self):
+            if len(self.trainer.train_dataloader.dataset) == 3:  # a client that has seen nothing
+                self.seen.fill_(torch.inf)
+
+    data = Clients(SIZES)
+    model, trainer = fit(tmp_path, Observes(torch.inf), data, max_rounds=1, clients_per_round=1.0)
+    seen = [SIZES[c] * min(x.min() for x, _ in data.client_dataset(c)) for c in range(3)]
+    assert trainer.callback_metrics["clients/left_out"] == 0
+    assert model.seen == pytest.approx(float(sum(seen) / sum(SIZES[:3])), rel=1e-6)
+
+
+def test_a_buffer_that_changes_its_shape_is_named(tmp_path):
+    class Sized(Masked):
+        def training_step(self, batch, batch_idx):
+            if len(self.mask) == 2:  # as some observers do with the first batch that they see
+                self.mask = torch.zeros(8)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match=r"buffer mask from shape \(2,\) to \(8,\).* in `setup`"):
+        fit(tmp_path, Sized())
 
 
 def starting_statistics(tmp_path, policy, rounds=3):

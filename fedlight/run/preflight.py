@@ -251,8 +251,16 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
     def step() -> Any:
         log, within = LogCollector(module.device), context or nullcontext()
         # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
+        shapes = {name: b.shape for name, b in module.named_buffers()}
         with untouched(module), watched(module, set()), collecting_logs(module, log), torch.enable_grad(), within:
-            return call_step(module, "training_step", batch, 0)
+            output = call_step(module, "training_step", batch, 0)
+            for name, b in module.named_buffers():
+                if (old := shapes.get(name, b.shape)) != b.shape:
+                    raise MisconfigurationException(
+                        f"model: a step turns buffer {name} from shape {tuple(old)} to {tuple(b.shape)}, and the server"
+                        " keeps one shape. Let it have that from the start: send a batch through it in `setup`, say."
+                    )
+            return output
 
     return _prepared(module, step)
 

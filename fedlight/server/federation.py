@@ -65,6 +65,7 @@ class Federation:
     def initialise(self, params: Tensor, buffers: State) -> None:
         """Begin with a model: its flat parameters ``[P]`` and its buffers."""
         self.clients.initial_buffers = {k: v.detach().clone() for k, v in buffers.items()}
+        self._infinite = [k for k, v in buffers.items() if v.is_floating_point() and bool(v.isinf().any())]
         self.split.to(params.device)
         self.clients.initial, shared = self.split.own(params), self.split.shared(params)
         latest = {"params": params.double(), "initial": params, "shares": self._shares}
@@ -126,7 +127,7 @@ class Federation:
             latest = self.split.model(reply.message["params"], reply.part)
             before = self.store.get(result.client, "latest") or {"params": self.state.latest_mean["initial"]}
             terms["latest"], rows["latest"] = weight * (latest.double() - before["params"]), {"params": latest}
-        moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS)
+        moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS, self._infinite)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
         report = Report.of(result, weight, square, reply.num_bytes, reply.steps_apart)

@@ -1,6 +1,6 @@
 """All that the server knows between two rounds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.perturbations.base import State
+
+_BEGUN = "begun "
+"""Before the names of what tells which entries of a buffer were infinite and are not any more."""
 
 
 @dataclass
@@ -63,21 +66,32 @@ def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int
     return {"first": torch.tensor(round), **old, "sum": total + params.double(), "count": count + 1}
 
 
-def buffer_moves(after: State, before: Callable[[str], Tensor], prefix: str) -> tuple[State, State]:
+def buffer_moves(
+    after: State, before: Callable[[str], Tensor], prefix: str, begin: Iterable[str] = ()
+) -> tuple[State, State]:
     """How far buffers that are averaged over clients have moved, in float64 and by longer names, and the others.
 
-    Of these (counters of batches) the largest is kept. What is infinite and stays so, as in a mask, has not moved.
+    Of these (counters of batches) the largest is kept. What is infinite and stays so, as in a mask, has not moved. Of
+    ``begin`` it may become finite, as the extrema that an observer sees: then it comes from 0, and is counted.
     """
     averaged = {k: v for k, v in after.items() if v.is_floating_point() or v.is_complex()}
-    pairs = {prefix + k: (real(v), real(before(k))) for k, v in averaged.items()}
-    moves = {k: (new.double() - old).masked_fill_(new == old, 0.0) for k, (new, old) in pairs.items()}
+    pairs = {k: (real(v).double(), real(before(k))) for k, v in averaged.items()}
+    begun = {k: pairs[k][0].isfinite() & pairs[k][1].isinf() for k in begin if k in pairs}
+    old = {k: was.masked_fill(begun[k], 0.0) if k in begun else was for k, (_, was) in pairs.items()}
+    moves = {prefix + k: (new - old[k]).masked_fill_(new == old[k], 0.0) for k, (new, _) in pairs.items()}
+    moves |= {_BEGUN + prefix + k: found.double() for k, found in begun.items()}
     return moves, {k: v for k, v in after.items() if k not in averaged}
 
 
 def moved_buffers(old: State, total: State, prefix: str) -> State:
     """Buffers after a round in which they have moved by ``total`` over its weight."""
-    steps = {k: total[prefix + k] / total["weight"] for k in old if prefix + k in total}
-    return old | {k: like_real(real(old[k]) + v, old[k]) for k, v in steps.items()}
+    found = State()
+    for k in (k for k in old if prefix + k in total):
+        was, step = real(old[k]), total[prefix + k] / total["weight"]
+        found[k] = was + step
+        if (begun := total.get(_BEGUN + prefix + k)) is not None:  # the mean over those who had a number
+            found[k] = torch.where(begun > 0, total[prefix + k] / begun, found[k])
+    return old | {k: like_real(v, old[k]) for k, v in found.items()}
 
 
 def real(buffer: Tensor) -> Tensor:
