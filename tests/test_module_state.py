@@ -278,7 +278,12 @@ class Deletes(Grows):
         self.cache = None
 
 
-@pytest.mark.parametrize("model", [Grows, GrowsInPlace, Deletes])
+class GrowsInValidation(GrowsInPlace):
+    def validation_step(self, batch, batch_idx):
+        self.grow()  # as an observer that sees each batch
+
+
+@pytest.mark.parametrize("model", [Grows, GrowsInPlace, Deletes, GrowsInValidation])
 def test_a_buffer_that_changes_its_shape_is_refused_by_name(tmp_path, model):
     with pytest.raises(MisconfigurationException, match=r"model: buffer 'cache' was \(\[1\], torch.float32\) and is"):
         quiet_trainer(tmp_path).fit(model(), Clients())

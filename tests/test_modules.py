@@ -198,17 +198,6 @@ def test_what_an_observer_has_seen_is_the_mean_over_the_clients_that_saw_somethi
     assert model.seen == pytest.approx(float(sum(seen) / sum(SIZES[:3])), rel=1e-6)
 
 
-def test_a_buffer_that_changes_its_shape_is_named(tmp_path):
-    class Sized(Masked):
-        def training_step(self, batch, batch_idx):
-            if len(self.mask) == 2:  # as some observers do with the first batch that they see
-                self.mask = torch.zeros(8)
-            return super().training_step(batch, batch_idx)
-
-    with pytest.raises(MisconfigurationException, match=r"buffer mask from shape \(2,\) to \(8,\).* in `setup`"):
-        fit(tmp_path, Sized())
-
-
 def starting_statistics(tmp_path, policy, rounds=3):
     """The running mean that each client starts from, by round, and the one that it ended with."""
     starts, keep = {}, Keep()

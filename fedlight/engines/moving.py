@@ -51,7 +51,7 @@ class Moving:
                 raise MisconfigurationException(
                     f"model: buffer {name!r} was {kind} and is {now} after steps"
                     " of a client; buffers are averaged, so they keep their shape and type. Allocate the whole of it,"
-                    " or keep it as a plain attribute."
+                    " send a batch through it in setup, or keep it as a plain attribute."
                 )
         return found
 

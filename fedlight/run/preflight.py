@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
+from fedlight.engines.moving import Moving
 from fedlight.engines.trial import watched
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.logs import LogCollector, collecting_logs
@@ -251,15 +252,10 @@ def trial_step(module: LightningModule, batch: Any, context: AbstractContextMana
     def step() -> Any:
         log, within = LogCollector(module.device), context or nullcontext()
         # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
-        shapes = {name: b.shape for name, b in module.named_buffers()}
+        held = Moving(module)
         with untouched(module), watched(module, set()), collecting_logs(module, log), torch.enable_grad(), within:
             output = call_step(module, "training_step", batch, 0)
-            for name, b in module.named_buffers():
-                if (old := shapes.get(name, b.shape)) != b.shape:
-                    raise MisconfigurationException(
-                        f"model: a step turns buffer {name} from shape {tuple(old)} to {tuple(b.shape)}, and the server"
-                        " keeps one shape. Let it have that from the start: send a batch through it in `setup`, say."
-                    )
+            held.read()  # refuses buffers that have changed their shape
             return output
 
     return _prepared(module, step)
