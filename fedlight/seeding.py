@@ -45,7 +45,8 @@ def preserved_global_rng(devices: bool = True) -> Iterator[None]:
     """Restore Python's, NumPy's and torch's global generators on exit, those of devices or not."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     # Where CUDA is not in use this must not make a context on every GPU, nor ask the driver each time.
-    cuda_states = torch.cuda.get_rng_state_all() if devices and torch.cuda.is_initialized() else []
+    in_use = devices and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if in_use else []
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from fedlight.run.float32 import float32_products
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
-from fedlight.run.memory_format import feed_channels_last
+from fedlight.run.memory import feed_channels_last, keep_freed_blocks
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, resolve_devices, use_threads, watch_children
 from fedlight.run.results import destination
@@ -197,11 +197,11 @@ class Session(RunContext):
         self.fabric = setup.make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
         cleanup.callback(watch_children(self))
+        keep_freed_blocks(self.fabric, cleanup)
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["tf32"] is not None:
             cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
-        if settings["channels_last"]:
-            feed_channels_last(self.fabric.strategy.precision)
+        feed_channels_last(self.fabric.strategy.precision, settings["channels_last"])
         if settings["deterministic"]:
             setup.be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()

@@ -19,7 +19,7 @@ from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
-from fedlight.run.memory_format import _channels_last
+from fedlight.run.memory import _channels_last
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SIZES = (10,) * 8 + (7, 7, 9)
