@@ -183,6 +183,12 @@ def parser_of_fit():
     return FederatedCLI(["-c", str(QUICKSTART)], run=False).parser
 
 
+@pytest.mark.parametrize("given", [["--algorithm=FedSWA"], ["--algorithm=FedSWA", "--algorithm.rho=0.2"]])
+def test_another_algorithm_has_its_own_defaults(given):
+    """``server_lr`` is 1 of FedAvg, which is the default, and 1.5 of FedSWA."""
+    assert parser_of_fit().parse_args(["-c", str(QUICKSTART), *given]).algorithm.init_args.server_lr == 1.5
+
+
 def test_the_list_has_every_config_and_what_it_is(capsys):
     assert light(["configs"]) == 0
     lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
