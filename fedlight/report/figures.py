@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 COSTS: dict[str, tuple[str, ...]] = {"rounds": (), "megabytes": TRAFFIC, "gradients": ("clients/gradients",)}
 """What curves are drawn against, and the metrics that add up to it."""
+_POINTS = 1500  # of a curve at most; a picture has about a thousand columns
 _AXES = {"rounds": "rounds", "megabytes": "megabytes, sent both ways", "gradients": "gradients that clients computed"}
 
 
@@ -141,6 +142,8 @@ def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
 
 def _curve(axes: "Axes", study: Study, group: Group, metric: str, scale: int = 1, cost: Sequence[str] = ()) -> None:
     style, (rounds, means, stds) = _style(study, group), group.curve(metric)
+    keep = slice((len(rounds) - 1) % (step := 1 + len(rounds) // _POINTS), None, step)  # the last one among them
+    rounds, means, stds = rounds[keep], means[keep], stds[keep]
     spent = group.spent(*cost)
     x = [spent.get(r, math.nan) for r in rounds] if cost else rounds
     mean, std = ([scale * value for value in values] for values in (means, stds))

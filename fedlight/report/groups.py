@@ -183,9 +183,8 @@ class Study:
 
 def gain(group: Group, other: Group, metric: str) -> Stat | None:
     """How much higher a metric is than in another group: over the seeds that both have, or of the means."""
-    ours = {run.seed: run.last(metric) for run in group.runs}
-    theirs = {run.seed: run.last(metric) for run in other.runs}
-    pairs = [(ours[seed], theirs[seed]) for seed in ours.keys() & theirs.keys() - {None}]
+    alike = [(a, b) for a in group.runs for b in other.runs if _is_same(a, b) and a.seed is not None]
+    pairs = [(a.last(metric), b.last(metric)) for a, b in alike]
     if differences := Stat.of(a - b for a, b in pairs if a is not None and b is not None):
         return differences
     mine, base = group.stat(metric), other.stat(metric)
@@ -203,6 +202,7 @@ def left_out(groups: Sequence[Group], metrics: Iterable[str], ever: bool = False
     said, several = list[str](), len({group.setting_label for group in groups}) > 1
     for group in groups:
         known = [m for m in dict.fromkeys(metrics) if any(run.series(m) for run in group.runs)]
+        ends = {m: max(max(run.series(m), default=0) for run in group.runs) for m in known}
         for run in group.runs:
             why: dict[str, list[str]] = {}
             for metric in known:
@@ -212,6 +212,8 @@ def left_out(groups: Sequence[Group], metrics: Iterable[str], ever: bool = False
                     why.setdefault("not logged", []).append(metric)
                 elif lost and (ever or lost[-1] == max(series)):
                     why.setdefault(f"NaN from round {lost[0]}", []).append(metric)
+                elif ever and max(series) < ends[metric]:
+                    why.setdefault(f"after its last round, {max(series)}", []).append(metric)
             who = f"{group.label}{f' in {group.setting_label}' if several else ''}, seed {run.seed}"
             for reason, names in why.items():
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""

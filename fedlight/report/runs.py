@@ -78,11 +78,11 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     Raises:
         MisconfigurationException: if a folder does not exist, or there is no run.
     """
-    runs: dict[Path, Run] = {}
+    runs, seen = dict[Path, Run](), set[Path]()
     for folder in folders:
         if not folder.is_dir():
             raise MisconfigurationException(f"There is no folder {folder}.")
-        for run in _below(folder):
+        for run in _below(folder, seen):
             runs.setdefault(run.path.resolve(), run)
     if not runs:
         named = ", ".join(str(folder) for folder in folders)
@@ -90,15 +90,19 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def _below(folder: Path) -> Iterator[Run]:
+def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
+    """The runs of a folder, unless it was seen: a link may lead to a folder above it."""
+    if (place := folder.resolve()) in seen:
+        return
+    seen.add(place)
     if (folder / "study.json").is_file():
         yield from _study_runs(folder)
     elif _is_run(folder):
         yield read_run(folder)
     else:
-        for child in sorted(folder.iterdir(), key=_natural):
+        for child in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path))):
             if child.is_dir() and not child.name.startswith("."):
-                yield from _below(child)
+                yield from _below(child, seen)
 
 
 def _is_run(folder: Path) -> bool:
@@ -160,10 +164,16 @@ def _filled_in(run: Run) -> tuple[Status, str]:
 
 def _in_percent(run: Run) -> bool:
     """Whether accuracies of a run go beyond 1, as those of a module that logs them in percent; they are divided."""
-    found = any(value > 1.001 for row in run.rows for name, value in row.items() if is_share(name))
+    found = {_kind(name) for row in run.rows for name, value in row.items() if is_share(name) and value > 1.001}
     if found:
-        run.rows = [{k: value / 100 if is_share(k) else value for k, value in row.items()} for row in run.rows]
-    return found
+        percent = {name for row in run.rows for name in row if is_share(name) and _kind(name) in found}
+        run.rows = [{k: value / 100 if k in percent else value for k, value in row.items()} for row in run.rows]
+    return bool(found)
+
+
+def _kind(metric: str) -> str:
+    """``val`` of ``val/accuracy`` and of what clients log as that: a module may log its other accuracies as shares."""
+    return re.split(r"[/_.]", metric)[0].replace("clients", "val")
 
 
 def _changes(path: Path) -> str | None:

@@ -6,7 +6,7 @@ import os
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.report.groups import Stat, gain, group_runs
+from fedlight.report.groups import Stat, gain, group_runs, left_out
 from fedlight.report.naming import Method, setting_of
 from fedlight.report.runs import Run, find_runs
 from fedlight.run.names import dotted
@@ -122,6 +122,10 @@ def test_the_gain_of_man_is_that_of_the_common_seeds():
     assert (found.mean, found.count) == (pytest.approx(0.15), 2)
     assert found.std == pytest.approx(0.1 / math.sqrt(2))
     assert study.counterpart(study.find("FedAvg", "digits")) is None
+    for i, one in enumerate(runs):  # the same, where the data's seed tells them apart
+        one.config |= {"seed_everything": 0, "data.init_args.seed": i % 3}
+    study = group_runs(runs)
+    assert gain(study.find("FedAvg+MAN", "digits"), study.find("FedAvg", "digits"), "val/accuracy") == found
 
 
 def test_gain_without_common_seeds_is_that_of_the_means():
@@ -174,6 +178,9 @@ def test_curves_are_means_of_the_seeds_that_have_a_value():
     assert rounds == [1, 2]
     assert means == pytest.approx([0.3, 0.4])
     assert stds == pytest.approx([math.sqrt(0.02), 0.0])
+    assert left_out(study.groups, ["val/accuracy"]) == ""
+    said = " Left out of means: FedAvg, seed 1: val/accuracy after its last round, 1."
+    assert left_out(study.groups, ["val/accuracy"], ever=True) == said
 
 
 def test_methods_come_in_pairs_and_central_training_last(tmp_path):

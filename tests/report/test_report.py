@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from matplotlib.figure import Figure
 
-from fedlight.report import tables
+from fedlight.report import figures, tables
 from fedlight.report.command import main
 from fedlight.report.groups import Stat, group_runs
 from fedlight.report.runs import find_runs
@@ -209,6 +210,15 @@ def test_accuracies_in_percent_are_read_as_such(tmp_path):
     assert "| FedAvg | 93.25 |" in text
     assert "| FedAvg | 93.25 | 1.000 | 2 | 4 | 1 |" in text
     assert "accuracies were logged in percent" in text
+    write_run(tmp_path / "both" / "version_0", [0.5, 0.25], columns={"train/accuracy": [50, 60]})
+    (run,) = find_runs([tmp_path / "both"])
+    assert (run.last("val/accuracy"), run.last("train/accuracy")) == (0.25, 0.6)
+
+
+def test_long_curves_are_thinned_and_keep_their_end(tmp_path):
+    study, axes = group_runs(find_runs([write_run(tmp_path / "version_0", [0.1] * 4000)])), Figure().subplots()
+    figures._curve(axes, study, study.groups[0], "val/accuracy")
+    assert axes.lines[0].get_xdata().tolist() == list(range(1, 4001, 3))
 
 
 def test_what_is_compared_is_what_validation_logs(tmp_path):

@@ -101,6 +101,9 @@ def test_runs_are_found_wherever_they_are_and_once(tmp_path):
     runs = find_runs([tmp_path, tmp_path / "a", tmp_path / "a" / "version_2"])
     names = [str(run.path.relative_to(tmp_path)) for run in runs]
     assert names == ["a/version_0", "a/version_2", "a/version_10", "deep/er/b/version_0"]
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "a" / "best").symlink_to(tmp_path / "a" / "version_2")
+    assert [run.path for run in find_runs([tmp_path])] == [run.path for run in runs]
 
 
 def test_a_studys_missing_and_failed_runs(tmp_path):
