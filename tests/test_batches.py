@@ -9,11 +9,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
 from fedlight.analysis.batches import analysis_batches
+from fedlight.penalties import batches
 from fedlight.penalties.batches import batch_size
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
 
@@ -68,12 +70,13 @@ def test_sizes_are_those_of_lightning(name):
             assert size == 1
 
 
-def test_a_batch_with_two_lengths_is_named():
-    batch = {"x": x(7), "other": x(2)}
+def test_a_batch_with_two_lengths_is_named_once(monkeypatch):
+    monkeypatch.setattr(batches, "_told", WarningCache())
     with pytest.warns(
         UserWarning, match=r"tensors of lengths \[7, 2\]: logs that pass no batch_size are weighted by 7"
-    ):
-        assert batch_size(batch) == 7
+    ) as said:
+        assert [batch_size({"x": x(7), "other": x(n)}) for n in (2, 3)] == [7, 7]
+    assert len(said) == 1
 
 
 def test_sizes_of_transformers_and_geometric():

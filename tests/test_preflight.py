@@ -55,6 +55,21 @@ class LossInTraining(Regression):
         return super().training_step(batch, batch_idx)
 
 
+def test_a_loss_that_nothing_can_be_trained_by_is_found(tmp_path):
+    class Detached(Regression):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx).detach()
+
+    class OneLogit(Regression):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), (batch[1] > 0).float()[:, None])
+
+    refused(tmp_path, "the loss of Detached.training_step leads to no parameter", Detached())
+    with pytest.warns(UserWarning, match="the gradient of OneLogit.training_step is 0 in every entry"):
+        quiet_trainer(tmp_path, max_rounds=1).fit(model := OneLogit(), Clients())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_batch_is_tried_in_the_mode_of_training(tmp_path):
     quiet_trainer(tmp_path, max_rounds=1).fit(LossInTraining().eval(), Clients())
     broken = LossInTraining()

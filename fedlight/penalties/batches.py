@@ -20,7 +20,7 @@ def batch_size(batch: Any) -> int:
         if len(same) == 1 and (size := same.pop()) is not None:
             return size
     sizes = list(dict.fromkeys(_sizes(batch)))
-    if len(sizes) > 1:
+    if len(sizes) > 1 and not _told:  # once, as other batches may have other lengths
         _told.warn(f"A batch has tensors of lengths {sizes}: logs that pass no batch_size are weighted by {sizes[0]}.")
     return sizes[0] if sizes else 1
 

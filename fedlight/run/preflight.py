@@ -1,12 +1,10 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -16,14 +14,10 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
-from fedlight.engines.moving import Moving
-from fedlight.engines.trial import watched
 from fedlight.module.hooks import overrides, strangers
-from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import RoundSchedule, check_schedules
-from fedlight.module.state import untouched
-from fedlight.module.step import call_step
 from fedlight.penalties.numbers import follow
+from fedlight.run.attempt import check_gradient, prepared, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
 from fedlight.seeding import generator
@@ -73,8 +67,9 @@ def check_data(run: RunContext) -> None:
     if run.settings["limit_train_batches"] is None:
         _try_batch_of_one(run, sizes)
     _try_evaluation_of_one(run, data[1])
-    for where in ((client, 0), *((client, row) for _, client, row in labels)):
-        _try_one_batch(run, *where)
+    _try_one_batch(run, client, 0, lambda output: check_gradient(module, output))
+    for _, client, row in labels:
+        _try_one_batch(run, client, row)
     _try_validation(run, data[1])
 
 
@@ -151,13 +146,13 @@ def _check_sizes(federation: Federation) -> None:
         )
 
 
-def _try_one_batch(run: RunContext, client: int, start: int) -> None:
+def _try_one_batch(run: RunContext, client: int, start: int, look: Callable[[Any], None] | None = None) -> None:
     """One forward pass, so that shapes and labels that do not fit are found before training."""
     module, datamodule = run.module, run.datamodule
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
     try:
-        loss = _attempt(run, batch)
+        loss = _attempt(run, batch, look)
     except _MISFITS as error:
         if _may_come(run, error):
             return
@@ -202,7 +197,7 @@ def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
     few = Subset(val, range(min(len(val), data.batch_size)))  # type: ignore[arg-type]
     stage, run.trainer.state.stage = run.trainer.state.stage, RunningStage.SANITY_CHECKING
     try:
-        _prepared(module, lambda: run.evaluator.attempt(few, "validation"))
+        prepared(module, lambda: run.evaluator.attempt(few, "validation"))
     except _MISFITS as error:
         if _may_come(run, error):
             return
@@ -233,49 +228,12 @@ def _try_evaluation_of_one(run: RunContext, val: Any) -> None:
         return
 
 
-def _attempt(run: RunContext, batch: Any) -> Any:
-    output = trial_step(run.module, run.evaluator.prepare(batch), run.fabric.strategy.precision.forward_context())
+def _attempt(run: RunContext, batch: Any, look: Callable[[Any], None] | None = None) -> Any:
+    context = run.fabric.strategy.precision.forward_context()
+    output = trial_step(run.module, run.evaluator.prepare(batch), context, look)
     if run.fabric.device.type == "cuda":  # where a label is found to be out of range later
         torch.cuda.synchronize()
     return output
-
-
-def trial_step(module: LightningModule, batch: Any, context: AbstractContextManager[Any] | None = None) -> Any:
-    """What ``training_step`` returns; all of the module and all random numbers are as before.
-
-    Args:
-        module: the module, in the mode that it is to be tried in.
-        batch: a batch on its device.
-        context: what the forward pass runs in.
-    """
-
-    def step() -> Any:
-        log, within = LogCollector(module.device), context or nullcontext()
-        # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
-        held = Moving(module)
-        with untouched(module), watched(module, set()), collecting_logs(module, log), torch.enable_grad(), within:
-            output = call_step(module, "training_step", batch, 0)
-            held.read()  # refuses buffers that have changed their shape
-            return output
-
-    return _prepared(module, step)
-
-
-def _prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
-    """The result of an attempt; where it fails, that of one with what the module's hooks of a start prepare."""
-    try:
-        return attempt()
-    except Exception as error:
-        hooks = [name for name in ("on_fit_start", "on_train_start") if overrides(module, name)]
-        if not hooks:
-            raise
-        with untouched(module):
-            try:
-                for name in hooks:
-                    getattr(module, name)()
-            except Exception:  # a hook that cannot be tried says nothing of the batch
-                raise error from None
-            return attempt()
 
 
 def _shapes(batch: Any) -> str:

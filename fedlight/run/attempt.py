@@ -1,0 +1,87 @@
+"""A step that is tried before training, and leaves no trace."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from fedlight.engines.moving import Moving
+from fedlight.engines.trial import watched
+from fedlight.module.hooks import overrides
+from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.state import untouched
+from fedlight.module.step import call_step
+
+
+def trial_step(
+    module: LightningModule,
+    batch: Any,
+    context: AbstractContextManager[Any] | None = None,
+    look: Callable[[Any], None] | None = None,
+) -> Any:
+    """What ``training_step`` returns; all of the module and all random numbers are as before.
+
+    Args:
+        module: the module, in the mode that it is to be tried in.
+        batch: a batch on its device.
+        context: what the forward pass runs in.
+        look: looks at what it returns.
+    """
+
+    def step() -> Any:
+        log, within = LogCollector(module.device), context or nullcontext()
+        # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
+        held = Moving(module)
+        with untouched(module), watched(module, set()), collecting_logs(module, log), torch.enable_grad(), within:
+            output = call_step(module, "training_step", batch, 0)
+            held.read()  # refuses buffers that have changed their shape
+            if look is not None:
+                look(output)
+            return output
+
+    return prepared(module, step)
+
+
+def prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
+    """The result of an attempt; where it fails, that of one with what the module's hooks of a start prepare."""
+    try:
+        return attempt()
+    except Exception as error:
+        hooks = [name for name in ("on_fit_start", "on_train_start") if overrides(module, name)]
+        if not hooks:
+            raise
+        with untouched(module):
+            try:
+                for name in hooks:
+                    getattr(module, name)()
+            except Exception:  # a hook that cannot be tried says nothing of the batch
+                raise error from None
+            return attempt()
+
+
+def check_gradient(module: LightningModule, output: Any) -> None:
+    """Refuse a loss that leads to no parameter, and warn of one that no parameter changes."""
+    loss, name = output.get("loss") if isinstance(output, Mapping) else output, type(module).__name__
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            f"model: the loss of {name}.training_step leads to no parameter that is trained. Return it as it was"
+            " computed: not detached, of no argmax, outside of torch.no_grad, and train what it is made with."
+        )
+    before = [(p, p.grad) for p in module.parameters()]
+    module.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = [p.grad._values() if p.grad.is_sparse else p.grad for p, _ in before if p.grad is not None]
+    if not any(bool(grad.any()) for grad in grads):
+        rank_zero_warn(
+            f"model: the gradient of {name}.training_step is 0 in every entry of the first batch. Nothing is trained"
+            " where it stays so, as by cross_entropy of one logit (take binary_cross_entropy_with_logits) or softmax of one."
+        )
+    for p, grad in before:
+        p.grad = grad
