@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MinMetric
@@ -17,7 +18,7 @@ from torchmetrics import MaxMetric, MinMetric
 from fedlight.engines import moving
 from fedlight.module.state import ModuleState, untouched
 from fedlight.perturbations import SAM
-from tests.helpers.tiny import Clients, Regression, quiet_trainer
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 
 @dataclasses.dataclass(slots=True)
@@ -347,3 +348,41 @@ def test_a_second_pass_captures_the_attributes_only_of_a_module_that_changes_som
     monkeypatch.setattr(moving, "attributes_of", lambda module: calls.append(1) or take(module))
     quiet_trainer(tmp_path, max_rounds=1, clients_per_round=4, perturbation=SAM(0.1)).fit(model(), Clients())
     assert len(calls) == captures
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+@pytest.mark.parametrize("owner", ["module", "callback"])
+def test_what_hooks_of_the_start_set_is_what_training_begins_with(tmp_path, hook, owner, caplog):
+    class Centred(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(3))
+            self.register_buffer("scale", None)
+
+        def forward(self, x):
+            return super().forward((x - self.centre) * self.scale)
+
+    def begins(module):
+        if not hasattr(module, "started"):
+            module.started, module.centre = True, torch.full((3,), 0.5)
+            module.scale = torch.full((), 2.0)
+            nn.init.constant_(module.net.weight, 1.0)
+
+    expected, found = Centred(), Centred()
+    begins(expected)
+    callbacks = [LambdaCallback(**{hook: lambda trainer, module: begins(module)})] if owner == "callback" else []
+    if owner == "module":
+        setattr(found, hook, lambda: begins(found))
+    quiet_trainer(tmp_path / "expected").fit(expected, Clients())
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks)
+    trainer.fit(found, Clients())
+    assert torch.equal(weights(found), weights(expected))
+    assert torch.equal(found.centre, torch.full((3,), 0.5))
+
+    goes_on = Centred()
+    goes_on.register_buffer("scale", torch.zeros(()))
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[LambdaCallback(on_fit_start=lambda t, m: nn.init.zeros_(m.net.weight))]
+    )
+    trainer.fit(goes_on, Clients(), ckpt_path="last")
+    assert torch.equal(weights(goes_on), weights(expected))

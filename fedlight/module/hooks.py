@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -97,8 +98,9 @@ def overrides(instance: object, name: str) -> bool:
 
 
 def strangers(callbacks: Iterable[Callback]) -> list[Callback]:
-    """The callbacks that are neither ours nor Lightning's."""
-    return [c for c in callbacks if not c.__module__.startswith(("fedlight.", "lightning."))]
+    """The callbacks whose hooks are neither ours nor Lightning's."""
+    known = ("fedlight.", "lightning.")
+    return [c for c in callbacks if isinstance(c, LambdaCallback) or not c.__module__.startswith(known)]
 
 
 def check_module(module: LightningModule) -> None:

@@ -81,7 +81,7 @@ def check_gradient(module: LightningModule, output: Any) -> None:
     if not any(bool(grad.any()) for grad in grads):
         rank_zero_warn(
             f"model: the gradient of {name}.training_step is 0 in every entry of the first batch. Nothing is trained"
-            " where it stays so, as by cross_entropy of one logit (take binary_cross_entropy_with_logits) or softmax of one."
+            " where it stays so, as by cross_entropy of one logit (for binary_cross_entropy_with_logits) or softmax."
         )
     for p, grad in before:
         p.grad = grad

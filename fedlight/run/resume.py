@@ -187,6 +187,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def continue_files(run: RunContext, checkpoint: dict[str, Any] | None) -> None:
+    """Let the run's files go on where the checkpoint is."""
+    round = run.trainer.current_round
+    if checkpoint is not None and run.metrics_csv is not None:
+        with writing(run.metrics_csv.path):
+            run.metrics_csv.resume(round, checkpoint["fedlight"].get("metrics"))
+    if run.resumed and run.folder is not None and run.is_zero and round < run.trainer.max_rounds:
+        record_changes(run.folder.path, round, run.changes)
+
+
 def record_changes(run: Path, round: int, changes: dict[str, list[Any]]) -> None:
     """Note in ``config_history/changes.json`` what was changed from a round on; notes of later rounds are void."""
     path = run / HISTORY / "changes.json"

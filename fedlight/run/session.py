@@ -22,7 +22,7 @@ from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.context import Command, RunContext
 from fedlight.run.evaluation import Evaluator
 from fedlight.run.float32 import float32_products
-from fedlight.run.folder import RunFolder, writing
+from fedlight.run.folder import RunFolder
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
 from fedlight.run.memory import feed_channels_last, keep_freed_blocks
@@ -107,14 +107,10 @@ class Session(RunContext):
         self.check()
         self.first_round = trainer.current_round
         self.start_training()
-        if self._checkpoint is not None and self.metrics_csv is not None:
-            with writing(self.metrics_csv.path):
-                self.metrics_csv.resume(trainer.current_round, self._checkpoint["fedlight"].get("metrics"))
+        resume.continue_files(self, self._checkpoint)
         say_start(self)
         profiler = setup.start_profiler(self.profiler, trainer.run_dir, self.fabric.global_rank, self._cleanup)
         self.clock = setup.RoundClock(profiler, self.fabric.device)
-        if self.resumed and self.folder is not None and self.is_zero and trainer.current_round < trainer.max_rounds:
-            resume.record_changes(self.folder.path, trainer.current_round, self.changes)
         self.hooks.once("on_train_start")
         if self.fabric.world_size == 1:  # several processes agree on it after a round
             self.raise_if_interrupted(self.interrupted)
@@ -132,16 +128,20 @@ class Session(RunContext):
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
         self.hooks("on_fit_start")
-        if ParameterLayout.of(self.module) != self.layout:  # hooks have frozen or unfrozen something
-            self._make_federation()
-            resume.restore_schedule(self, self._checkpoint)
+        self._begin_as_it_is()
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
-        # Steps are tried with what it prepares.
         if any(overrides(x, "on_train_start") for x in (self.module, *strangers(self.trainer.callbacks))):
-            self.hooks.once("on_train_start")
+            self.hooks.once("on_train_start")  # steps are tried with what it prepares
             self.layout.check(self.module)
+            self._begin_as_it_is()
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
+
+    def _begin_as_it_is(self) -> None:
+        """Let the server have what hooks have made of the module; what a checkpoint has stays."""
+        if setup.is_changed(self):
+            self._make_federation()
+            resume.restore_schedule(self, self._checkpoint)
 
     def make_engine(self) -> Engine:
         """What executes the local trainings."""

@@ -24,7 +24,7 @@ from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
 from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
-from fedlight.module.parameters import load_tensors
+from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
 from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step
 from fedlight.run.context import RunContext
@@ -66,6 +66,18 @@ def be_deterministic(device: torch.device, cleanup: ExitStack) -> None:
     torch.use_deterministic_algorithms(True)
     if device.type == "cuda":  # what cuBLAS asks for; read when it is first used
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def is_changed(run: RunContext) -> bool:
+    """Whether hooks of the start have frozen something, or set other parameters or buffers than the server has."""
+    if ParameterLayout.of(run.module) != run.layout:
+        return True
+    server, held = run.federation.state, dict(run.module.named_buffers())
+    same = all(k in server.buffers and torch.equal(v, server.buffers[k]) for k, v in held.items())
+    changed = not (same and torch.equal(flat_parameters(run.module), server.views["server"]))
+    if changed and run.resumed:
+        rank_zero_info("model: on_fit_start or on_train_start set parameters or buffers: those of ckpt_path stay.")
+    return changed
 
 
 class Movers:
