@@ -54,7 +54,7 @@ class Observation(TorchFunctionMode):
         self.looking = self.choosing = penalty.sees_functions
         self._findings, self._settled = _Findings(), not self.looking
         self._doubts: dict[Source, str] = {}
-        self._with_grad, self._recording = True, False
+        self._with_grad, self._recording, self._level = True, False, 0
         self._told = WarningCache()
         self.forget()
         labels = {child: label for label, child in observed.items()}
@@ -68,7 +68,7 @@ class Observation(TorchFunctionMode):
     def start(self) -> None:
         """A step begins."""
         self.forget()
-        self._with_grad, self._recording = torch.is_grad_enabled(), True
+        self._with_grad, self._recording, self._level = torch.is_grad_enabled(), True, _level()
         self.choosing = self.penalty.sees_functions and self._findings.doubts is None
         if not (self.choosing or self._settled or torch.compiler.is_compiling()):
             self._settle()
@@ -146,6 +146,8 @@ class Observation(TorchFunctionMode):
                 f"{type(self.penalty).__name__} leaves out '{name}', which training_step runs under torch.no_grad(). "
                 "That is right for a frozen network; with activation checkpointing, set `use_reentrant=False`."
             )
+        elif self._recording and _level() > self._level:  # what is made there does not outlive it
+            self._told.warn(f"{type(self.penalty).__name__} leaves out '{name}' inside of torch.func transforms.")
         elif self._recording:
             key, calls = name, 1
             while key in self.measured:
@@ -248,3 +250,8 @@ def _unrepeated() -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling() or torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+def _level() -> int:
+    """How many transforms of ``torch.func`` are being run inside of one another."""
+    return 0 if torch.compiler.is_compiling() else torch._C._functorch.maybe_current_level() or 0

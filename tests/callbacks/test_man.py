@@ -159,6 +159,19 @@ def test_an_activation_under_no_grad_does_not_count():
         assert len(man.norms(module)) == 4
 
 
+def test_an_activation_inside_of_a_transform_does_not_count():
+    class Weighted(Lit):
+        def training_step(self, batch, batch_idx):
+            each = torch.func.vmap(lambda x: self.net(x[None])[0])(batch[0])
+            return F.mse_loss(self(batch[0]), each.detach())
+
+    module, man = Weighted(), MAN(1.0)
+    with man.attached(module):
+        with pytest.warns(UserWarning, match=r"MAN leaves out 'net.(relu|tanh)' inside of torch.func transforms"):
+            module.training_step(BATCH, 0)
+        assert list(man.norms(module)) == ["net.relu", "net.tanh"]
+
+
 # mean(a²)
 
 
