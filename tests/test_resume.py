@@ -353,3 +353,26 @@ def test_classes_of_other_names_are_refused(tmp_path, call):
     with pytest.raises(MisconfigurationException, match=r"data.classes.1: .*bee.*cat"):
         command(Net(), classes("ant", "cat"), "last")
     command(Net(), classes("ant", "bee"), "last")
+
+
+def test_a_buffer_that_comes_with_a_hook_is_read_from_the_checkpoint(tmp_path):
+    class Centred(Regression):
+        def __init__(self, centre=None):
+            super().__init__()
+            self.register_buffer("centre", centre)
+
+        def on_train_start(self):
+            self.centre = torch.ones(3) + self.trainer.current_round
+
+        def forward(self, x):
+            return super().forward(x - self.centre)
+
+    expected = Centred()
+    quiet_trainer(tmp_path / "expected").fit(expected, Clients())
+    quiet_trainer(tmp_path, max_rounds=1).fit(Centred(), Clients())
+    found, trainer = Centred(), quiet_trainer(tmp_path)
+    trainer.fit(found, Clients(), ckpt_path="last")
+    assert torch.equal(weights(found), weights(expected))
+    assert torch.equal(found.centre, torch.ones(3))
+    trainer.test(fresh := Centred(), Clients(), ckpt_path="last")
+    assert torch.equal(fresh.centre, torch.ones(3))

@@ -121,7 +121,7 @@ def checkpoint_weights(path: str | Path, subject: Subject, view: str, who: str) 
     """
     try:
         checkpoint = load_checkpoint(Path(path))
-        check_state_dict(Path(path), checkpoint["state_dict"], subject.module.state_dict())
+        check_state_dict(Path(path), checkpoint["state_dict"], subject.module)
     except MisconfigurationException as error:
         raise MisconfigurationException(str(error).replace("ckpt_path=", f"{who}: line_to=")) from error
     server = checkpoint["fedlight"]["server"]

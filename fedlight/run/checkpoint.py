@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from torch.utils._pytree import tree_map_only
 
 from fedlight.run.folder import atomic_file, writing
@@ -121,12 +122,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_state_dict(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse the checkpoint of another model.
+def check_state_dict(path: Path, saved: dict[str, Any], module: LightningModule) -> None:
+    """Refuse the checkpoint of another model; buffers that are None as yet begin with what it has.
 
     Raises:
         MisconfigurationException: naming the first difference.
     """
+    for prefix, owner in module.named_modules():
+        for key in [key for key, buffer in owner._buffers.items() if buffer is None]:
+            value = saved.get(f"{prefix}.{key}".removeprefix("."))
+            owner._buffers[key] = None if value is None else value.to(module.device, copy=True)
+    expected = module.state_dict()
     missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
     shapes = [k for k in expected if k in saved and expected[k].shape != saved[k].shape]
     details = [

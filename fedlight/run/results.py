@@ -213,12 +213,16 @@ def _program(run: RunContext, to: Path) -> Any:
     shapes = tree_map(lambda t: {0: batch} if is_batch(t) else None, (*given[0], *given[1].values()))
     # torch takes a dimension of one for a constant
     args, kwargs = tree_map(lambda t: t.expand(2, *t.shape[1:]) if is_batch(t) and len(t) == 1 else t, given)
-    try:
-        with evaluating(run.module), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about itself
-            program = torch.export.export(run.module, args, kwargs, dynamic_shapes=shapes)
-            names: dict[str, Any] = {} if len(shapes) > 1 else {"input_names": ["input"], "output_names": ["output"]}
-            return program if to.suffix == ".pt2" else torch.onnx.export(program, **names, dynamo=True, verbose=False)
-    except Exception as error:
-        hint = f" {instead}" * isinstance(error, TypeError)
-        raise MisconfigurationException(f"{about}: {type(error).__name__}: {error}{hint}") from error
+    failed = []
+    for strict in (False, True):  # the other way bears `len(x)`, and fewer kinds of Python
+        try:
+            with evaluating(run.module), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch about itself
+                program = torch.export.export(run.module, args, kwargs, dynamic_shapes=shapes, strict=strict)
+                names: Any = {} if len(shapes) > 1 else {"input_names": ["input"], "output_names": ["output"]}
+                made = None if to.suffix == ".pt2" else torch.onnx.export(program, **names, dynamo=True, verbose=False)
+                return program if made is None else made
+        except Exception as error:
+            failed.append(error)
+    hint = f" {instead}" * isinstance(failed[0], TypeError)
+    raise MisconfigurationException(f"{about}: {type(failed[0]).__name__}: {failed[0]}{hint}") from failed[0]

@@ -232,7 +232,7 @@ class Session(RunContext):
         if checkpoint is None:
             return self._make_federation()
         saved = checkpoint["state_dict"]
-        check_state_dict(self.checkpoint_path, saved, module.state_dict())
+        check_state_dict(self.checkpoint_path, saved, module)
         parameters = dict(module.named_parameters())
         flags = {name for name, p in parameters.items() if p.requires_grad}
         trained = checkpoint["fedlight"].get("experiment", {}).get("model", {}).get("trained", flags)

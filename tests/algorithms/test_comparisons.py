@@ -221,7 +221,7 @@ BEGUN = []
 
 
 class Begun(Callback):
-    def on_train_start(self, trainer, pl_module):
+    def on_round_start(self, trainer, pl_module):
         BEGUN.append(type(trainer.algorithm).__name__)
 
 
@@ -238,7 +238,7 @@ def test_what_is_not_there_is_named_before_training(tmp_path):
         fit(tmp_path, Regression(), Targets(), algorithm=FedNTD())
     with pytest.raises(MisconfigurationException, match=r"no 'previous/features'.*LocalObjective\.references"):
         fit(tmp_path, Net(), Images(), callbacks=[ModelContrast()])
-    assert BEGUN == ["MOON"]  # the one with a layer
+    assert set(BEGUN) == {"MOON"}  # the one with a layer
 
 
 def test_lightnings_own_trainer_has_no_other_model(tmp_path):
