@@ -268,12 +268,18 @@ BAD = {
     "model: {class_path: Classifier, init_args: {num_classes: 2, net: fedlight.models.MPL}}": "'fedlight.models.MLP'?",
     "model: {class_path: my_model.Net}": "my_model",
     "algorithm: missing.yaml": "missing.yaml",
+    "trainer:\n  max_rounds: 3\ndata: {seed: 1}\ntrainer:\n  seed: 1": "bad.yaml: trainer is there twice, of which",
+    "trainer: {callbacks: [{class_path: MAN, init_args: {zeta: 1, zeta: 2}}]}": "trainer.callbacks.init_args.zeta is",
+    "# trainer: {max_rounds: 3}": "bad.yaml holds no keys, as `trainer: {max_rounds: 30}`, but '# trainer:",
+    "trainer:\n\tmax_rounds: 3": "YAML is indented with spaces, not with tabs",
+    "trainer: {name: 007}": "YAML reads 7 as another thing than a word: write it in quotes",
+    "# Größe": "a configuration that begins with b'# Gr\\xf6\\xdfe' is not UTF-8",
 }
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
-    Path("bad.yaml").write_text(text)
+    Path("bad.yaml").write_text(text, encoding="latin-1")
     code, error = fails(capsys, "fit", *TINY, "-c", "bad.yaml")
     assert code == 2
     assert BAD[text] in " ".join(error.split())
@@ -298,6 +304,7 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
             ["--trainer.logger=wandb", "--trainer.logger.project=p"],
             "settings of a logger go to its class: --trainer.logger WandbLogger --trainer.logger.<setting>",
         ),
+        (["—trainer.max_rounds=3"], "two hyphens begin an option: --trainer.max_rounds"),
         (["--ckpt=last"], "'ckpt' is not known; did you mean 'ckpt_path'?"),
         (["--algorithm=FedAvgg"], "did you mean 'FedAvg'"),
         (["--algorithm=configs/none.yaml"], "there is no file"),

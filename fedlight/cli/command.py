@@ -25,7 +25,7 @@ import fedlight.transforms  # all of these, so that their classes are known by t
 from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
 from fedlight.cli.classes import ShortHelp, class_names, completion, list_classes
-from fedlight.cli.configs import part_names, resolve_arguments, resolve_config
+from fedlight.cli.configs import part_names, repeated_keys, resolve_arguments, resolve_config
 from fedlight.cli.light import COMMANDS, TRAINERS
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
@@ -47,15 +47,26 @@ class FederatedArgumentParser(LightningArgumentParser):
         if (listed := list_classes(given)) is not None:
             print(listed)
             self.exit(0)
-        return super().parse_args(resolve_arguments([yaml_argument(a) for a in given]), *others, **kwargs)
+        try:
+            return super().parse_args(resolve_arguments([yaml_argument(a) for a in given]), *others, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(
+                f"a configuration that begins with {error.object[:60]!r} is not UTF-8: {error}. Write it anew so."
+            )
 
-    def parse_string(self, content: str, *others: Any, **kwargs: Any) -> Any:
+    def parse_string(self, content: str, path: Any = "", *others: Any, **kwargs: Any) -> Any:
         """Parse a configuration, in which packaged ones may be named."""
         with suppress(Exception):  # what cannot be read is explained where it is parsed
+            if twice := repeated_keys(content):
+                self.error(
+                    f"{path}: {', '.join(twice)} is there twice, of which the last alone would count: join them."
+                )
             config = get_loader("yaml")(content)
-            if isinstance(config, dict) and (resolved := resolve_config(config)) != config:
+            if not isinstance(config, dict):
+                self.error(f"{path} holds no keys, as `trainer: {{max_rounds: 30}}`, but {content[:60]!r}")
+            if (resolved := resolve_config(config)) != config:
                 content = json.dumps(resolved)
-        return super().parse_string(content, *others, **kwargs)
+        return super().parse_string(content, path, *others, **kwargs)
 
     def get_defaults(self, *others: Any, **kwargs: Any) -> Any:
         """All defaults; of the algorithm its class alone, as another one would take over the settings of the first."""

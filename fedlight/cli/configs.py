@@ -78,6 +78,25 @@ def nearest(name: str) -> str:
     return f"did you mean {' or '.join(map(repr, near))}? " * bool(near) + "`fedlight configs` lists what there is"
 
 
+def repeated_keys(content: str) -> list[str]:
+    """The keys that a mapping of a YAML text has twice, as ``trainer.max_rounds``: it would keep the last."""
+    import yaml
+
+    found: list[str] = []
+
+    def look(node: Any, above: str) -> None:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [f"{above}{key.value}" for key, _ in pairs]
+        found.extend(name for name in dict.fromkeys(names) if names.count(name) > 1 and not name.endswith("<<"))
+        for value in node.value if isinstance(node, yaml.SequenceNode) else []:
+            look(value, above)
+        for name, (_, value) in zip(names, pairs, strict=True):
+            look(value, f"{name}.")
+
+    look(yaml.compose(content, Loader=yaml.SafeLoader), "")
+    return found
+
+
 def main(args: Sequence[str]) -> int:
     """List the configurations, or those of a folder, or print one."""
     known, name = configs(), " ".join(args).removesuffix("/")

@@ -40,6 +40,11 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
+    found += ["YAML is indented with spaces, not with tabs"] * ("character that cannot start any token" in message)
+    for value in re.findall(r"Expected a <class 'str'>\. Got value: (\S+)", message):
+        found.append(f"YAML reads {value.lower()} as another thing than a word: write it in quotes")
+    if word := re.search(r"nrecognized arguments: ([-–—]?)(\w+\.[\w.]+)", message):
+        found.append(f"two hyphens begin an option: --{word[2]}")
     found += [nearest(os.path.relpath(path)) for path in re.findall(r"File does not exist: '(.+)'", message)]
     for path in re.findall(r"Import path ([\w.]+) does not correspond to a subclass of FederatedDataModule", message):
         found.append(f"a LightningDataModule is divided among clients by `{FEDERATED_YAML % path}`")

@@ -33,6 +33,14 @@ def test_a_grid_is_every_combination(tmp_path):
     assert len(plan(load(tmp_path, parameters=parameters, run_cap=3), count=2)) == 2
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    load(tmp_path)
+    with (tmp_path / "study.yaml").open("a") as file:
+        file.write("parameters: {b: {value: 3}}\n")
+    with pytest.raises(MisconfigurationException, match=r"study.yaml has parameters twice"):
+        load_study(tmp_path / "study.yaml")
+
+
 def test_nested_parameters_reach_the_run_as_one_dictionary(tmp_path):
     study = load(tmp_path, parameters={"net": {"parameters": {"x": {"values": [1, 2]}, "y": {"value": 3}}}})
     assert [run.parameters for run in plan(study)] == [{"net": {"x": 1, "y": 3}}, {"net": {"x": 2, "y": 3}}]
