@@ -149,6 +149,10 @@ class PenalizedStep:
         return {**self.__dict__, "task_loss": None, "penalty": None}
 
 
+_EVALUATIONS = {"sanity_check", "validate", "test", "predict"}
+"""Values of Lightning's ``RunningStage``."""
+
+
 def penalized_step(module: nn.Module) -> PenalizedStep | None:
     """The wrapper around ``module.training_step`` while a penalty is attached, else None."""
     step = vars(module).get("_penalized_step") or vars(unwrapped(module)).get("_penalized_step")
@@ -170,8 +174,8 @@ def _is_evaluating(module: nn.Module) -> bool:
     # A validation_step may well call training_step.
     if not module.training and not torch.is_grad_enabled():
         return True
-    trainer = getattr(module, "_trainer", None)
-    return any(getattr(trainer, stage, False) for stage in ("sanity_checking", "validating", "testing", "predicting"))
+    stage = getattr(getattr(getattr(module, "_trainer", None), "state", None), "stage", None)
+    return getattr(stage, "value", None) in _EVALUATIONS  # trainer.validating and its like take as long as a layer
 
 
 def _can_log(module: nn.Module) -> bool:
