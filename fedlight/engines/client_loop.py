@@ -88,7 +88,7 @@ class ClientLoop:
         self.epoch = self.batch_idx = self.done = 0
         self._begin(task)
         state, steps = dict(task.perturbation), list(plan.steps_per_epoch)
-        values = self.schedule.values(task.lrs, steps, self.fresh)
+        values = self.schedule.values(task, steps, self.fresh)
         now = None
         with collecting_logs(self.module, self.log):
             training.call("on_client_start", task.client)
@@ -102,7 +102,7 @@ class ClientLoop:
                     state, skip = self._step(task.objective, step, state)
                     if skip:  # the schedules count the steps that were taken
                         steps[epoch] = self.done - sum(steps[:epoch])
-                        values = self.schedule.values(task.lrs, steps)
+                        values = self.schedule.values(task, steps)
                         break
                 self.log.batch_size = sum(end - begin for begin, end in plan.epochs[epoch])
                 training.call("on_train_epoch_end")

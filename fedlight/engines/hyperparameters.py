@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedlight.engines.base import ClientTask
 from fedlight.module.optimizers import Optimization, configure_optimizers
 
 Values = tuple[dict[str, Any], ...]
@@ -42,20 +43,20 @@ class LocalHyperparameters:
         self.varies = self._scheduled or factors is not None
 
     def values(
-        self, lrs: tuple[float, ...] | None, steps_per_epoch: Sequence[int], fresh: Optimization | None = None
+        self, task: ClientTask, steps_per_epoch: Sequence[int], fresh: Optimization | None = None
     ) -> list[Values]:
         """The values in each step of a client's round.
 
         Args:
-            lrs: the learning rate of each group in this round, where a schedule per round sets it.
+            task: the client's; what it trains for itself alone has no part in the algorithm's factors.
             steps_per_epoch: optimizer steps of each local epoch.
             fresh: what ``configure_optimizers`` gives, where the caller has just asked; it is not changed.
 
         Returns:
             As many entries as there are steps; equal neighbours are one object.
         """
-        values = self._unscaled(lrs, steps_per_epoch, fresh)
-        if self._factors is None:
+        values = self._unscaled(task.lrs, steps_per_epoch, fresh)
+        if self._factors is None or task.stage:
             return values
         factors = self._factors(len(values))
         return [tuple({**g, "lr": g["lr"] * f} for g in step) for step, f in zip(values, factors, strict=True)]

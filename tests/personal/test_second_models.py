@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from fedlight.algorithms import SCAFFOLD, FedDyn
+from fedlight.algorithms import SCAFFOLD, FedDyn, FedSWA
 from fedlight.callbacks import ClientMetrics
 from fedlight.engines.cuda_graph import CudaGraph
 from fedlight.penalties.man import MAN
@@ -89,6 +89,14 @@ def test_ditto_is_algorithm_1_of_its_paper(tmp_path, lam, length):
     assert figures["clients/personal_loss_mean"] == pytest.approx(float(losses.mean()))
     assert figures["clients/personal_loss_std"] == pytest.approx(float(losses.std(unbiased=False)))
     assert figures["clients/loss_mean"] == pytest.approx(sum(float(plain.loss(k, w)) for k in range(4)) / 4)
+
+
+@pytest.mark.parametrize("engine", ["eager", "vmap"])
+def test_rates_that_fall_as_an_algorithm_asks_are_those_of_the_shared_model_alone(tmp_path, engine):
+    plain, (trainer, _) = Plain(), fit(tmp_path, Ditto(0.5), max_rounds=1, algorithm=FedSWA(), engine=engine)
+    for k in range(4):
+        expected = plain.trained(k, plain.start, 2, lambda v: 0.5 * (v - plain.start))
+        torch.testing.assert_close(own(trainer, k), expected)
 
 
 def test_apfl_with_one_local_step_is_algorithm_1_of_its_paper(tmp_path):

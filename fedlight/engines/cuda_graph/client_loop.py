@@ -249,7 +249,7 @@ class Job:
         self.task = task
         self.plan = batch_order(round, task, training)
         with about(slot.module, task.client):
-            self.values = slot.schedule.values(task.lrs, self.plan.steps_per_epoch, fresh)
+            self.values = slot.schedule.values(task, self.plan.steps_per_epoch, fresh)
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)
         self.recordings: list[_Recording] = []
         self._slot = slot

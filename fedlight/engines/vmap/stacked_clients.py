@@ -111,7 +111,7 @@ class StackedClients:
         for _, same in groupby(self._keys, key=lambda key: (key[1] if schedule.varies else (), key[2])):
             count = len(list(same))
             with about(self._training.module, self._tasks[begin].client):
-                values = schedule.values(self._tasks[begin].lrs, self._plans[begin].steps_per_epoch)
+                values = schedule.values(self._tasks[begin], self._plans[begin].steps_per_epoch)
             blocks.append(Block(begin, begin + count, values))
             begin += count
         self._values = [block.values for block in blocks for _ in range(block.begin, block.end)]
