@@ -112,6 +112,13 @@ def read_table(source: Any) -> Table:
         ) from error
     if not rows:
         raise ValueError(f"`data.source` ({source}) holds no samples.")
+    first = {name: [*held.values()] if isinstance(held, dict) else held for name, held in rows[0].items()}
+    if (
+        len(rows) == 1
+        and all(isinstance(held, list) for held in first.values())
+        and len({*map(len, first.values())}) == 1
+    ):
+        return first  # the columns, as pandas writes them
     return {str(name): [row.get(name) for row in rows] for name in names}
 
 
@@ -182,7 +189,7 @@ def column(table: Table, name: str, key: str) -> list[Any]:
     """
     if name not in table:
         raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source` are {', '.join(table)}.")
-    if lacking := [row for row, value in enumerate(table[name]) if value is None]:
+    if lacking := [row for row, value in enumerate(table[name]) if value is None or value != value]:
         raise ValueError(f"`data.{key}`: {len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}.")
     return table[name]
 

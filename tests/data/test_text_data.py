@@ -163,6 +163,7 @@ def split(folder, train, test):
             r"`data.client` is 'user', but the columns of `data.source` are text, label, client",
         ),
         ([*MAILS, {"text": "x", "label": "ham"}], {"client": "client"}, "1 samples have no 'client'; .* is sample 18"),
+        ([*MAILS, {"text": "x", "label": float("nan")}], {}, "1 samples have no 'label'; the first is sample 18"),
         ([*MAILS, {"text": " ", "label": "ham"}], {}, "`data.text`: 1 texts are empty, or no texts; .* is sample 18"),
         (
             MAILS,
@@ -251,7 +252,7 @@ def test_tables_as_people_write_them(tmp_path, caplog):
         ready(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["rows.CSV.gz", "rows.csv", "rows.tsv", "rows.ndjson", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.CSV.gz", "rows.csv", "rows.tsv", "rows.ndjson", "rows.json", "rows.parquet"])
 def test_the_same_table_in_other_files(tmp_path, name):
     texts = ['"' * (i % 7 == 0) + f"mail, {i}" for i in range(20)]  # a quotation mark that is never closed
     file, frame = tmp_path / name, pandas.DataFrame({"text": texts, "label": [i % 2 for i in range(20)]})
@@ -263,6 +264,8 @@ def test_the_same_table_in_other_files(tmp_path, name):
         file.write_text("text\tlabel\n" + "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts)))
     elif name.endswith(".ndjson"):
         jsonl(file, frame.to_dict("records"))
+    elif name.endswith(".json"):
+        frame.to_json(file)
     else:
         frame.to_parquet(file)
     assert read_table(file)["text"] == texts
