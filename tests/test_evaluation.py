@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanMetric
@@ -235,3 +236,38 @@ def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
         caplog.clear()
         getattr(quiet_trainer(tmp_path, max_rounds=1), command)(model, Clients())
         assert "no checkpoint has" not in caplog.text
+
+
+def test_what_validation_sets_in_buffers_is_the_servers(tmp_path):
+    seen = []
+
+    class Calibrated(Regression):
+        """Finds a threshold in validation, for training, tests and all who read the checkpoint."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("threshold", torch.zeros(()))
+
+        def on_client_start(self, client):
+            seen.append(float(self.threshold))
+
+        def on_validation_epoch_end(self):
+            self.threshold = self.net.weight.detach().sum()
+
+        def test_step(self, batch, batch_idx):
+            self.log("test/threshold", self.threshold)
+
+    trainer, model = quiet_trainer(tmp_path, clients_per_round=1, views=["server", "selected"]), Calibrated()
+    trainer.fit(model, PerClient())
+    assert model.threshold == model.net.weight.sum()
+    assert len({*seen}) == 3
+    assert seen[0] == 0.0
+    trainer.test(fresh := Calibrated(), PerClient(), ckpt_path="last")
+    assert fresh.threshold == trainer.callback_metrics["test/threshold"] == model.threshold
+
+    class Longer(Calibrated):
+        def on_validation_epoch_end(self):
+            self.threshold = torch.zeros(2)
+
+    with pytest.raises(MisconfigurationException, match=r"'threshold' was \[\] and is \[2\] after validation"):
+        fit(tmp_path, Longer())

@@ -142,6 +142,8 @@ class Views:
                 quiet = view != "server"
                 publish = None if quiet else run.publish
                 done[id(params)] = run.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
+                if run.command == "fit" and not quiet:
+                    run.federation.keep_buffers(dict(run.module.named_buffers()))
             suffix = "" if view == "server" else f"_{view}"
             out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}
         self.logged = list(done[id(views["server"])])

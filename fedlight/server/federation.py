@@ -139,6 +139,21 @@ class Federation:
         """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
         return self.state.buffers[name] if name in self.state.buffers else self._unmoved(name)
 
+    def keep_buffers(self, found: State) -> None:
+        """Let the server have what an evaluation of its model has set in buffers, such as a threshold.
+
+        Raises:
+            MisconfigurationException: if one has another shape now.
+        """
+        for name, old in self.state.buffers.items():
+            if name in found and not torch.equal(value := found[name], old):
+                if value.shape != old.shape:
+                    raise MisconfigurationException(
+                        f"model: buffer {name!r} was {list(old.shape)} and is {list(value.shape)} after validation; the"
+                        " server keeps its shape. Allocate the whole of it, or keep it as a plain attribute."
+                    )
+                self.state.buffers = {**self.state.buffers, name: value.detach().clone()}
+
     def late(self) -> list[str]:
         """What clients have moved in this round, and none before."""
         names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
