@@ -11,6 +11,7 @@ import threading
 import time
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -155,6 +156,24 @@ def test_a_checkpoint_is_plain_and_lightning_reads_it(tmp_path):
     _, trainer = fit(tmp_path, 1, model=classifier, data=data)
     path = trainer.run_dir / "checkpoints" / "last.ckpt"
     assert torch.equal(weights(Classifier.load_from_checkpoint(path, net=MLP(3, 2))), weights(classifier))
+
+
+SLOW = partial(SGD, lr=0.1)
+
+
+class Untyped(Regression):
+    """What it is made with has no types, and so no CLI could make it."""
+
+    def __init__(self, lr=0.1, optimizer=SLOW):
+        super().__init__(lr)
+        self.save_hyperparameters()
+
+
+def test_a_module_whose_arguments_have_no_types_is_loaded_with_its_plain_ones(tmp_path):
+    model, trainer = fit(tmp_path, 1, model=Untyped(lr=0.07))
+    loaded = Untyped.load_from_checkpoint(trainer.run_dir / "checkpoints" / "last.ckpt")
+    assert loaded.lr == 0.07
+    assert torch.equal(weights(loaded), weights(model))
 
 
 def test_the_checkpoint_of_the_module_does_not_depend_on_what_it_evaluated_last(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import MaxMetric, MeanMetric
+from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 
 from fedlight.run.traces import evaluating
 from fedlight.server.sampling import RoundRobin
@@ -232,7 +232,21 @@ def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["best"] = self.best
 
-    for command, model in (("fit", Kept()), ("fit", Regression()), ("validate", Best())):
+    class Collects(Regression):
+        def __init__(self):
+            super().__init__()
+            self.errors = MetricCollection(
+                [MeanSquaredError(), MeanAbsoluteError()]
+            )  # which finds groups of alike ones
+
+        def validation_step(self, batch, batch_idx):
+            self.errors.update(self(batch[0]), batch[1])
+
+        def on_validation_epoch_end(self):
+            self.log_dict(self.errors.compute())
+            self.errors.reset()
+
+    for command, model in (("fit", Kept()), ("fit", Collects()), ("fit", Regression()), ("validate", Best())):
         caplog.clear()
         getattr(quiet_trainer(tmp_path, max_rounds=1), command)(model, Clients())
         assert "no checkpoint has" not in caplog.text

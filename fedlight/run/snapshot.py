@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def _hyper_parameters(module: Any) -> dict[str, Any]:
     """Those that it saved; where it was made with more, all of it as a CLI would have it, if that can be written."""
     saved: dict[str, Any] = plain(dict(module.hparams))
     made = {} if "_instantiator" in saved else written(module, "", lost := Lost()).get("init_args", {})
-    if made.keys() <= saved.keys() or lost:
+    taken = signature(type(module).__init__).parameters.items()
+    untyped = {name for name, parameter in taken if parameter.annotation is Parameter.empty}
+    # What has no type is made of no `class_path`.
+    if made.keys() <= saved.keys() or lost or any("class_path" in str(made[k]) for k in untyped & made.keys()):
         return saved
     return {**made, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
 

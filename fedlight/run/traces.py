@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from fedlight.module.hooks import overrides
 from fedlight.module.state import ModuleState
@@ -42,7 +42,9 @@ def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Seq
         anew: what the first hooks of every evaluation change.
     """
     names = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
-    names |= {*kept.changes()} - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
+    groups = tuple(f"self.{name}._" for name, m in module.named_modules() if isinstance(m, MetricCollection))
+    changed = {name for name in kept.changes() if not name.startswith(groups)}  # found anew where they begin anew
+    names |= changed - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
     if names and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
         rank_zero_info(
             f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: what is logged of it is"
