@@ -258,7 +258,9 @@ def _settings(run: Run, methods: dict[int, Method], runs: Sequence[Run]) -> list
 
 
 def _is_same(one: Run, other: Run) -> bool:
-    """Whether two runs of one group have the same seeds."""
+    """Whether two runs of one group have the same seeds; of those without one, whether they are copies."""
+    if None in (one.seed, other.seed):
+        return one.rows == other.rows
     return all(one.config.get(key) == other.config.get(key) for key in SEEDS)
 
 

@@ -100,7 +100,12 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
     elif _is_run(folder):
         yield read_run(folder)
     else:
-        for child in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path))):
+        try:
+            children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path)))
+        except OSError as error:  # of another user
+            yield Run(folder, "torn", f"the folder cannot be read: {error.strerror}")
+            return
+        for child in children:
             if child.is_dir() and not child.name.startswith("."):
                 yield from _below(child, seen)
 

@@ -89,6 +89,13 @@ def test_a_run_that_was_made_twice_counts_once():
     assert [r.last("val/accuracy") for r in study.repeated] == [0.1]
 
 
+def test_runs_without_a_seed_are_repetitions_of_none():
+    runs = [run([0.1], seed=0), run([0.2], seed=False), run([0.3], seed=False), run([0.3], seed=False)]  # a copy
+    study = group_runs(runs)
+    assert [r.last("val/accuracy") for r in study.groups[0].runs] == [0.1, 0.2, 0.3]
+    assert len(study.repeated) == 1
+
+
 def test_the_newer_of_two_is_told_by_its_rounds_and_not_by_its_place(tmp_path):
     paths = [write_run(tmp_path / name / "version_0", [accuracy]) for name, accuracy in (("new", 0.2), ("old", 0.1))]
     os.utime(paths[1] / "metrics.csv", (1, 1))

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+from pathlib import Path
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -104,6 +105,22 @@ def test_runs_are_found_wherever_they_are_and_once(tmp_path):
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     (tmp_path / "a" / "best").symlink_to(tmp_path / "a" / "version_2")
     assert [run.path for run in find_runs([tmp_path])] == [run.path for run in runs]
+
+
+def test_a_folder_of_another_user_is_listed_and_stops_nothing(tmp_path, monkeypatch):
+    write_run(tmp_path / "a" / "version_0", [0.1])
+    (tmp_path / "theirs").mkdir()
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "theirs":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    mine, theirs = find_runs([tmp_path])
+    assert (mine.status, theirs.status) == ("finished", "torn")
+    assert theirs.detail == "the folder cannot be read: Permission denied"
 
 
 def test_a_studys_missing_and_failed_runs(tmp_path):
