@@ -4,7 +4,7 @@ from fedlight import FederatedTrainer
 from fedlight.algorithms import FedAvg, FedDyn, FedSAM
 from fedlight.callbacks import MAN
 from fedlight.perturbations import SAM
-from fedlight.run.names import dotted, method_name
+from fedlight.run.names import dotted, method_name, smaller_is_better
 from fedlight.server.aggregators import Median
 
 
@@ -25,3 +25,11 @@ def test_a_trainer_knows_its_name():
 def test_dotted_keys():
     nested = {"a": {"b": 1, "c": {"d": [1, {"e": 2}]}}, "f": None, "g": {}}
     assert dotted(nested) == {"a.b": 1, "a.c.d": [1, {"e": 2}], "f": None, "g": {}}
+
+
+def test_spread_cost_and_sharpness_are_better_small():
+    small = ("val/loss", "clients/accuracy_std", "time/round_s", "comm/up_mb", "hessian/lambda_max", "privacy/epsilon")
+    assert all(map(smaller_is_better, small))
+    assert not any(
+        map(smaller_is_better, ("val/accuracy", "clients/accuracy_p10", "val/f1", "val/acc_norm", "runtime"))
+    )

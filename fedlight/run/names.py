@@ -34,8 +34,9 @@ _PREFERRED = (
     "loss",
 )
 _SMALLER = (
-    "loss|error|perplexity|distance|divergence|"
-    "(^|[^a-z])(err|r?mse|mae|mape|nll|bce|ce|ece|ppl|wer|cer|fid|kl)([^a-z]|$)"
+    "loss|error|perplexity|distance|divergence|"  # and, of what fedlight logs, spread, cost and sharpness
+    "(^|[^a-z])(err|r?mse|mae|mape|nll|bce|ce|ece|ppl|wer|cer|fid|kl|std|epsilon|drift|penalty)([^a-z]|$)"
+    "|^(time|comm|hessian)/"
 )
 
 
@@ -46,7 +47,7 @@ def preferred_metric(logged: Iterable[str]) -> str | None:
 
 
 def smaller_is_better(metric: str) -> bool:
-    """Whether the name of a metric means a loss or an error."""
+    """Whether the name of a metric means a loss, an error, a spread, a cost or a sharpness."""
     return re.search(_SMALLER, metric.lower()) is not None
 
 
