@@ -86,6 +86,9 @@ def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any
     found: Table = {key: [] for key in _COLUMNS}
     for file in dict.fromkeys((path, path.with_name("test.csv"))):
         table = read_table(file) if file == path or file.is_file() else {}
+        if file != path and table and (label := given.get("label", _COLUMNS["label"])) not in table:
+            rank_zero_info(f"`data.source`: {file} has no column {label!r}, so it is no test set, and left out.")
+            continue
         default = {"split": "train" if file == path else "test", "client": ""}
         for key, name in {**_COLUMNS, **given}.items() if table else ():
             if name not in table and key in default and not (file == path and key in given):

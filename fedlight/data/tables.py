@@ -181,14 +181,14 @@ def read_leaf(path: Path) -> dict[str, Table]:
     return tables
 
 
-def column(table: Table, name: str, key: str) -> list[Any]:
+def column(table: Table, name: str, key: str, where: str = "") -> list[Any]:
     """A column by its name.
 
     Raises:
         ValueError: naming the columns that there are, or the first sample without it.
     """
     if name not in table:
-        raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source` are {', '.join(table)}.")
+        raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source`{where} are {', '.join(table)}.")
     if lacking := [row for row, value in enumerate(table[name]) if value is None or value != value]:
         raise ValueError(f"`data.{key}`: {len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}.")
     return table[name]

@@ -156,7 +156,11 @@ class TextData(PartitionedDataModule):
         for kind, read in tables.items():
             for key, name in self._names.items():
                 known = name is not None and (key != "client" or kind == "train" or name in read)
-                found = column(read, str(name), key) if known else [""] * len(next(iter(read.values())))
+                found = (
+                    column(read, str(name), key, f" ({kind})" * (kind != "train"))
+                    if known
+                    else [""] * len(next(iter(read.values())))
+                )
                 table[key] += found if key == "text" else map(str, found)
         split = np.repeat([*tables], [len(next(iter(read.values()))) for read in tables.values()])
         empty = [i for i, text in enumerate(table["text"]) if not (isinstance(text, str) and text.strip())]

@@ -81,10 +81,13 @@ def test_a_list_without_clients_and_its_splits(tmp_path, caplog):
     assert (got.y_train.tolist(), len(got.y_test), got.classes) == ([0, 1, 0, 1], 8, ["0", "1"])
     assert (got.group_train, got.groups) == (None, [])
     assert "4 training and 8 test images; 2 classes (0, 1), no clients; test on test, val." in caplog.text
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "test.csv").write_text("image_id\nunknown\n")  # as of a contest
     (tmp_path / "images.tsv").write_text((tmp_path / "images.csv").read_text().replace(",", "\t"))
     assert load_source(str(tmp_path / "images.tsv")).x_train.equal(got.x_train)
     got = load_source(listed(tmp_path / "whole", [row[:2] for row in rows], "image_id,class"), test_fraction=0.5)
     assert torch.bincount(got.y_test).tolist() == [3, 3]
+    assert "test.csv has no column 'class', so it is no test set" in caplog.text
     with pytest.raises(ValueError, match=r"`data.columns.split`: no image .* is for training; .* found fold 1, fold 2"):
         load_source(listed(tmp_path, [(name, y, f"fold {1 + i % 2}") for i, (name, y, _) in enumerate(rows)]))
 

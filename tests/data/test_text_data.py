@@ -212,6 +212,10 @@ def test_other_files_that_cannot_be_read(tmp_path):
         ready(str(tmp_path / "texts"))
     with pytest.raises(ValueError, match=r"needs one table for training.*\['test'\]"):
         ready({"test": datasets.Dataset.from_dict({"text": ["a"]})})
+    with pytest.raises(
+        ValueError, match=r"`data.label` is 'label', but the columns of `data.source` \(test\) are text"
+    ):
+        ready(split(tmp_path / "contest", MAILS, [{"text": "a"}]))
     new = [{"text": "a", "label": "eggs", "client": "ann"}]
     with pytest.raises(ValueError, match=r"`data.label` \(label\): held-out samples have labels that no .* \['eggs'\]"):
         ready(split(tmp_path / "split", MAILS, new))
