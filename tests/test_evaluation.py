@@ -1,7 +1,10 @@
 """Evaluation of views and clients."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from lightning.fabric.strategies import SingleDeviceStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -285,3 +288,18 @@ def test_what_validation_sets_in_buffers_is_the_servers(tmp_path):
 
     with pytest.raises(MisconfigurationException, match=r"'threshold' was \[\] and is \[2\] after validation"):
         fit(tmp_path, Longer())
+
+
+def test_steps_of_an_evaluation_wait_for_no_other_process(tmp_path):
+    found = []
+
+    class Gathers(Regression):
+        def validation_step(self, batch, batch_idx):
+            found.append(torch.equal(self.all_gather(batch[1]), batch[1]))
+
+    trainer = quiet_trainer(tmp_path)
+    with patch.object(SingleDeviceStrategy, "all_gather", side_effect=AssertionError("asks the other processes")):
+        trainer.fit(Gathers(), PerClient())
+    assert found
+    assert all(found)
+    assert not trainer.alone

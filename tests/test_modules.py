@@ -185,6 +185,21 @@ def test_infinite_buffers_that_stay_so_are_kept_and_those_that_become_so_are_nam
         fit(tmp_path, Diverges())
 
 
+@pytest.mark.parametrize("policy", ["average", "reset"])
+def test_what_an_observer_sees_in_validation_alone_is_kept(tmp_path, policy):
+    class Observes(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.tensor(torch.inf))
+
+        def on_validation_epoch_end(self):
+            self.seen.fill_(self.current_epoch)
+
+    model, trainer = fit(tmp_path, Observes(), buffers=policy)
+    assert trainer.callback_metrics["clients/left_out"] == 0
+    assert model.seen == 3
+
+
 def test_what_an_observer_has_seen_is_the_mean_over_the_clients_that_saw_something(tmp_path):
     class Observes(Masked):
         def on_train_epoch_end(self):

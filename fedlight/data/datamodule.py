@@ -167,3 +167,20 @@ class _Augmented(ArrayDataset):
         key = 0 if worker is None else worker.seed
         rng = self._generators.setdefault(key, generator(self._seed, "pooled augmentation", key))
         return super().__getitems__(indices, self.draw(len(indices), rng))
+
+
+class Around:
+    """Base of datamodules around another one: names that they have not are the other's, as modules may read them."""
+
+    _other: str
+
+    def __getattr__(self, name: str) -> Any:
+        other = None if name.startswith("_") else vars(self).get(self._other)
+        if other is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(other, name)
+
+    @property
+    def hparams(self) -> Any:
+        """The other's."""
+        return vars(self)[self._other].hparams

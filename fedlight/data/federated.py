@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import Around, FederatedDataModule
 from fedlight.data.dataset_partition import DatasetPartition
 from fedlight.data.partition import Partitioner
 from fedlight.data.reading import Loaded, loaded
@@ -16,7 +16,7 @@ FEDERATED_YAML = "data: {class_path: Federated, init_args: {datamodule: {class_p
 _NOT_CALLED = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "state_dict")
 
 
-class Federated(DatasetPartition):
+class Federated(Around, DatasetPartition):
     """A stock ``LightningDataModule`` whose training set is divided among clients.
 
     Its hooks are called as Lightning calls them. The training loader's batch size, workers and ``collate_fn`` are those
@@ -36,6 +36,8 @@ class Federated(DatasetPartition):
         seed: seed of the partition, and of what ``setup`` draws.
         held_out_clients: clients that never train, a number or a fraction of all, and are evaluated as new ones.
     """
+
+    _other = "datamodule"
 
     def __init__(
         self,

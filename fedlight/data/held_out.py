@@ -7,19 +7,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import Around, FederatedDataModule
 from fedlight.seeding import generator
 
 _AS_GIVEN = ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "test_dataset", "predict_dataloader")
 """What the other datamodule does itself."""
 
 
-class Wrapping(FederatedDataModule):
+class Wrapping(Around, FederatedDataModule):
     """Base of datamodules that give the data of another one to other clients.
 
     Args:
         data: the datamodule; its own :meth:`setup` still divides the data.
     """
+
+    _other = "data"
 
     def __init__(self, data: FederatedDataModule) -> None:
         super().__init__(data.batch_size, data.eval_batch_size, data.num_workers, data.collate_fn, data.seed)

@@ -55,11 +55,12 @@ class LightningNames:
 
     Attributes:
         now: the client that is trained, and the slot that takes its steps, where there are such.
+        alone: set in an evaluation, whose steps wait for no other process.
         asked: set where a name was read whose value differs between clients.
     """
 
     now: tuple[int | None, Any] = (None, None)
-    asked = False
+    asked = alone = False
 
     def __getattr__(self, name: str) -> Any:
         if name in _VALUES:
@@ -122,7 +123,7 @@ def _strategy(t: Any, s: Any) -> Any:
     wrapped = [slot.own.optimizer] if hasattr(slot, "own") else [LightningOptimizer(o) for o in optimizers]
     values = {"model": s.module, "lightning_module": s.module, "optimizers": optimizers, "reduce": strategy.all_reduce}
     values |= {"_lightning_optimizers": wrapped, "lr_scheduler_configs": schedules, "accelerator": t.accelerator}
-    if client is not None:  # a client is alone, however many are trained elsewhere
+    if client is not None or t.alone:  # as a client is, however many are trained elsewhere
         alone = ("reduce", "all_reduce", "all_gather", "broadcast", "barrier", "reduce_boolean_decision")
         values |= dict.fromkeys(alone, _itself)
     return Names("trainer.strategy", strategy, **values)

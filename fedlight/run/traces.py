@@ -9,6 +9,7 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 
 from fedlight.module.hooks import overrides
+from fedlight.module.logs import with_attributes
 from fedlight.module.state import ModuleState
 from fedlight.seeding import preserved_global_rng
 
@@ -16,10 +17,11 @@ from fedlight.seeding import preserved_global_rng
 @contextmanager
 def evaluating(module: LightningModule) -> Iterator[None]:
     """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
-    modes = {m: m.training for m in module.modules()}
+    modes, trainer = {m: m.training for m in module.modules()}, getattr(module, "_trainer", None)
     module.eval()
     try:
-        with preserved_global_rng():
+        # Processes share the batches: none of them could wait for what the others do in a step.
+        with preserved_global_rng(), with_attributes([] if trainer is None else [trainer], {"alone": True}):
             yield
     finally:
         for m, mode in modes.items():

@@ -78,7 +78,8 @@ def buffer_moves(
     pairs = {k: (real(v).double(), real(before(k))) for k, v in averaged.items()}
     begun = {k: pairs[k][0].isfinite() & pairs[k][1].isinf() for k in begin if k in pairs}
     old = {k: was.masked_fill(begun[k], 0.0) if k in begun else was for k, (_, was) in pairs.items()}
-    moves = {prefix + k: (new - old[k]).masked_fill_(new == old[k], 0.0) for k, (new, _) in pairs.items()}
+    still = {k: (new == old[k]) | new.isinf() if k in begun else new == old[k] for k, (new, _) in pairs.items()}
+    moves = {prefix + k: (new - old[k]).masked_fill_(still[k], 0.0) for k, (new, _) in pairs.items()}
     moves |= {_BEGUN + prefix + k: found.double() for k, found in begun.items()}
     return moves, {k: v for k, v in after.items() if k not in averaged}
 

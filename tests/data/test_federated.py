@@ -530,3 +530,19 @@ def test_graphs_of_pyg(tmp_path, given):
         validation_step = None
 
     quiet_trainer(tmp_path, max_rounds=1, limit_val_batches=0).fit(Net(), data)
+
+
+@pytest.mark.parametrize("centralized", [False, True])
+def test_modules_read_what_the_stock_datamodule_has(tmp_path, centralized):
+    found = []
+
+    class Asks(Regression):
+        def on_fit_start(self):
+            data = self.trainer.datamodule
+            found.extend([data.weights, data.hparams.bins, hasattr(data, "absent"), data.batch_size])
+
+    stock = Stock()
+    stock.weights = [1.0, 2.0]
+    stock.save_hyperparameters({"bins": 3})
+    quiet_trainer(tmp_path, max_rounds=1, centralized=centralized).fit(Asks(), Federated(stock, num_clients=3))
+    assert found == [[1.0, 2.0], 3, False, 4]
