@@ -151,8 +151,11 @@ class DatasetPartition(PartitionedDataModule):
                 raise ValueError(f"`data.{key}` is {given!r}, which is no column or attribute of the training data.")
         elif given is None and key == "targets":
             found = find_values(self._train, LABELS) if find_targets(self._train) is not None else None
-            if found is not None and len(getattr(getattr(self._train, "storage", None), "leaves", ())) > 2:
-                rank_zero_info("data: the class of a sample is `label`, `y` or its last tensor, if not `data.targets`.")
+            spec = self._train.storage.spec if isinstance(self._train, ArrayDataset) else None
+            if found is not None and spec is not None and spec.type is not dict and spec.num_leaves > 2:
+                rank_zero_info(
+                    f"data: the class of a sample is the last of its {spec.num_leaves} tensors, or `data.targets`."
+                )
             if found is None and self.partitioner.needs_labels:
                 rank_zero_info(f"data: all {size} samples are read to find their labels; `data.targets` saves that.")
                 with preserved_global_rng():

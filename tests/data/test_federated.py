@@ -378,8 +378,10 @@ def test_what_is_taken_for_classes_is_said(caplog):
     assert "`data.targets` are not the data's own labels" in caplog.text
     same = ready(DatasetPartition((x, y), test=(x, y), targets=y.tolist(), num_clients=2))
     assert same.client_val_dataset(0) is not None
+    ready(DatasetPartition({"x": x, "y": y, "group": y // 2}, num_clients=2))
+    assert "the class of a sample" not in caplog.text
     assert ready(DatasetPartition((x, y, y // 2), num_clients=2)).num_classes == 2
-    assert "the class of a sample is `label`, `y` or its last tensor" in caplog.text
+    assert "the class of a sample is the last of its 3 tensors, or `data.targets`" in caplog.text
     assert ready(DatasetPartition({"x": x, "age": y}, num_clients=2)).num_classes is None
 
 
