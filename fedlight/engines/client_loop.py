@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,6 +24,7 @@ from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
 from fedlight.module.step import IndexedBatch, OtherModels, step_loss, transfer_function
+from fedlight.penalties.step import penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import seed_global_rng
 
@@ -268,7 +270,15 @@ class ClientLoop:
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
         call("on_before_backward", loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            if "a second time" not in str(error) or (step := penalized_step(self.module)) is None:
+                raise
+            raise MisconfigurationException(
+                f"trainer.callbacks: {type(step.penalties[0]).__name__} measures layers of a graph that training_step"
+                " has taken a gradient of. Name in `layers` those outside of it, or take it with retain_graph=True."
+            ) from error
         call("on_after_backward")
 
 

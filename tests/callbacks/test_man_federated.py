@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
@@ -142,3 +143,15 @@ def test_functions_train_as_modules_do_in_every_engine(tmp_path, engine, rho, mo
         found.append(weights(module))
     torch.testing.assert_close(found[0], weights(reference), rtol=1e-5, atol=1e-7)
     assert (found[1] - found[0]).abs().max() > 1e-3
+
+
+def test_a_layer_in_a_graph_that_the_step_has_used_up_is_named(tmp_path):
+    class Samples(Regression):
+        def training_step(self, batch, batch_idx):  # as an energy model does, which moves its inputs
+            x = batch[0].clone().requires_grad_()
+            slope = torch.autograd.grad(self.net(x).sum(), x)[0]
+            return super().training_step((x.detach() - slope, batch[1]), batch_idx)
+
+    fit(tmp_path / "without", model(Samples))
+    with pytest.raises(MisconfigurationException, match="MAN measures layers of a graph .* retain_graph=True"):
+        fit(tmp_path, model(Samples), MAN(ZETA))
