@@ -255,6 +255,22 @@ def test_a_loss_with_gradients_in_it_is_measured(tmp_path):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_what_on_train_start_brings_is_not_missed_before(tmp_path):
+    class Centred(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", None)
+
+        def on_train_start(self):
+            self.centre = torch.ones(3)
+
+        def forward(self, x):
+            return super().forward(x - self.centre)
+
+    trainer, *_ = fit(tmp_path, spectrum(data="train"), model=Centred(), max_rounds=1)
+    assert trainer.callback_metrics["hessian/lambda_max"] > 0
+
+
 def test_two_of_them_are_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="two HessianSpectrum"):
         fit(tmp_path, spectrum(), spectrum(data="val"))
