@@ -67,9 +67,9 @@ class Net(LightningModule):
         self.log_dict({"val/accuracy": (z.argmax(1) == y).float().mean()}, batch_size=len(y))
 
 
-def evaluator(module, data):
+def evaluator(module, data, precision=None):
     module._trainer = SimpleNamespace(current_epoch=1)
-    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
     return Evaluator(module, fabric, data, Hooks(None, module, []), partial(untouched, module))
 
 
@@ -204,6 +204,15 @@ def test_what_is_no_mean_over_samples_is_evaluated_client_by_client(make):
     alone = {c: {n: float(v) for n, v in one._on_client(c, None).items()} for c in (2, 3)}
     SEEN.clear()
     assert found == alone
+
+
+@pytest.mark.parametrize(("precision", "evaluated"), [("32-true", 6), ("bf16-mixed", 0), ("bf16-true", 0)])
+def test_in_half_precision_each_client_is_evaluated_by_itself(precision, evaluated):
+    class Zeros(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/zeros", (batch[1] == 0).float().mean())
+
+    assert len(evaluator(Zeros(), Data(), precision)._together(range(len(SIZES)))) == evaluated
 
 
 def test_ignored_labels_are_not_samples():
