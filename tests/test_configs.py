@@ -189,6 +189,18 @@ def test_another_algorithm_has_its_own_defaults(given):
     assert parser_of_fit().parse_args(["-c", str(QUICKSTART), *given]).algorithm.init_args.server_lr == 1.5
 
 
+def test_a_method_takes_no_settings_over_from_another():
+    """jsonargparse keeps those of the same names; of optimizers they are kept."""
+    parse = parser_of_fit().parse_args
+    given = ["-c", str(CONFIGS / "lite" / "cifar20.yaml")]  # FedAvg with its server_lr of 1
+    sam = ["--perturbation=SAM", "--perturbation.rho=0.3"]
+    found = parse([*given, "--algorithm=FedAdam", *sam, "--perturbation=ASAM"])
+    assert (found.algorithm.init_args.server_lr, found.perturbation.init_args.rho) == (0.01, 0.5)
+    same = parse([*given, "--algorithm.server_lr=0.7", "--algorithm=fedlight.algorithms.FedAvg"])
+    assert same.algorithm.init_args.server_lr == 0.7
+    assert parse([*given, "--model.optimizer=AdamW"]).model.init_args.optimizer.init_args.lr == 0.2
+
+
 def test_the_list_has_every_config_and_what_it_is(capsys):
     assert light(["configs"]) == 0
     lines = capsys.readouterr().out.split("\n\n")[0].splitlines()

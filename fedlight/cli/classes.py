@@ -5,8 +5,9 @@ import inspect
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, _typehints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
@@ -30,6 +31,24 @@ _BASES: dict[str, type] = {
     **{"trainer.transforms+": Transform, "trainer.aggregator": Aggregator, "trainer.personal": Personalization},
 }
 _SHOWN = 8
+_METHODS = (Algorithm, Perturbation, Personalization, Aggregator, Transform)
+_classes: Any = _typehints  # of jsonargparse, which has no public place to say this
+_keep_settings = _classes.discard_init_args_on_class_path_change
+
+
+def _begin_anew(parser: Any, before: Any, now: Any) -> None:
+    """A method in the place of another has its own defaults: jsonargparse keeps settings of the same names.
+
+    FedAdam would have FedAvg's ``server_lr`` of 1, and ASAM the radius of SAM. Of optimizers and models they are kept.
+    """
+    if before and "init_args" in before and before["class_path"] != now["class_path"]:
+        one, other = map(_classes.import_object, (before["class_path"], now["class_path"]))
+        if one is not other and inspect.isclass(other) and issubclass(other, _METHODS):
+            vars(before["init_args"]).clear()
+    _keep_settings(parser, before, now)
+
+
+_classes.discard_init_args_on_class_path_change = _begin_anew
 
 
 def class_names() -> dict[str, str]:

@@ -68,13 +68,6 @@ class FederatedArgumentParser(LightningArgumentParser):
                 content = json.dumps(resolved)
         return super().parse_string(content, path, *others, **kwargs)
 
-    def get_defaults(self, *others: Any, **kwargs: Any) -> Any:
-        """All defaults; of the algorithm its class alone, as another one would take over the settings of the first."""
-        defaults = super().get_defaults(*others, **kwargs)
-        if (default := defaults.get("algorithm")) is not None:
-            default.pop("init_args", None)
-        return defaults
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with 2."""
         hints = suggestions(message, self._known_keys(), class_names() | part_names())
