@@ -432,3 +432,16 @@ def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_thei
     with pytest.warns(UserWarning, match=rf"algorithm: {name} divides .*have 4 to 41 samples.*algorithm\.weighting to"):
         fit(method(), 4)
     fit(method(weighting="equal"), 4)
+
+
+def test_settings_that_change_nothing_are_said(tmp_path, caplog):
+    idle = {"swa_start": 0.5, "swa_every_n_rounds": 2, "gradient_clip_algorithm": "value"}
+    quiet_trainer(tmp_path, max_rounds=1, **idle).fit(Regression(), Clients())
+    assert [key for key in idle if f"trainer.{key}={idle[key]!r} changes nothing, as trainer." in caplog.text] == [
+        *idle
+    ]
+    caplog.clear()
+    quiet_trainer(tmp_path, max_rounds=1, views=["server", "swa"], gradient_clip_val=1.0, **idle).fit(
+        Regression(), Clients()
+    )
+    assert "changes nothing" not in caplog.text

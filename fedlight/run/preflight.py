@@ -45,6 +45,12 @@ def check_methods(run: RunContext) -> None:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
     _check_sizes(federation)
     _check_enough(trainer, federation)
+    settings, swa = run.settings, ("swa" in run.settings["views"], "trainer.views has no `swa`")
+    clips = settings["gradient_clip_val"] is not None, "trainer.gradient_clip_val is null"
+    usual = {"swa_start": (0.75, swa), "swa_every_n_rounds": (1, swa), "gradient_clip_algorithm": ("norm", clips)}
+    for key, (default, (acts, why)) in usual.items():
+        if settings[key] != default and not acts:
+            rank_zero_info(f"trainer.{key}={settings[key]!r} changes nothing, as {why}.")
 
 
 def check_data(run: RunContext) -> None:
