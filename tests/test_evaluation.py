@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 
 from fedlight.run.traces import evaluating
+from fedlight.server.federation import Federation
 from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
 
@@ -255,8 +256,9 @@ def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
         assert "no checkpoint has" not in caplog.text
 
 
-def test_what_validation_sets_in_buffers_is_the_servers(tmp_path):
-    seen = []
+def test_what_validation_sets_in_buffers_is_the_servers(tmp_path, monkeypatch):
+    seen, written, keep = [], set(), Federation.keep_buffers
+    monkeypatch.setattr(Federation, "keep_buffers", lambda self, found: (written.update(found), keep(self, found)))
 
     class Calibrated(Regression):
         """Finds a threshold in validation, for training, tests and all who read the checkpoint."""
@@ -264,6 +266,7 @@ def test_what_validation_sets_in_buffers_is_the_servers(tmp_path):
         def __init__(self):
             super().__init__()
             self.register_buffer("threshold", torch.zeros(()))
+            self.register_buffer("mask", torch.ones(3))  # is not written to, and so not looked at
 
         def on_client_start(self, client):
             seen.append(float(self.threshold))
@@ -278,7 +281,7 @@ def test_what_validation_sets_in_buffers_is_the_servers(tmp_path):
     trainer.fit(model, PerClient())
     assert model.threshold == model.net.weight.sum()
     assert len({*seen}) == 3
-    assert seen[0] == 0.0
+    assert (seen[0], written) == (0.0, {"threshold"})
     trainer.test(fresh := Calibrated(), PerClient(), ckpt_path="last")
     assert fresh.threshold == trainer.callback_metrics["test/threshold"] == model.threshold
 

@@ -141,9 +141,11 @@ class Views:
                 self.load(view)
                 quiet = view != "server"
                 publish = None if quiet else run.publish
+                before = {name: _written(buffer) for name, buffer in run.module.named_buffers()}
                 done[id(params)] = run.evaluator.run(dataset, stage, limit, quiet=quiet, publish=publish)
                 if run.command == "fit" and not quiet:
-                    run.federation.keep_buffers(dict(run.module.named_buffers()))
+                    after = run.module.named_buffers()
+                    run.federation.keep_buffers({k: v for k, v in after if _written(v) != before.get(k)})
             suffix = "" if view == "server" else f"_{view}"
             out |= {f"{name}{suffix}": value for name, value in done[id(params)].items()}
         self.logged = list(done[id(views["server"])])
@@ -209,3 +211,8 @@ def _in_turn(run: RunContext, clients: Sequence[int]) -> Iterator[int]:
             load_flat_parameters(run.module, held.pop(""), run.layout)
             load_tensors(run.module, held)
             yield client
+
+
+def _written(buffer: Tensor) -> tuple[int, int]:
+    """Differs once a buffer is replaced or written to; nobody waits for its device."""
+    return id(buffer), -1 if buffer.is_inference() else buffer._version
