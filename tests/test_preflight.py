@@ -17,7 +17,9 @@ from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.data import DatasetPartition, DirichletClients
 from fedlight.data.arrays import ArrayDataset
+from fedlight.data.dataset_partition import find_targets
 from fedlight.models import MLP, Classifier
+from fedlight.run import labels
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
 
@@ -149,6 +151,23 @@ class OfNoNumber(Regression):
 def test_a_label_of_any_client_is_tried_before_training(tmp_path, label, dataset):
     message = f"failed on a batch of .* client 3's samples from 2 on: IndexError: Target {label} is out of bounds"
     refused(tmp_path, message, OfNoNumber(net=Plain()), Classes(label, dataset))
+
+
+def test_labels_of_data_that_clients_share_are_read_until_their_ends_are_found(monkeypatch):
+    class Shared(Clients):
+        """Clients with two rows each of one storage."""
+
+        num_clients = 70
+
+        def client_dataset(self, client):
+            return rows.view(torch.tensor([2 * client % 14, 2 * client % 14 + 1]), None)
+
+    rows, read = ArrayDataset(seeded(14, 3), torch.tensor([0, 1, 2] * 4 + [0, 7])), []
+    monkeypatch.setattr(labels, "find_targets", lambda data: read.append(len(data)) or find_targets(data))
+    data = Shared()
+    data.num_clients = 70
+    assert labels.extreme_labels(data) == [(0, 0, 0), (7, 6, 1)]
+    assert read == [14, *[2] * 7]  # the other 63 clients have no other rows
 
 
 def test_labels_of_a_partition_are_tried_too(tmp_path):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fedlight.data.arrays import ArrayDataset
+from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.dataset_partition import find_targets
 from fedlight.module.hooks import overrides
@@ -64,12 +64,20 @@ def extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]
             targets = find_targets(datamodule.client_dataset(client))
             found.append((label, client, 0 if targets is None else int((targets == label).int().argmax())))
         return found
+    storage, ends = None, [math.inf]
     for client in range(datamodule.num_clients):
-        targets = find_targets(datamodule.client_dataset(client))
+        dataset = in_memory(datamodule.client_dataset(client))
+        if isinstance(dataset, ArrayDataset) and dataset.storage is not storage:
+            storage, targets = dataset.storage, find_targets(dataset.pooled())
+            ends = [math.inf] if targets is None else [label for label, _ in _ends(targets)]
+        if found and isinstance(dataset, ArrayDataset) and all(found[0][0] <= end <= found[-1][0] for end in ends):
+            continue  # clients before have the smallest and the largest label of the data that all share
+        targets = find_targets(dataset)
         if targets is None:
             return []
-        found += [(label, client, row) for label, row in _ends(targets)]
-    return [min(found), max(found)] if found else []
+        found = sorted([*found, *((label, client, row) for label, row in _ends(targets))])
+        found = [found[0], found[-1]] if found else []
+    return found
 
 
 def _ends(targets: Tensor) -> list[tuple[int, int]]:
