@@ -14,28 +14,8 @@ from fedlight.analysis.result import HessianResult
 from fedlight.analysis.stochastic import Density, TraceEstimate, density, trace
 from fedlight.analysis.task import TaskLoss, task_loss
 
-__all__ = [
-    # what to measure on
-    "HessianOperator",
-    "SymmetricOperator",
-    "TaskLoss",
-    "hessian_operator",
-    "layer_blocks",
-    "task_loss",
-    "to_scipy",
-    # what to measure
-    "block_eigenvalues",
-    "clients_lambda_max",
-    "density",
-    "measure_hessian",
-    "top_eigenvalues",
-    "trace",
-    # what comes out
-    "Density",
-    "Eigenpairs",
-    "HessianResult",
-    "TraceEstimate",
-    # what goes wrong
-    "NoSecondDerivativeError",
-    "NonFiniteLossError",
-]
+# What to measure on, what to measure, what comes out, and what goes wrong.
+__all__ = ["HessianOperator", "SymmetricOperator", "TaskLoss", "hessian_operator", "layer_blocks", "task_loss"]
+__all__ += ["to_scipy", "block_eigenvalues", "clients_lambda_max", "density", "measure_hessian", "top_eigenvalues"]
+__all__ += ["trace", "Density", "Eigenpairs", "HessianResult", "TraceEstimate"]
+__all__ += ["NoSecondDerivativeError", "NonFiniteLossError"]

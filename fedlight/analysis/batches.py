@@ -81,9 +81,7 @@ def analysis_batches(
     rows = torch.arange(total)
     if max_samples is not None and max_samples < total:
         rows = torch.randperm(total, generator=generator(seed, "hessian"))[:max_samples].sort().values
-    size = batch_size or 64
-    size = max(1, min(size, math.ceil(len(rows) / world_size)))
-    every = list(torch.split(rows, size))
+    every = torch.split(rows, max(1, min(batch_size or 64, math.ceil(len(rows) / world_size))))
     mine = range(rank, len(every), world_size)
     parts = [every[i] for i in mine]
     if isinstance(data, ArrayDataset):

@@ -130,21 +130,15 @@ def measure_hessian(
         pairs = top_eigenvalues(
             operator, top_k, generator=rng("hessian eigenvalues"), tolerance=tolerance, max_products=max_products
         )
-    known, estimate, spectrum = (pairs.values, pairs.vectors), None, None
+    known, estimate, spectrum = {"known": (pairs.values, pairs.vectors)}, None, None
     if trace:
+        draws: dict[str, Any] = {"generator": rng("hessian trace"), "max_probes": trace_probes, **known}
         with timed("trace"):
-            estimate = estimate_trace(
-                operator,
-                generator=rng("hessian trace"),
-                tolerance=trace_tolerance,
-                max_probes=trace_probes,
-                known=known,
-            )
+            estimate = estimate_trace(operator, tolerance=trace_tolerance, **draws)
     if density:
+        draws = {"generator": rng("hessian density"), "probes": density_probes, **known}
         with timed("density"):
-            spectrum = estimate_density(
-                operator, generator=rng("hessian density"), steps=density_steps, probes=density_probes, known=known
-            )
+            spectrum = estimate_density(operator, steps=density_steps, **draws)
     by_layer: dict[str, Eigenpairs] = {}
     if layers is not None:
         with timed("layers"):

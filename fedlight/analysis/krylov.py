@@ -14,6 +14,8 @@ class KrylovSpace:
     Attributes:
         basis: ``[capacity, P]``; the first ``count`` rows are used.
         room: the dimension of the space that is searched, P less what is locked.
+        products: how many it has absorbed.
+        scale: the largest |λ| so far; ``rounding`` is what the data type makes of it.
     """
 
     def __init__(
@@ -24,13 +26,9 @@ class KrylovSpace:
         self.projection = torch.zeros(capacity, capacity, dtype=torch.float64)
         self.locked = torch.empty(0, size, dtype=dtype, device=device)
         self.rest = torch.empty(0)
-        self.room, self.count = size, 0
+        self.room, self.count, self.products = size, 0, 0
+        self.scale = self.rounding = 0.0
         self._append(self._random())
-
-    @property
-    def full(self) -> bool:
-        """Whether the basis has no row left."""
-        return self.count == len(self.basis)
 
     def lock(self, vectors: Tensor) -> None:
         """Search from now on in the complement of these eigenvectors, from a random start."""
@@ -41,6 +39,7 @@ class KrylovSpace:
 
     def absorb(self, product: Tensor) -> float:
         """Project the product with the last basis vector; keep the rest of it, and return the rest's norm."""
+        self.products += 1
         used = self.basis[: self.count]
         coefficients = used @ product
         rest = self._purge(product - coefficients @ used)
@@ -56,6 +55,8 @@ class KrylovSpace:
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues of the projection, descending, and eigenvectors in the columns."""
         values, coordinates = torch.linalg.eigh(self.projection[: self.count, : self.count])
+        self.scale = max(self.scale, float(values.abs().max()))
+        self.rounding = 20 * torch.finfo(self.dtype).eps * self.scale
         return values.flip(0), coordinates.flip(1)
 
     def vectors(self, coordinates: Tensor) -> Tensor:

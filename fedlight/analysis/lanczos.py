@@ -133,13 +133,13 @@ def lanczos(
     """
     capacity = max(40, 2 * k + 20) if basis is None else max(basis, k + 3)
     space = KrylovSpace(size, min(size, capacity), operator.dtype, operator.device, generator)
-    search = _Search(tolerance, max_products)
-    pairs = yield from _solve(space, search, k, smallest, floor=-math.inf)
+    limits = tolerance, max_products
+    pairs = yield from _solve(space, *limits, k, smallest, floor=-math.inf)
     while 1 < k < size and pairs.converged:
         space.lock(pairs.vectors)
-        other = yield from _solve(space, search, 1, False, floor=float(pairs.values[-1]))
+        other = yield from _solve(space, *limits, 1, False, floor=float(pairs.values[-1]))
         pairs = replace(pairs, converged=other.converged)
-        margin = max(tolerance * abs(float(pairs.values[-1])), search.rounding)
+        margin = max(tolerance * abs(float(pairs.values[-1])), space.rounding)
         if not other.converged or float(other.values[0]) <= float(pairs.values[-1]) + margin:
             break
         order = torch.cat([pairs.values, other.values]).argsort(descending=True)[:k]
@@ -149,7 +149,7 @@ def lanczos(
             vectors=torch.cat([pairs.vectors, other.vectors])[order.to(operator.device)],
             residuals=torch.cat([pairs.residuals, other.residuals])[order],
         )
-    return replace(pairs, products=search.products)
+    return replace(pairs, products=space.products)
 
 
 def eigenvalue_errors(values: Tensor, residuals: Tensor) -> Tensor:
@@ -169,50 +169,32 @@ def eigenvalue_errors(values: Tensor, residuals: Tensor) -> Tensor:
     return torch.where(gaps > residuals, residuals.square() / gaps.clamp(min=1e-300), residuals)
 
 
-class _Search:
-    """What the parts of one search share: its tolerance, its count of products, and the scale of the spectrum."""
-
-    def __init__(self, tolerance: float, max_products: int) -> None:
-        self.tolerance, self.max_products = tolerance, max_products
-        self.products, self.scale, self.rounding = 0, 0.0, 0.0
-
-    def see(self, values: Tensor, dtype: torch.dtype) -> None:
-        self.scale = max(self.scale, float(values.abs().max()))
-        self.rounding = 20 * torch.finfo(dtype).eps * self.scale
-
-
-def _solve(
-    space: KrylovSpace, search: _Search, k: int, smallest: bool, floor: float
-) -> Generator[Tensor, Tensor, Eigenpairs]:
+def _solve(space: KrylovSpace, tolerance: float, max_products: int, k: int, smallest: bool, floor: float) -> Iteration:
     """Extend the space until k eigenpairs (and the smallest) converge, or none above the floor can be there."""
     steps = 0
     while True:
-        product = yield space.basis[space.count - 1]
         steps += 1
-        search.products += 1
-        norm = space.absorb(product)
+        norm = space.absorb((yield space.basis[space.count - 1]))
         values, coordinates = space.ritz()
-        search.see(values, space.dtype)
         residuals = norm * coordinates[-1].abs()
         wanted = min(k, len(values))
         errors = eigenvalue_errors(values, residuals)
-        allowed = (search.tolerance * values.abs()).clamp(min=search.rounding)
+        allowed = (tolerance * values.abs()).clamp(min=space.rounding)
         good = wanted == min(k, space.room) and bool((errors[:wanted] <= allowed[:wanted]).all())
         if smallest:
-            good &= float(errors[-1]) <= max(search.tolerance * search.scale, search.rounding)
+            good &= float(errors[-1]) <= max(tolerance * space.scale, space.rounding)
         # A random start can look like an eigenvector by chance where nearly all eigenvalues are alike: take some steps.
         good &= steps >= min(8, space.room)
         whole = space.count == space.room  # the space is everything there is: exact
         below = steps >= 12 and float(values[0] + residuals[0]) <= floor
         below &= float(residuals[0]) <= 0.1 * max(abs(float(values[0])), abs(floor))
-        give_up = search.products >= search.max_products
-        if good or whole or below or give_up:
+        if good or whole or below or space.products >= max_products:
             top = Eigenpairs(values[:wanted], space.vectors(coordinates[:, :wanted]), residuals[:wanted])
             last = Eigenpairs(values[-1:], space.vectors(coordinates[:, -1:]), residuals[-1:])
             return replace(top, smallest=last if smallest else None, converged=good or whole or below)
-        if space.full:
+        if space.count == len(space.basis):
             space.restart(values, coordinates, k, smallest)
-        space.extend(norm, search.rounding)
+        space.extend(norm, space.rounding)
 
 
 def _verified(operator: SymmetricOperator, pairs: Eigenpairs) -> Eigenpairs:

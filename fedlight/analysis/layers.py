@@ -35,14 +35,10 @@ def layer_blocks(module: nn.Module, layers: Sequence[str] | None = None) -> dict
             blocks[name or ROOT] = tuple(own)
     if layers is None:
         return blocks
-    for name in layers:
-        if name not in blocks:
-            close = difflib.get_close_matches(name, blocks, 1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
-            raise ValueError(
-                f"`layers` names '{name}', which is not a layer with trainable parameters.{hint}"
-                f" The layers are: {', '.join(blocks)}."
-            )
+    for name in (name for name in layers if name not in blocks):
+        close = "".join(f" Did you mean '{other}'?" for other in difflib.get_close_matches(name, blocks, 1))
+        known = f"{close} The layers are: {', '.join(blocks)}."
+        raise ValueError(f"`layers` names '{name}', which is not a layer with trainable parameters.{known}")
     return {name: blocks[name] for name in layers}
 
 

@@ -149,19 +149,7 @@ class Measurement:
         return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})
 
     def _undefined(self, samples: int, size: int, blocks: Mapping[str, Block]) -> HessianResult:
-        return HessianResult(
-            loss=nan,
-            gradient_norm=nan,
-            sharpness=nan,
-            rho=self.sam_rho,
-            eigenvalues=[nan] * self.top_k,
-            residuals=[nan] * self.top_k,
-            smallest=nan,
-            smallest_residual=nan,
-            converged=False,
-            trace=TraceEstimate(nan, nan, 0) if self.trace else None,
-            layers=dict.fromkeys(blocks, nan),
-            clients=[nan] if self.data == "clients" else [],
-            samples=samples,
-            parameters=size,
-        )
+        nans = [nan] * self.top_k
+        none = HessianResult(nan, nan, nan, self.sam_rho, nans, nans, nan, nan, False, samples=samples, parameters=size)
+        estimate, clients = TraceEstimate(nan, nan, 0) if self.trace else None, [nan] * (self.data == "clients")
+        return replace(none, trace=estimate, layers=dict.fromkeys(blocks, nan), clients=clients)

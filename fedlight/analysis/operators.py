@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -159,8 +160,9 @@ class HessianOperator:
                     if part is not None:
                         view += part.detach().reshape(-1)
         value, gradient = float(self._sum(total)), self._sum(gradient)
-        _check_finite(value, "The loss")
-        _check_finite(float(gradient.norm()), "The gradient's norm")
+        for what, found in (("The loss", value), ("The gradient's norm", float(gradient.norm()))):
+            if not math.isfinite(found):
+                raise NonFiniteLossError(f"{what} is {found}, so the Hessian is not defined at these parameters.")
         return value, gradient
 
     def loss_at(self, params: Tensor) -> float:
@@ -206,22 +208,15 @@ class HessianOperator:
         if budget == 0:
             return 0
         needed = self.graph_bytes_per_sample()
-        total, count = 0.0, 0
-        for size in self._sizes:
-            total += size * needed
-            count += total <= budget
-        return count
+        return sum(total <= budget for total in accumulate(size * needed for size in self._sizes))
 
     def _differentiate(self, index: int, create_graph: bool) -> tuple[Tensor, list[Tensor | None]]:
         """A batch's share of L and of ∇L."""
-        batch = self.batches[index]
-        loss = self._loss(batch, index) * self._shares[index]
-        try:
-            gradients: Sequence[Tensor | None] = ()
-            if loss.requires_grad:
-                gradients = torch.autograd.grad(loss, self.parameters, create_graph=create_graph, allow_unused=True)
-        except RuntimeError as error:
-            raise self._explained(error, batch, index) from error
+        loss = self._loss(self.batches[index], index) * self._shares[index]
+        gradients: Sequence[Tensor | None] = ()
+        if loss.requires_grad:
+            settings = {"create_graph": create_graph, "allow_unused": True}
+            gradients = self._derivatives(index, loss, self.parameters, **settings)
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 "The loss does not depend on any trainable parameter. A training_step that detaches its loss cannot be"
@@ -239,38 +234,24 @@ class HessianOperator:
             if gradient is not None and gradient.requires_grad:  # otherwise it is constant, and its curvature zero
                 outputs.append(gradient)
                 directions.append(part.reshape(gradient.shape))
-        if not outputs:
-            return
+        if outputs:
+            inputs, settings = [self.parameters[i] for i in block], {"retain_graph": retain, "materialize_grads": True}
+            parts = self._derivatives(index, outputs, inputs, directions, **settings)
+            torch._foreach_add_(list(result.split_with_sizes(lengths)), [part.reshape(-1) for part in parts])
+
+    def _derivatives(self, index: int, *of: Any, **settings: Any) -> Any:
         try:
-            parts = torch.autograd.grad(
-                outputs,
-                [self.parameters[i] for i in block],
-                directions,
-                retain_graph=retain,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            return torch.autograd.grad(*of, **settings)
         except RuntimeError as error:
-            raise self._explained(error, self.batches[index], index) from error
-        torch._foreach_add_(list(result.split_with_sizes(lengths)), [part.reshape(-1) for part in parts])
-
-    def _explained(self, error: RuntimeError, batch: Any, index: int) -> Exception:
-        if self._explain is None or isinstance(error, torch.OutOfMemoryError):
-            return error
-        return self._explain(error, batch, index)
-
-
-def _check_finite(value: float, what: str) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteLossError(f"{what} is {value}, so the Hessian is not defined at these parameters.")
+            if self._explain is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise self._explain(error, self.batches[index], index) from error
 
 
 def check_products(values: Tensor) -> None:
     """Refuse what was made of products with the Hessian, if it is not finite."""
     if not bool(values.isfinite().all()):
-        raise NonFiniteLossError(
-            "A product with the Hessian is NaN or infinite: the loss has no finite curvature here."
-        )
+        raise NonFiniteLossError("A product with the Hessian is NaN or infinite: there is no finite curvature here.")
 
 
 def to_scipy(operator: SymmetricOperator) -> Any:
@@ -279,9 +260,8 @@ def to_scipy(operator: SymmetricOperator) -> Any:
 
     def product(columns: Any) -> Any:
         vectors = torch.as_tensor(columns, dtype=operator.dtype, device=operator.device)
-        if vectors.ndim == 1:
-            return operator.matvec(vectors).cpu().numpy()
-        return operator.matmat(vectors).cpu().numpy()
+        found = operator.matvec(vectors) if vectors.ndim == 1 else operator.matmat(vectors)
+        return found.cpu().numpy()
 
     shape = (operator.size, operator.size)
     dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype

@@ -18,16 +18,8 @@ _DASHES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2))
 SHADES = ["black", "0.35", "0.5", "0.2", "0.6", "0.45"]
 _MARKERS = ["o", "s", "^", "D", "v", "x"]
 LAMBDA_MAX, LAMBDA_MIN = r"$\lambda_{\max}$", r"$\lambda_{\min}$"
-_STYLE: Any = {
-    "font.size": 10,
-    "axes.grid": True,
-    "grid.color": "0.9",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-}
+_STYLE: Any = {"axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False}
+_STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "savefig.dpi": 150}
 
 
 def line_style(index: int, marker: bool = True) -> dict[str, Any]:
@@ -72,15 +64,13 @@ def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str
             floors.append(0.1 / (max(result.parameters, 1) * spectrum.width))
             ends = [*result.eigenvalues, result.smallest]
             strip.plot(ends, [index] * len(ends), "|", color=SHADES[index % 6], markersize=11, markeredgewidth=1.5)
-        axes.set_yscale("log")
-        axes.set_ylim(max(min(floors), max(tops) * 1e-7), max(tops) * 3)
-        axes.set_ylabel("share of eigenvalues\nper unit of λ")
-        axes.set_title("Spectral density of the Hessian")
+        axes.set(yscale="log", ylim=(max(min(floors), max(tops) * 1e-7), max(tops) * 3))
+        axes.set(ylabel="share of eigenvalues\nper unit of λ", title="Spectral density of the Hessian")
         if len(named) > 1:
             axes.legend(loc="upper right")
         strip.set_yticks(range(len(named)), [name or "computed" for name in named])
-        strip.set_ylim(len(named) - 0.4, -0.6)
-        strip.set_xlabel("eigenvalue λ of the Hessian (marks: the computed largest and smallest)")
+        marks = "eigenvalue λ of the Hessian (marks: the computed largest and smallest)"
+        strip.set(ylim=(len(named) - 0.4, -0.6), xlabel=marks)
 
     return drawn(path, plot, (7, 4 + 0.3 * len(named)))
 
@@ -95,9 +85,7 @@ def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], pa
             axes.plot(rounds, [r.eigenvalues[k] for r in results], label=label, **line_style(k))
         axes.plot(rounds, [r.smallest for r in results], color="0.6", marker="_", linewidth=1, label=LAMBDA_MIN)
         axes.axhline(0, color="0.7", linewidth=0.8)
-        axes.set_xlabel("round")
-        axes.set_ylabel("eigenvalue of the Hessian")
-        axes.set_title("Largest and smallest eigenvalues")
+        axes.set(xlabel="round", ylabel="eigenvalue of the Hessian", title="Largest and smallest eigenvalues")
         axes.legend(ncols=2)
 
     def ranks(figure: "Figure") -> None:
@@ -110,8 +98,7 @@ def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], pa
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(range(1, k + 2), [*(rf"$\lambda_{{{i}}}$" for i in range(1, k + 1)), LAMBDA_MIN])
         axes.set_xlabel("eigenvalue, by rank (whiskers: ± residual ‖Hv − λv‖)")
-        axes.set_ylabel("value")
-        axes.set_title("Eigenvalues of the Hessian")
+        axes.set(ylabel="value", title="Eigenvalues of the Hessian")
 
     return drawn(path, history if len(results) > 1 else ranks, (6, 4))
 
@@ -127,9 +114,7 @@ def draw_contour(surface: LossSurface, path: str | Path) -> Path:
         axes.clabel(lines, fontsize=8, fmt="%.3g")
         axes.plot(0, 0, "x", color="black", markersize=9, markeredgewidth=2)
         axes.grid(False)
-        axes.set_aspect("equal")
-        axes.set_xlabel("a, along direction 1")
-        axes.set_ylabel("b, along direction 2")
+        axes.set(aspect="equal", xlabel="a, along direction 1", ylabel="b, along direction 2")
         axes.set_title(f"Loss around the model (×)\n{surface.directions}")
         figure.colorbar(shades, ax=axes, label="loss", format="%.3g")
 
@@ -180,8 +165,7 @@ def draw_line(
                 name, (position, 1), xycoords=("data", "axes fraction"), xytext=(4, -4), textcoords="offset points",
                 va="top",
             )  # fmt: skip
-        axes.set_xlabel("t: weights (1 − t)·w₀ + t·w₁")
-        axes.set_ylabel("loss")
+        axes.set(xlabel="t: weights (1 − t)·w₀ + t·w₁", ylabel="loss")
         axes.set_title(f"Loss between {ends[0]} and {ends[1]}", pad=12)
         if len(named) > 1:
             axes.legend()
@@ -237,15 +221,10 @@ def draw_layers(layers: Sequence[LayerHistory], path: str | Path) -> Path:
             lowest = max(i for i in range(len(layers)) if i % columns == column)
             grid.flat[lowest].set_xlabel("round")
             grid.flat[lowest].tick_params(labelbottom=True)
-        handles = [
-            figure.axes[0].plot([], [], **line_style(0))[0],
-            figure.axes[0].plot([], [], **line_style(1, marker=False))[0],
-        ]
-        names = [
-            f"{LAMBDA_MAX} of the layer's block of the Hessian (left axis)",
-            "activation norm mean(a²) (right axis)",
-        ]
-        figure.legend(handles, names, loc="outside upper center", ncols=2)
+        names = f"{LAMBDA_MAX} of the layer's block of the Hessian (left axis)", "activation norm mean(a²) (right axis)"
+        for i, name in enumerate(names):
+            figure.axes[0].plot([], [], label=name, **line_style(i, marker=i == 0))
+        figure.legend(loc="outside upper center", ncols=2)
 
     return drawn(path, plot, (3.6 * columns + 0.6, 2.5 * rows + 0.7))
 

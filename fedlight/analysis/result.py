@@ -115,14 +115,10 @@ class HessianResult:
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(self).items() if name not in apart}
         if self.trace is not None:
             arrays |= {"trace": self.trace.value, "trace_error": self.trace.error, "trace_probes": self.trace.probes}
-        if self.density is not None:
-            arrays |= {
-                "density_eigenvalue": self.density.grid.numpy(),
-                "density": self.density.values.numpy(),
-                "density_nodes": self.density.nodes.numpy(),
-                "density_weights": self.density.weights.numpy(),
-                "density_width": self.density.width,
-            }
+        if (found := self.density) is not None:
+            arrays |= {"density_eigenvalue": found.grid.numpy(), "density": found.values.numpy()}
+            arrays |= {"density_nodes": found.nodes.numpy(), "density_weights": found.weights.numpy()}
+            arrays["density_width"] = found.width
         arrays |= {"layer_names": np.array(list(self.layers), dtype=str), "layer_lambda_max": [*self.layers.values()]}
         arrays |= {"seconds_names": np.array(list(self.seconds), dtype=str), "seconds": list(self.seconds.values())}
         save_arrays(path, arrays)

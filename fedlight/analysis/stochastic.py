@@ -137,22 +137,15 @@ def density(
         previous, vectors = vectors, torch.where(alive, product / beta.clamp(min=1e-30), 0.0)
     main = torch.stack(diagonal, 1).double().cpu()
     off = torch.stack(off_diagonal, 1).double().cpu()[:, :-1]
-    check_products(main)
-    check_products(off)
-    nodes, coordinates = torch.linalg.eigh(
-        torch.diag_embed(main) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    )
+    check_products(torch.cat([main, off], 1))
+    tridiagonal = torch.diag_embed(main) + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    nodes, coordinates = torch.linalg.eigh(tridiagonal)
     weights = coordinates[:, 0].square()
     if known is not None:
-        nodes, weights = _joined(nodes, weights, known[0].double().cpu(), operator.size)
+        exact, share = known[0].double().cpu().expand(probes, -1), 1 / operator.size
+        weights = torch.cat([weights * (1 - len(known[0]) / operator.size), torch.full_like(exact, share)], 1)
+        nodes = torch.cat([nodes, exact], 1)
     return _smoothed(nodes, weights, grid_points)
-
-
-def _joined(nodes: Tensor, weights: Tensor, known: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights ``[n, m]`` with ``k`` known eigenvalues, each of which has its exact share."""
-    exact = known.expand(len(nodes), -1)
-    shares = torch.full_like(exact, 1 / size)
-    return torch.cat([nodes, exact], 1), torch.cat([weights * (1 - len(known) / size), shares], 1)
 
 
 def _without(columns: Tensor, found: Tensor | None) -> Tensor:

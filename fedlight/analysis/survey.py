@@ -147,11 +147,8 @@ def draw_survey(surface: LossSurface, folder: Path, stem: str) -> list[Path]:
     if not bool(surface.loss.isfinite().any()):
         rank_zero_warn("The loss is nowhere finite around this model, so its landscape is not drawn.")
         return []
-    plots = folder / "plots"
-    return [
-        draw_contour(surface, plots / f"landscape{stem}_contour.png"),
-        draw_surface(surface, plots / f"landscape{stem}_surface.png"),
-    ]
+    kinds = {"contour": draw_contour, "surface": draw_surface}
+    return [draw(surface, folder / "plots" / f"landscape{stem}_{kind}.png") for kind, draw in kinds.items()]
 
 
 def draw_lines(lines: dict[str, LossLine], folder: Path, stem: str, ends: tuple[str, str]) -> Path:

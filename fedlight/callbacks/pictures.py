@@ -76,22 +76,17 @@ def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
     """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has; rounds from 1."""
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.startswith(_ELSEWHERE)]
     kinds = {name: "learning rate" if name == "lr" else _PANELS.get(aggregate(name)) for name in names}
-    panels = {
-        title: [n for n, kind in kinds.items() if kind == title] for title in (*_PANELS.values(), "learning rate")
-    }
-    panels = {title: shown for title, shown in panels.items() if shown}
+    titles = [title for title in (*_PANELS.values(), "learning rate") if title in kinds.values()]
 
     def plot(figure: "Figure") -> None:
-        for axes, (title, shown) in zip(
-            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-        ):
+        for axes, title in zip(figure.subplots(1, len(titles), squeeze=False).flat, titles, strict=True):
+            shown = [name for name, kind in kinds.items() if kind == title]
             for i, name in enumerate(shown):
                 points = [(row["round"] + 1, row[name]) for row in rows if name in row]
                 axes.plot(*zip(*points, strict=True), label=name, **line_style(i, marker=len(points) < 15))
-            axes.set_xlabel("round")
-            axes.set_ylabel(title)
+            axes.set(xlabel="round", ylabel=title)
             axes.locator_params(axis="x", integer=True)
             if len(shown) > 1:
                 axes.legend(fontsize=8, handlelength=3)
 
-    return drawn(path, plot, (4.2 * len(panels), 3.4))
+    return drawn(path, plot, (4.2 * len(titles), 3.4))

@@ -14,28 +14,7 @@ from fedlight.data.picture import partition_csv, partition_table, save_partition
 from fedlight.data.sources import load_source
 from fedlight.data.text_data import TextData
 
-__all__ = [
-    # datamodules and datasets
-    "FederatedDataModule",
-    "ImageData",
-    "TextData",
-    "DatasetPartition",
-    "Federated",
-    "PartitionedDataModule",
-    "ArrayDataset",
-    "BatchTransform",
-    # sources
-    "ImageArrays",
-    "load_source",
-    # partitions
-    "Partitioner",
-    "IID",
-    "DirichletClients",
-    "DirichletClasses",
-    "Shards",
-    "QuantitySkew",
-    "NaturalGroups",
-    "partition_csv",
-    "partition_table",
-    "save_partition_picture",
-]
+__all__ = ["FederatedDataModule", "ImageData", "TextData", "DatasetPartition", "Federated", "PartitionedDataModule"]
+__all__ += ["ArrayDataset", "BatchTransform", "ImageArrays", "load_source"]
+__all__ += ["Partitioner", "IID", "DirichletClients", "DirichletClasses", "Shards", "QuantitySkew", "NaturalGroups"]
+__all__ += ["partition_csv", "partition_table", "save_partition_picture"]

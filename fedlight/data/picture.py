@@ -61,9 +61,7 @@ def _sizes(axes: "Axes", sizes: Tensor) -> None:
     else:
         axes.fill_between(positions.numpy(), sizes.numpy(), step="mid", color="0.6", linewidth=0)
         axes.step(positions.numpy(), sizes.numpy(), where="mid", color="black", linewidth=0.6)
-    axes.set_xlim(-0.7, len(sizes) - 0.3)
-    axes.set_ylim(0, None)
-    axes.set_ylabel("samples")
+    axes.set(xlim=(-0.7, len(sizes) - 0.3), ylim=(0, None), ylabel="samples")
     axes.locator_params(axis="x", integer=True)
     axes.locator_params(axis="y", nbins=4, integer=True)
     axes.spines[["top", "right"]].set_visible(False)

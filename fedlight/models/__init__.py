@@ -10,17 +10,5 @@ from fedlight.models.mlp import MLP
 from fedlight.models.resnet import ResNet18GN
 from fedlight.models.text import CharLSTM, TextMLP
 
-__all__ = [
-    # the LightningModule
-    "Classifier",
-    "NetFactory",
-    # networks
-    "CifarCNN",
-    "TinyImageNetCNN",
-    "ResNet18GN",
-    "SmallCNN",
-    "LeNet",
-    "MLP",
-    "CharLSTM",
-    "TextMLP",
-]
+__all__ = ["Classifier", "NetFactory"]
+__all__ += ["CifarCNN", "TinyImageNetCNN", "ResNet18GN", "SmallCNN", "LeNet", "MLP", "CharLSTM", "TextMLP"]

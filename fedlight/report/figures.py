@@ -49,8 +49,7 @@ def draw_curves(study: Study, setting: str, metric: str, path: Path, against: st
         if setting and len(study.settings) > 1:
             axes.set_title(setting)
         if axes.get_legend_handles_labels()[0]:
-            columns = 2 if len(groups) > 5 else 1
-            axes.legend(fontsize=8, loc="best", handlelength=3.5, ncols=columns)
+            axes.legend(fontsize=8, loc="best", handlelength=3.5, ncols=2 if len(groups) > 5 else 1)
 
     return _drawn(path, plot, (7, 4.2))
 
@@ -133,8 +132,7 @@ def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
             axes.plot(ends[-1:], [i], "o", color=style["color"], label=labels[0])
             axes.plot(ends[:-1], [i] * (len(ends) - 1), "|", color=style["color"], markersize=14, label=labels[1])
         axes.set_yticks(range(len(groups)), [g.label for g in reversed(groups)])
-        axes.set_ylim(-0.6, len(groups) - 0.4)
-        axes.set_xlabel("accuracy on the clients' own data (%)")
+        axes.set(ylim=(-0.6, len(groups) - 0.4), xlabel="accuracy on the clients' own data (%)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8)
 
     return _drawn(path, plot, (7, 1.4 + 0.34 * len(groups)))
