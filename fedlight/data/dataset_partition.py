@@ -36,7 +36,7 @@ class DatasetPartition(PartitionedDataModule):
         test: the test data.
         val: the validation data; by default the test data.
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
-        partitioner: which client gets which samples; by default ``IID()``.
+        partitioner: which client gets which samples; by default ``IID()``, or ``NaturalGroups()`` of ``groups``.
         targets: class of each training sample, integers or strings (numbered as they sort), or the name of a column or
             attribute; by default what ``.targets``, ``.labels`` or a column ``label`` of the dataset say, the last
             tensor of a ``TensorDataset`` or tuple, or ``labels`` or ``y`` of a dict, through ``Subset`` and
@@ -69,9 +69,9 @@ class DatasetPartition(PartitionedDataModule):
         seed: int = 0,
         held_out_clients: int | float = 0,
     ) -> None:
-        size = 32 if batch_size is None else batch_size
+        size, divided = 32 if batch_size is None else batch_size, IID() if groups is None else NaturalGroups()
         super().__init__(
-            num_clients, partitioner or IID(), size, eval_batch_size, seed=seed, held_out_clients=held_out_clients
+            num_clients, partitioner or divided, size, eval_batch_size, seed=seed, held_out_clients=held_out_clients
         )
         self._by_hand, self._eval_size = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups

@@ -30,7 +30,7 @@ class Federated(Around, DatasetPartition):
     Args:
         datamodule: the datamodule.
         num_clients: N; None for one client per natural group, with ``NaturalGroups``.
-        partitioner: which client gets which samples; by default ``IID()``.
+        partitioner: which client gets which samples; by default ``IID()``, or ``NaturalGroups()`` of ``groups``.
         targets: column or attribute of its training set that holds classes; by default as in ``DatasetPartition``.
         groups: column or attribute that holds natural groups, for ``NaturalGroups``.
         seed: seed of the partition, and of what ``setup`` draws.

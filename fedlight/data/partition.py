@@ -141,7 +141,7 @@ class NaturalGroups(Partitioner):
         if num_clients % len(names):
             raise ValueError(
                 f"`data.num_clients` is {num_clients}, but the data has {len(names)} groups; NaturalGroups needs "
-                f"{len(names)} clients or a multiple of that."
+                f"{len(names)} clients (null: one for each) or a multiple of that."
             )
         per_group = num_clients // len(names)
         smallest = int(torch.bincount(group).min())

@@ -341,10 +341,12 @@ def test_a_list_has_the_data_of_each_client(wrap):
 def test_strings_are_numbered_as_they_sort():
     x = TensorDataset(torch.arange(6.0))
     labels, users = ["cat", "ant", "dog", "cat", "ant", "dog"], ["u2", "u10", "u1", "u2", "u10", "u1"]
-    data = ready(DatasetPartition(x, num_clients=None, partitioner=NaturalGroups(), targets=labels, groups=users))
+    data = ready(DatasetPartition(x, num_clients=None, targets=labels, groups=users))  # no partitioner: by groups
     assert data.classes == ["ant", "cat", "dog"]
     assert [sorted(data.client_rows(c).tolist()) for c in range(3)] == [[2, 5], [1, 4], [0, 3]]  # u1, u10, u2
     assert data.partition_counts().tolist() == [[0, 0, 2], [2, 0, 0], [0, 2, 0]]
+    with pytest.raises(ValueError, match=r"is 4, but the data has 3 groups; .* 3 clients \(null: one for each\)"):
+        ready(DatasetPartition(x, num_clients=4, targets=labels, groups=users))
 
 
 class Texts(Dataset):
