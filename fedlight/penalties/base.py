@@ -98,11 +98,17 @@ class Penalty(_CallbackBase, Term):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach."""
         self.follow(trainer.current_epoch, pl_module.device)
-        self.attach(pl_module)
+        step = self.attach(pl_module)
+        step.totals = {} if trainer.world_size > 1 and not hasattr(trainer, "current_round") else None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow schedules; ``FederatedTrainer``, which has rounds, does so itself."""
         self.follow(trainer.current_epoch, pl_module.device)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what several processes of Lightning's ``Trainer`` have measured."""
+        if (step := penalized_step(pl_module)) is not None:
+            step.log_totals()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""

@@ -47,7 +47,7 @@ def is_activation(module: nn.Module) -> bool:
     """Whether a module is one of torch's activations, or of another library's: by its name, or by what it computes."""
     if isinstance(module, _ACTIVATIONS):
         return True
-    if isinstance(module, Metric) or type(module).__module__.startswith("torch.nn.") or any(module.children()):
+    if isinstance(module, Metric) or type(module).__module__.startswith("torch.nn.") or [*module.children()]:
         return False
     name = type(module).__name__.lower().removesuffix("activation")
     return name in {function.replace("_", "") for function in NAMES.values()} or _acts_on_entries(module)
@@ -119,7 +119,7 @@ def named_submodules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Submodules under every name that they have, without what wrappers insert into names."""
     for name, child in module.named_modules(remove_duplicate=False):
         name = _WRAPPERS.sub("", name).lstrip(".")
-        if child is not module and name:
+        if child is not module and name and not isinstance(child, torch.jit.ScriptModule):  # which takes no hooks
             yield name, child
 
 

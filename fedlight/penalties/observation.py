@@ -167,6 +167,8 @@ class Observation(TorchFunctionMode):
         """The penalty of the step."""
         if self.choosing and self._with_grad:
             self._choose()
+        if not self.measured and self._findings.doubts:
+            return torch.zeros(())  # a later step that calls no layer
         if self.names and not self.measured:
             raise MisconfigurationException(
                 f"{type(self.penalty).__name__} saw no output of {', '.join(self.names)}: training_step of "
@@ -238,6 +240,10 @@ class _Frame:
         if self.squashes and observation.choosing and observation._recording:
             observation._squashed.append((output, ("", self.label)))
         observation.take(self.label, output, ("", self.label))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a part of the module are copied, too, and hold no other part's hooks.
+        return self.__dict__ | {"_handles": [handle for handle in self._handles if handle.hooks_dict_ref() is not None]}
 
     def remove(self, all: bool) -> None:
         """Remove the hooks, or all but the one that measures."""

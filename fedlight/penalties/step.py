@@ -7,6 +7,7 @@ from inspect import Parameter, signature
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.wrappers import is_wrapped
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class PenalizedStep:
         self.penalty: Tensor | None = None
         self._observations: list[Observation] = []
         self.model: str | None = None
+        self.totals: dict[str, tuple[Tensor, int]] | None = None  # of an epoch, with weights, to share with others
         # What to call and to give back: an attribute of the module (a compiled step, say), or None for the class's own.
         self._previous: Callable[..., Any] | None = vars(module).get("training_step")
         vars(module).update(training_step=self._bound(), _penalized_step=self)
@@ -104,7 +106,11 @@ class PenalizedStep:
         finally:
             for observation in seeing:
                 observation.stop(self.model)
-        return output if self.model else self._penalize(output, batch)
+        output = output if self.model else self._penalize(output, batch)
+        layers = [f"{type(o.penalty).__name__}: {layer}" for o in seeing for layer in o.measured] if first else []
+        if twice := [layer for layer in layers if layers.count(layer) > 1]:
+            rank_zero_info(f"{twice[0]} is measured by two that are attached, and both are added to the loss.")
+        return output
 
     def _observed(self, observations: list[Observation], *args: Any, **kwargs: Any) -> Any:
         if not observations:
@@ -140,10 +146,28 @@ class PenalizedStep:
         for observation in self._observations:
             metrics |= observation.penalty.metrics(observation.measured)
         # Lightning infers the size of a batch too, and stops where it cannot.
-        options = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": batch_size(batch)}
-        log = cast(Callable[..., None], self.module.log)
+        size = batch_size(batch)
         for name, value in metrics.items():
-            log(name, value.detach(), **options)
+            if self.totals is None:
+                self._log_one(name, value.detach(), size)
+            else:
+                total, weight = self.totals.get(name, (0.0, 0))
+                self.totals[name] = total + value.detach() * size, weight + size
+
+    def _log_one(self, name: str, value: Any, size: int) -> None:
+        log = cast(Callable[..., None], self.module.log)
+        log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+    def log_totals(self) -> None:
+        """Log the means of an epoch: processes may have measured others, or in another order, and wait for each."""
+        if self.totals is None:
+            return
+        every: list[list[str]] = [[]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, list(self.totals))
+        for name in sorted({name for names in every for name in names}):
+            total, weight = self.totals.pop(name, (0.0, 0))
+            mean = torch.as_tensor(total / max(weight, 1), dtype=torch.float64)  # one type in all processes
+            self._log_one(name, mean, weight)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "task_loss": None, "penalty": None}

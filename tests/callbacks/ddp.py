@@ -17,7 +17,27 @@ class Shared(Lit):
         return super().training_step(half, batch_idx)
 
 
+class Branching(Lit):
+    """Rank 0 calls relu, and rank 1 tanh."""
+
+    def forward(self, x):
+        h = self.net.fc1(x)
+        h = self.net.tanh(h) if self.global_rank else self.net.relu(h)
+        return self.net.fc3(self.net.fc2(h))
+
+
+def check_layers_of_one_rank() -> None:
+    data = batches(2)
+    trainer = silent_trainer(MAN(ZETA), devices=2, strategy=DDPStrategy(process_group_backend="gloo"))
+    trainer.fit(Branching(lr=0.0), Batches(data))
+    net, metrics = Lit().net, trainer.callback_metrics
+    for name, act in (("relu", torch.relu), ("tanh", torch.tanh)):
+        expected = torch.stack([act(net.fc1(x)).square().mean() for x, _ in data]).mean()
+        torch.testing.assert_close(metrics[f"man/net.{name}"].item(), expected.item(), rtol=1e-6, atol=0)
+
+
 def main() -> None:
+    check_layers_of_one_rank()
     recorder, data = Recorder(), batches(2)
     strategy = DDPStrategy(process_group_backend="gloo")
     trainer = silent_trainer(MAN(ZETA), recorder, devices=2, strategy=strategy)

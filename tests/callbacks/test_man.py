@@ -376,6 +376,27 @@ def test_two_of_them_add_up():
     torch.testing.assert_close(step.penalty, (0.1 * first + 0.2 * second).detach(), **TOLERANCE)
 
 
+def test_a_layer_in_two_of_them_is_said(monkeypatch):
+    said, module = [], Lit()
+    monkeypatch.setattr("fedlight.penalties.step.rank_zero_info", said.append)
+    with MAN(0.2, layers=["net.relu"]).attached(module), MAN(0.4).attached(module):
+        for _ in range(2):
+            module.training_step(BATCH, 0)
+    assert said == ["MAN: net.relu is measured by two that are attached, and both are added to the loss."]
+
+
+def test_a_later_step_without_a_layer_has_no_penalty():
+    class Branching(Lit):
+        def training_step(self, batch, batch_idx):
+            return self.net.fc1(batch[0]).square().mean() if batch_idx else super().training_step(batch, batch_idx)
+
+    module = Branching()
+    with MAN(0.3).attached(module) as step:
+        module.training_step(BATCH, 0)
+        torch.testing.assert_close(module.training_step(BATCH, 1), step.task_loss, **TOLERANCE)
+        assert step.penalty == 0
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda man: pickle.loads(pickle.dumps(man))])
 @pytest.mark.parametrize("attached", [False, True])
 def test_copies_of_the_callback(copied, attached):
@@ -403,6 +424,22 @@ def test_a_copy_of_an_attached_module_follows_its_own_weights():
         for ours, theirs in zip(gradient(loss, m), gradient(expected, m), strict=True):
             torch.testing.assert_close(ours, theirs, **TOLERANCE)
     assert man.norms(module)["net.relu"] != man.norms(clone)["net.relu"]
+
+
+def test_a_part_of_an_attached_module_is_copied_again_and_again():
+    module = Lit()
+    with MAN(0.3).attached(module):
+        twice = copy.deepcopy(copy.deepcopy(module.net))  # of an average of the weights, say, when the module is copied
+    assert torch.equal(twice(BATCH[0]), module(BATCH[0]))
+
+
+def test_layers_beside_torchscript_and_around_compiled_modules():
+    module = Lit()
+    module.wrapped = torch.compile(module.net, backend="eager")  # which has no len(), that a truth value asks for
+    with pytest.warns(FutureWarning, match="jit"):
+        module.traced = torch.jit.script(nn.ReLU())
+    with MAN(0.3).attached(module):
+        torch.testing.assert_close(module.training_step(BATCH, 0), formula(module, BATCH, 0.3), **TOLERANCE)
 
 
 class Redirected(nn.Module):
