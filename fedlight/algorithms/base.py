@@ -55,6 +55,8 @@ class Algorithm(Remembers):
         min_clients: how many clients a round must have.
         mean_by: whether the mean of the clients' models weighs them by samples (McMahan et al. 2017) or equally.
         weighting: what p_i is in the method's corrections; None where they have no p_i.
+        server_zeros: vectors ``[P]`` that the server keeps besides its model, by name; they begin with 0.
+        client_zeros: vectors ``[P]`` that each client keeps, which begin with 0.
         num_clients: N; set by :meth:`setup`.
     """
 
@@ -72,6 +74,8 @@ class Algorithm(Remembers):
     min_clients: int = 1
     mean_by: Weighting = "samples"
     weighting: Weighting | None = None
+    server_zeros: tuple[str, ...] = ()
+    client_zeros: tuple[str, ...] = ()
     num_clients: int = 0
 
     def setup(self, num_clients: int, layout: ParameterLayout) -> None:
@@ -82,11 +86,11 @@ class Algorithm(Remembers):
 
     def init_server(self, params: Tensor) -> State:
         """The server's state before the first round; ``params`` ``[P]`` is always part of it."""
-        return {"params": params}
+        return {"params": params, **{name: torch.zeros_like(params) for name in self.server_zeros}}
 
     def init_client(self, params: Tensor) -> State:
         """The state of a client that trains for the first time. ``params`` are the server's, for shape and device."""
-        return {}
+        return {name: torch.zeros_like(params) for name in self.client_zeros}
 
     def broadcast(self, server: State) -> State:
         """What every client of the round receives; ``params`` ``[P]`` is what it starts from."""

@@ -1,8 +1,5 @@
 """FedACG."""
 
-import torch
-from torch import Tensor
-
 from fedlight.algorithms.base import Algorithm, Number, State, check_hyperparameter, mean_update
 from fedlight.local import LocalObjective
 
@@ -21,14 +18,11 @@ class FedACG(Algorithm):
     """
 
     mean_by = "equal"
+    server_zeros = ("momentum",)
 
     def __init__(self, momentum: Number = 0.85, beta: Number = 0.001) -> None:
         self.momentum = check_hyperparameter("algorithm.momentum", momentum, below=1)
         self.beta = check_hyperparameter("algorithm.beta", beta)
-
-    def init_server(self, params: Tensor) -> State:
-        """The model and m."""
-        return {"params": params, "momentum": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """The model ahead, w̃."""

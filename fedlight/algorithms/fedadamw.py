@@ -15,14 +15,11 @@ class _LeaningClients(FedAvg):
 
     mean_by = "equal"
     needs_lr = True
+    server_zeros: tuple[str, ...] = ("direction",)  # G
 
     def __init__(self, alpha: Number, server_lr: Number, **limits: float) -> None:
         super().__init__(server_lr)
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, **limits)
-
-    def init_server(self, params: Tensor) -> State:
-        """The model and G."""
-        return {"params": params, "direction": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """All that the server has."""

@@ -1,14 +1,11 @@
 """FedCM."""
 
-import torch
-from torch import Tensor
-
-from fedlight.algorithms.base import Algorithm, Message, Sender, State, check_hyperparameter, mean_gradient, mean_update
-from fedlight.checks import Number
+from fedlight.algorithms.base import Message, Number, Sender, State, check_hyperparameter, mean_gradient
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import LocalObjective
 
 
-class FedCM(Algorithm):
+class FedCM(FedAvg):
     """Client-level momentum: every local step follows alpha·g_i + (1 − alpha)·m, m being the last round's direction.
 
         m = −mean_sel(Δ_i/(S·η)),   w ← w + server_lr·mean_sel(Δ_i)
@@ -24,14 +21,11 @@ class FedCM(Algorithm):
 
     needs_lr = True
     mean_by = "equal"
+    server_zeros: tuple[str, ...] = ("momentum",)
 
     def __init__(self, alpha: Number = 0.1, server_lr: Number = 1.0) -> None:
+        super().__init__(server_lr)
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True, at_most=1)
-        self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
-
-    def init_server(self, params: Tensor) -> State:
-        """The model and the momentum m."""
-        return {"params": params, "momentum": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """The model and m."""
@@ -48,5 +42,4 @@ class FedCM(Algorithm):
 
     def aggregate(self, server: State, total: State) -> State:
         """The server's step and the new m."""
-        params = server["params"] + self.server_lr * mean_update(total)
-        return {"params": params, "momentum": total["gradient"] / total["clients"]}
+        return {**super().aggregate(server, total), "momentum": total["gradient"] / total["clients"]}

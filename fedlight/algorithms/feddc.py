@@ -1,8 +1,5 @@
 """FedDC."""
 
-import torch
-from torch import Tensor
-
 from fedlight.algorithms.base import Message, Sender, State, mean_gradient
 from fedlight.algorithms.feddyn import FedDyn
 from fedlight.local import ClientResult, LocalObjective
@@ -26,14 +23,8 @@ class FedDC(FedDyn):
     """
 
     needs_lr = True
-
-    def init_server(self, params: Tensor) -> State:
-        """FedDyn's state and g, the mean of the clients' gradients."""
-        return {**super().init_server(params), "gradient": torch.zeros_like(params)}
-
-    def init_client(self, params: Tensor) -> State:
-        """FedDyn's state and g_i, the client's gradient."""
-        return {**super().init_client(params), "gradient": torch.zeros_like(params)}
+    server_zeros = ("h_mean", "gradient")  # the latter is g
+    client_zeros = ("h", "gradient")  # and g_i
 
     def broadcast(self, server: State) -> State:
         """The model and g."""

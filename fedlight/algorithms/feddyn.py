@@ -1,8 +1,5 @@
 """FedDyn."""
 
-import torch
-from torch import Tensor
-
 from fedlight.algorithms.base import Algorithm, Message, Number, State, Weighting, check_hyperparameter, mean_update
 from fedlight.local import ClientResult, LocalObjective
 
@@ -26,18 +23,12 @@ class FedDyn(Algorithm):
     """
 
     mean_by = "equal"
+    server_zeros: tuple[str, ...] = ("h_mean",)  # the mean of h over all clients
+    client_zeros: tuple[str, ...] = ("h",)  # the sum of the client's updates
 
     def __init__(self, alpha: Number = 0.01, weighting: Weighting = "samples") -> None:
         self.alpha = check_hyperparameter("algorithm.alpha", alpha, positive=True)
         self.weighting = weighting
-
-    def init_server(self, params: Tensor) -> State:
-        """The model and the mean of h over all clients."""
-        return {"params": params, "h_mean": torch.zeros_like(params)}
-
-    def init_client(self, params: Tensor) -> State:
-        """h_i, the sum of the client's updates."""
-        return {"h": torch.zeros_like(params)}
 
     def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Proximal to w − h_i."""

@@ -1,14 +1,12 @@
 """FedGloSS."""
 
-import torch
-from torch import Tensor
-
-from fedlight.algorithms.base import Algorithm, Message, Number, Sender, State, check_hyperparameter, mean_update
+from fedlight.algorithms.base import Message, Number, Sender, State, check_hyperparameter, mean_update
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.perturbations.base import unit
 
 
-class FedGloSS(Algorithm):
+class FedGloSS(FedAvg):
     """Sharpness-aware minimisation on the server, tied to the clients by ADMM.
 
     The server perturbs its model along the last round's pseudo-gradient and sends w̃ = w + rho·d/‖d‖. Clients start
@@ -30,18 +28,13 @@ class FedGloSS(Algorithm):
     change of σ by the number of sampled clients once more; here σ is the mean of σ_i over all clients.
     """
 
+    server_zeros = ("dual", "pseudo_gradient")  # σ, and the d of the last round
+    client_zeros = ("dual",)  # σ_i
+
     def __init__(self, rho: Number = 0.1, beta: Number = 10.0, server_lr: Number = 1.0) -> None:
+        super().__init__(server_lr)
         self.rho = check_hyperparameter("algorithm.rho", rho)
         self.beta = check_hyperparameter("algorithm.beta", beta, positive=True)
-        self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
-
-    def init_server(self, params: Tensor) -> State:
-        """The model, σ, and the last pseudo-gradient d."""
-        return {"params": params, "dual": torch.zeros_like(params), "pseudo_gradient": torch.zeros_like(params)}
-
-    def init_client(self, params: Tensor) -> State:
-        """The client's dual variable σ_i."""
-        return {"dual": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """w̃, the perturbed model; w itself in the first round."""
@@ -63,6 +56,5 @@ class FedGloSS(Algorithm):
     def aggregate(self, server: State, total: State) -> State:
         """The step from the unperturbed model, and the new σ."""
         dual = server["dual"] - total["plain"] / (self.beta * self.num_clients)
-        pseudo_gradient = -mean_update(total)
-        params = server["params"] - self.server_lr * pseudo_gradient - self.beta * dual
-        return {"params": params, "dual": dual, "pseudo_gradient": pseudo_gradient}
+        params = super().aggregate(server, total)["params"] - self.beta * dual
+        return {"params": params, "dual": dual, "pseudo_gradient": -mean_update(total)}

@@ -89,6 +89,7 @@ class FedMuon(_LeaningClients):
 
     optimizers = (Muon, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
     optimizer_state = ("momentum_buffer",)
+    server_zeros = ("direction", "momentum_buffer")  # G and M
 
     def __init__(self, alpha: Number = 0.5, server_lr: Number = 1.0) -> None:
         super().__init__(alpha, server_lr, below=1)
@@ -96,10 +97,6 @@ class FedMuon(_LeaningClients):
     def lr_factors(self, steps: int) -> list[float]:
         """1 − alpha, of which the step along G is a multiple, too."""
         return [1 - current(self.alpha)] * steps
-
-    def init_server(self, params: Tensor) -> State:
-        """The model, G and M."""
-        return {**super().init_server(params), "momentum_buffer": torch.zeros_like(params)}
 
     def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Begin with M, and lean towards G, which was divided by the reduced rate."""

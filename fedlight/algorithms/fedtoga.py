@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fedlight.algorithms.base import Message, Number, Sender, State, Weighting, check_hyperparameter
@@ -44,6 +43,8 @@ class FedTOGA(FedDyn):
     without the gradient of the step before, which a version of it adds to the perturbation.
     """
 
+    server_zeros = ("h_mean", "direction")  # FedDyn's, and d
+
     def __init__(
         self,
         rho: Number = 0.1,
@@ -55,10 +56,6 @@ class FedTOGA(FedDyn):
         super().__init__(alpha, weighting)
         rho, kappa = check_hyperparameter("algorithm.rho", rho), check_hyperparameter("algorithm.kappa", kappa)
         self.beta, self.perturbation = check_hyperparameter("algorithm.beta", beta), GlobalSAM(rho, kappa)
-
-    def init_server(self, params: Tensor) -> State:
-        """FedDyn's, and d."""
-        return {**super().init_server(params), "direction": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """The model and d."""

@@ -1,8 +1,5 @@
 """FedVARP."""
 
-import torch
-from torch import Tensor
-
 from fedlight.algorithms.base import Message, Sender, State
 from fedlight.algorithms.fedavg import FedAvg
 
@@ -22,10 +19,7 @@ class FedVARP(FedAvg):
 
     mean_by = "equal"
     keeps_updates = True
-
-    def init_server(self, params: Tensor) -> State:
-        """The model, and the mean of y over all clients, kept as a running sum."""
-        return {"params": params, "last_mean": torch.zeros_like(params)}
+    server_zeros = ("last_mean",)  # of y over all clients, as a running sum
 
     def contribution(self, message: Message, sender: Sender) -> State:
         """What is new of the update."""

@@ -47,6 +47,9 @@ class FedWMSAM(FedCM):
     round, and takes one entry of δ for each parameter; here δ is the paper's.
     """
 
+    server_zeros = ("momentum", "control")  # m and c
+    client_zeros = ("control",)  # c_i
+
     def __init__(self, rho: Number = 0.01, alpha: float = 0.1, speed: Number = 0.01, server_lr: Number = 1.0) -> None:
         super().__init__(check_number("algorithm.alpha", alpha, positive=True, below=1), server_lr)
         self.speed = check_hyperparameter("algorithm.speed", speed, at_most=1)
@@ -54,12 +57,7 @@ class FedWMSAM(FedCM):
 
     def init_server(self, params: Tensor) -> State:
         """The model, m, c and alpha."""
-        more = {"control": torch.zeros_like(params), "alpha": params.new_full((), self.alpha)}
-        return {**super().init_server(params), **more}
-
-    def init_client(self, params: Tensor) -> State:
-        """c_i."""
-        return {"control": torch.zeros_like(params)}
+        return {**super().init_server(params), "alpha": params.new_full((), self.alpha)}
 
     def objective(self, received: State, client: State, weight: float) -> LocalObjective:
         """Mix the gradient with m_i."""

@@ -1,23 +1,11 @@
 """SCAFFOLD."""
 
-import torch
-from torch import Tensor
-
-from fedlight.algorithms.base import (
-    Algorithm,
-    Message,
-    Sender,
-    State,
-    Weighting,
-    check_hyperparameter,
-    mean_gradient,
-    mean_update,
-)
-from fedlight.checks import Number
+from fedlight.algorithms.base import Message, Number, Sender, State, Weighting, mean_gradient
+from fedlight.algorithms.fedavg import FedAvg
 from fedlight.local import ClientResult, LocalObjective
 
 
-class SCAFFOLD(Algorithm):
+class SCAFFOLD(FedAvg):
     """Control variates cancel the drift of each client: its steps follow g_i − c_i + c/p_i.
 
     c_i estimates the client's own gradient and c that of all clients:
@@ -35,18 +23,11 @@ class SCAFFOLD(Algorithm):
 
     needs_lr = True
     mean_by = "equal"
+    server_zeros = client_zeros = ("control",)  # c, and c_i
 
     def __init__(self, server_lr: Number = 1.0, weighting: Weighting = "samples") -> None:
-        self.server_lr = check_hyperparameter("algorithm.server_lr", server_lr, positive=True)
+        super().__init__(server_lr)
         self.weighting = weighting
-
-    def init_server(self, params: Tensor) -> State:
-        """The model and the server's control variate c."""
-        return {"params": params, "control": torch.zeros_like(params)}
-
-    def init_client(self, params: Tensor) -> State:
-        """The client's control variate c_i."""
-        return {"control": torch.zeros_like(params)}
 
     def broadcast(self, server: State) -> State:
         """The model and c."""
@@ -68,4 +49,4 @@ class SCAFFOLD(Algorithm):
     def aggregate(self, server: State, total: State) -> State:
         """The server's step and the new c."""
         control = server["control"] + total["control_change"] / self.num_clients
-        return {"params": server["params"] + self.server_lr * mean_update(total), "control": control}
+        return {**super().aggregate(server, total), "control": control}
