@@ -272,6 +272,20 @@ BAD = {
     "trainer: {callbacks: [{class_path: MAN, init_args: {zeta: 1, zeta: 2}}]}": "trainer.callbacks.init_args.zeta is",
     "# trainer: {max_rounds: 3}": "bad.yaml holds no keys, as `trainer: {max_rounds: 30}`, but '# trainer:",
     "trainer:\n\tmax_rounds: 3": "YAML is indented with spaces, not with tabs",
+    "trainer:\n  name: my: run": 'in "bad.yaml", line 2, column 11',
+    "trainer:\nalgorithm: {class_path: FedDyn, alpha: 1, init_args: }\ndata: [{class_path: ImageData}]": "bad.yaml: "
+    "trainer holds no keys, but nothing: remove it; algorithm.alpha stands beside class_path: put it below "
+    "algorithm.init_args; algorithm.init_args holds no keys, but nothing: remove it; data holds no keys, but a list.",
+    "trainer: {views: , callbacks: }\nalgorithm: {class_path: FedDyn, init_args: {alpha: }}": "error: trainer.views, "
+    "algorithm.alpha is null: give a value, or leave the key out",
+    "seed_everything: null": "seed_everything=None must be at least 0",
+    "trainer: {callbacks: [{MAN: {zeta: 1}}]}": "lightning.Callback takes nothing; `class_path` names another class",
+    "trainer: {algorithm: FedDyn}": "'trainer.algorithm' is not known; did you mean 'algorithm'?",
+    "trainer: {logger: {wandb: {project: p}}}": "`class_path` names the class, `init_args` holds its settings",
+    "model: missing.yaml": "there is no file",
+    "model: {class_path: Classifier, init_args: {num_classes: 2, net: fedlight.models.MLP, "
+    "optimizer: {class_path: SGD, init_args: {rate: 1}}}}": "torch.optim.SGD takes params, lr, momentum",
+    "trainer: {default_root_dir: $SCRATCH/runs}": "$VARIABLES are replaced by shells, not in files",
     "trainer: {name: 007}": "YAML reads 7 as another thing than a word: write it in quotes",
     "# Größe": "a configuration that begins with b'# Gr\\xf6\\xdfe' is not UTF-8",
 }

@@ -209,7 +209,7 @@ def test_the_list_has_every_config_and_what_it_is(capsys):
     assert sorted(f"{name}.yaml" for name in names) == FILES
     assert all(line[0].isupper() or line[0].isdigit() or line.startswith("clients.csv") for line in about)
     assert not [line for line in about if line.endswith(",")]
-    assert light(["configs", "perturbation/"]) == 0
+    assert light(["configs", "perturbation/", "--help"]) == 0
     assert capsys.readouterr().out.startswith("perturbation/asam  ")
 
 

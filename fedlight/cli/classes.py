@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jsonargparse import DefaultHelpFormatter, _typehints
+from jsonargparse import DefaultHelpFormatter, Namespace, _typehints
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import Logger
@@ -31,6 +31,7 @@ _BASES: dict[str, type] = {
     **{"trainer.transforms+": Transform, "trainer.aggregator": Aggregator, "trainer.personal": Personalization},
 }
 _SHOWN = 8
+_NULL = re.compile(r"None|Optional|empty|^typing\.Any")
 _METHODS = (Algorithm, Perturbation, Personalization, Aggregator, Transform)
 _classes: Any = _typehints  # of jsonargparse, which has no public place to say this
 _keep_settings = _classes.discard_init_args_on_class_path_change
@@ -54,6 +55,18 @@ _classes.discard_init_args_on_class_path_change = _begin_anew
 def class_names() -> dict[str, str]:
     """The classes that are known by short names, and the key that each belongs under."""
     return {c.__name__: key for key, base in _BASES.items() for c in _known(base)}
+
+
+def nulls(config: Any, key: str, cls: Any = None) -> list[str]:
+    """The settings of fedlight's classes that are null and cannot be, as where a value was commented out."""
+    if isinstance(config, list):
+        return [name for item in config for name in nulls(item, key)]
+    given = vars(config) if isinstance(config, Namespace) else {}
+    if "class_path" in given:
+        return nulls(given.get("init_args"), key, _classes.import_object(given["class_path"]))
+    takes = inspect.signature(cls).parameters if getattr(cls, "__module__", "").startswith("fedlight.") else {}
+    wrong = [n for n, p in takes.items() if given.get(n, p) is None and not _NULL.search(f"{p.annotation}{p.default}")]
+    return [f"{key}.{n}" for n in wrong] + [name for n, value in given.items() for name in nulls(value, f"{key}.{n}")]
 
 
 def list_classes(args: Sequence[str]) -> str | None:

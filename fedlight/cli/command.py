@@ -15,6 +15,7 @@ from jsonargparse import Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from yaml import YAMLError
 
 import fedlight
 import fedlight.callbacks
@@ -24,8 +25,8 @@ import fedlight.perturbations
 import fedlight.transforms  # all of these, so that their classes are known by their short names
 from fedlight.algorithms.base import Algorithm
 from fedlight.callbacks.config_file import ConfigFile
-from fedlight.cli.classes import ShortHelp, class_names, completion, list_classes
-from fedlight.cli.configs import part_names, repeated_keys, resolve_arguments, resolve_config
+from fedlight.cli.classes import ShortHelp, class_names, completion, list_classes, nulls
+from fedlight.cli.configs import mistakes, part_names, resolve_arguments, resolve_config
 from fedlight.cli.light import COMMANDS, TRAINERS
 from fedlight.cli.messages import readable, suggestions
 from fedlight.data.datamodule import FederatedDataModule
@@ -56,16 +57,16 @@ class FederatedArgumentParser(LightningArgumentParser):
 
     def parse_string(self, content: str, path: Any = "", *others: Any, **kwargs: Any) -> Any:
         """Parse a configuration, in which packaged ones may be named."""
-        with suppress(Exception):  # what cannot be read is explained where it is parsed
-            if twice := repeated_keys(content):
-                self.error(
-                    f"{path}: {', '.join(twice)} is there twice, of which the last alone would count: join them."
-                )
+        try:
+            if found := mistakes(content):
+                self.error(f"{path}: {'; '.join(found)}.")
             config = get_loader("yaml")(content)
             if not isinstance(config, dict):
                 self.error(f"{path} holds no keys, as `trainer: {{max_rounds: 30}}`, but {content[:60]!r}")
             if (resolved := resolve_config(config)) != config:
                 content = json.dumps(resolved)
+        except YAMLError as error:
+            self.error(str(error).replace("<unicode string>", str(path)))
         return super().parse_string(content, path, *others, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -139,8 +140,11 @@ class FederatedCLI(LightningCLI):
         self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Let a command that looks at trained weights take the best ones there are, where no checkpoint is named."""
+        """Refuse what is null and cannot be; let a command take the best weights there are, where none are named."""
         config = self.config.get(self.subcommand or "fit", {})
+        keys = {"trainer": self.trainer_class, **dict.fromkeys(("model", "data", "algorithm", "perturbation"))}
+        if wrong := [name for key, cls in keys.items() for name in nulls(config.get(key), key, cls)]:
+            raise MisconfigurationException(f"{', '.join(wrong)} is null: give a value, or leave the key out.")
         if self.subcommand not in (None, "fit") and config.get("ckpt_path") is None and not config.trainer.fast_dev_run:
             files = [Path(str(file)) for file in config.get("config") or []]
             config.ckpt_path = usual_checkpoint(
@@ -152,7 +156,7 @@ class FederatedCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        if seed is not False and not 0 <= int(seed) < 2**32:
+        if seed is None or (seed is not False and not 0 <= int(seed) < 2**32):
             raise MisconfigurationException(f"seed_everything={seed} must be at least 0 and below 2**32.")
         super()._set_seed()
 

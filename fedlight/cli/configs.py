@@ -78,20 +78,32 @@ def nearest(name: str) -> str:
     return f"did you mean {' or '.join(map(repr, near))}? " * bool(near) + "`fedlight configs` lists what there is"
 
 
-def repeated_keys(content: str) -> list[str]:
-    """The keys that a mapping of a YAML text has twice, as ``trainer.max_rounds``: it would keep the last."""
+def mistakes(content: str) -> list[str]:
+    """What a YAML text says that would be lost or read as something else, a sentence each.
+
+    A mapping has a key twice, and would keep the last; a key stands beside ``class_path`` and not below ``init_args``;
+    what holds keys is empty or a list.
+    """
     import yaml
 
     found: list[str] = []
 
     def look(node: Any, above: str) -> None:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        names = [f"{above}{key.value}" for key, _ in pairs]
-        found.extend(name for name in dict.fromkeys(names) if names.count(name) > 1 and not name.endswith("<<"))
+        pairs = [(str(key.value), value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
+        names = [key for key, _ in pairs]
+        for key in dict.fromkeys(names):
+            if names.count(key) > 1 and key != "<<":
+                found.append(f"{above}{key} is there twice, of which the last alone would count: join them")
+            elif "class_path" in names and key not in ("class_path", "init_args", "dict_kwargs", "<<"):
+                found.append(f"{above}{key} stands beside class_path: put it below {above}init_args")
         for value in node.value if isinstance(node, yaml.SequenceNode) else []:
             look(value, above)
-        for name, (_, value) in zip(names, pairs, strict=True):
-            look(value, f"{name}.")
+        for key, value in pairs:
+            holds_keys = key == "init_args" or (not above and key in ("trainer", *FOLDERS))
+            empty = value.tag.endswith(":null") and key in ("init_args", "trainer")
+            if holds_keys and (empty or isinstance(value, yaml.SequenceNode)):
+                found.append(f"{above}{key} holds no keys, but {'nothing: remove it' if empty else 'a list'}")
+            look(value, f"{above}{key}.")
 
     look(yaml.compose(content, Loader=yaml.SafeLoader), "")
     return found
@@ -99,7 +111,7 @@ def repeated_keys(content: str) -> list[str]:
 
 def main(args: Sequence[str]) -> int:
     """List the configurations, or those of a folder, or print one."""
-    known, name = configs(), " ".join(args).removesuffix("/")
+    known, name = configs(), " ".join(a for a in args if a not in ("-h", "--help")).removesuffix("/")
     if name in known:
         sys.stdout.write(known[name].read_text())
         return 0

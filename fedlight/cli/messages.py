@@ -33,14 +33,16 @@ def readable(message: str) -> str:
 def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -> list[str]:
     """A sentence for each unknown name in a parser's message; ``classes`` has the key that each belongs under."""
     message = re.sub(r"Group '([\w.]+)' does not accept option '", r"does not accept option '\1.", message)
-    owner = re.search(r"Problem with given class_path '([\w.]+)'", message)
-    taken = [] if owner is None else _parameters(owner[1])
-    found = [_key(word, taken or sorted(keys), owner and owner[1]) for word in _words(message, _KEYS)]
+    inner = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message)
+    owner = next(iter(inner or re.findall(r"given class_path '([\w.]+)'", message)[::-1]), None)
+    taken = sorted(keys) if owner is None else _parameters(owner)
+    found = [_key(word, taken, owner) for word in _words(message, _KEYS)]
     found += [_class(word, classes) for word in _words(message, _CLASSES)]
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
-    found += ["YAML is indented with spaces, not with tabs"] * ("character that cannot start any token" in message)
+    found += ["`class_path` names the class, `init_args` holds its settings"] * ("an instantiatable class" in message)
+    found += ["YAML is indented with spaces, not with tabs"] * (r"'\t' that cannot start any token" in message)
     for value in re.findall(r"Expected a <class 'str'>\. Got value: (\S+)", message):
         found.append(f"YAML reads {value.lower()} as another thing than a word: write it in quotes")
     if word := re.search(r"nrecognized arguments: ([-–—]?)(\w+\.[\w.]+)", message):
@@ -57,7 +59,7 @@ _KEYS = [
     r"[Oo]ption '([\w.]+)' is not accepted",
     r"does not accept (?:option|nested key) '([\w.]+)'",
 ]
-_CLASSES = [r"import path string: ([\w./-]+)", r"import path format: ([\w./-]+)"]
+_CLASSES = [r"import path string: ([\w./-]+)", r"import path format: ([\w./-]+)", r"class_path '([\w.-]+\.ya?ml)'"]
 
 
 def _words(message: str, patterns: Iterable[str]) -> list[str]:
@@ -92,7 +94,7 @@ def _parameters(class_path: str) -> list[str]:
     with suppress(ImportError, AttributeError, ValueError, TypeError):  # what is given may be no class
         for cls in getattr(importlib.import_module(module), name).__mro__:
             kinds = {p.name: p.kind for p in inspect.signature(cls).parameters.values()}
-            found += [name for name, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
+            found += [name for name, kind in kinds.items() if kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
             if inspect.Parameter.VAR_KEYWORD not in kinds.values():
                 break
     return found
@@ -108,14 +110,15 @@ def _key(word: str, keys: list[str], owner: str | None) -> str:
         return f"{word!r} is of Lightning's own Trainer and has no counterpart in rounds: leave it out"
     if word in ("lr", "weight_decay", "momentum") and "optimizer" in keys:
         return f"{word!r} is the optimizer's; did you mean 'optimizer.{word}'?"
-    near = [k for k in keys if k.startswith(word)][:2] or _near(word, keys, 0.7)
+    near = [k for k in keys if k.rpartition(".")[2] == word.rpartition(".")[2]][:2]  # in another section
+    near = near or [k for k in keys if k.startswith(word)][:2] or _near(word, keys, 0.7)
     first, _, rest = word.partition(".")
     if not near and rest:  # a section may be misspelt, or a key that another section has
         near = _near(first, keys, 0.7)
         leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], 1, 0.7)
         near = near if near and near[0] != first else [k for k in keys if k.rsplit(".", 1)[-1] in leaf][:2]
     if not near and owner is not None:
-        return f"{owner} takes {', '.join(keys) or 'nothing'}"
+        return f"{owner} takes {', '.join(keys) or 'nothing'}; `class_path` names another class"
     return f"{word!r} is not known; did you mean {' or '.join(map(repr, near))}?" if near and word not in near else ""
 
 

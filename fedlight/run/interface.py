@@ -1,5 +1,6 @@
 """What callbacks and modules find on ``trainer``: the names of Lightning's Trainer, and the checked settings."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -281,9 +282,11 @@ def check_settings(settings: dict[str, Any]) -> None:
     for key in ("name", "default_root_dir"):
         text = str(settings[key])
         single = key != "name" or (settings[key] and "/" not in text and not text.startswith("."))
-        if not single or "\0" in text or any(len(part.encode(errors="replace")) > 255 for part in text.split("/")):
+        long = any(len(part.encode(errors="replace")) > 255 for part in text.split("/"))
+        if not single or long or re.search(r"\0|\$[A-Za-z_{]", text):
             shown = repr(text if len(text) < 80 else text[:40] + "...")
-            raise MisconfigurationException(f"trainer.{key}={shown} must name a folder, in 255 bytes at most.")
+            what = "must name a folder, in 255 bytes at most; $VARIABLES are replaced by shells, not in files"
+            raise MisconfigurationException(f"trainer.{key}={shown} {what}.")
 
 
 def _check_limit(key: str, value: Any, zero: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.cli.configs import repeated_keys
+from fedlight.cli.configs import mistakes
 from fedlight.run.names import nearest
 from fedlight.studies.distributions import Distribution, check_keys
 
@@ -56,13 +56,13 @@ def load_study(path: Path) -> Study:
             cannot be drawn, or a command that is no ``fit``.
     """
     try:
-        content, twice = yaml.safe_load(text := path.read_text()), repeated_keys(text)
+        content, wrong = yaml.safe_load(text := path.read_text()), mistakes(text)
     except OSError as error:
         raise MisconfigurationException(f"The study {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MisconfigurationException(f"The study {path} is no YAML: {error}") from error
-    if twice:
-        raise MisconfigurationException(f"The study {path} has {', '.join(twice)} twice: the last alone would count.")
+    if wrong:
+        raise MisconfigurationException(f"The study {path}: {'; '.join(wrong)}.")
     if not isinstance(content, dict):
         raise MisconfigurationException(f"The study {path} is no mapping: it needs `method` and `parameters`.")
     try:

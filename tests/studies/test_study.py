@@ -37,7 +37,7 @@ def test_a_key_that_is_there_twice_is_refused(tmp_path):
     load(tmp_path)
     with (tmp_path / "study.yaml").open("a") as file:
         file.write("parameters: {b: {value: 3}}\n")
-    with pytest.raises(MisconfigurationException, match=r"study.yaml has parameters twice"):
+    with pytest.raises(MisconfigurationException, match=r"study.yaml: parameters is there twice"):
         load_study(tmp_path / "study.yaml")
 
 
