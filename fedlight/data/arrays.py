@@ -59,10 +59,8 @@ class _Storage:
             free = torch.cuda.mem_get_info(device)[0]
             self._refused[device] = self.nbytes > free / 2
             if self._refused[device]:
-                rank_zero_warn(
-                    f"data: {self.nbytes / 1e9:.1f} GB do not fit on {device}, which has {free / 1e9:.1f} GB free. They"
-                    " stay in main memory, and a client's are copied when it trains."
-                )
+                found = f"{self.nbytes / 1e9:.1f} GB do not fit on {device}, which has {free / 1e9:.1f} GB free"
+                rank_zero_warn(f"data: {found}. They stay in main memory, and a client's are copied when it trains.")
         return not self._refused[device]
 
     def to(self, device: torch.device) -> "_Storage":

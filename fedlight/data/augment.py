@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlight.checks import check_number
+
 
 class BatchTransform:
     """Normalises a batch of images and, where random numbers are given, flips and crops each image on its own.
@@ -39,13 +41,10 @@ class BatchTransform:
     ) -> None:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"`data.normalize` needs one mean and one positive std per channel, got {mean} and {std}.")
-        for name, probability in (("flip", flip), ("crop_probability", crop_probability)):
-            if not 0 <= probability <= 1:
-                raise ValueError(f"`{name}` is a probability between 0 and 1, got {probability}.")
-        if crop_padding < 0:
-            raise ValueError(f"`data.crop_padding` must be 0 or more pixels, got {crop_padding}.")
+        check_number("`data.crop_padding`", crop_padding)
+        self.flip, self.crop_padding = check_number("`flip`", flip, at_most=1), crop_padding
+        self.crop_probability = check_number("`crop_probability`", crop_probability, at_most=1)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self.flip, self.crop_padding, self.crop_probability = float(flip), crop_padding, float(crop_probability)
         std_, mean_ = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1) for v in (self.std, self.mean))
         # One multiplication and one addition: x/255 becomes (x/255 - mean)/std = x·scale + shift.
         self._shift = (-mean_ / std_).float()

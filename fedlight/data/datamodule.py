@@ -59,11 +59,9 @@ class FederatedDataModule(Remembers, LightningDataModule):
         if eval_batch_size is not None:
             self.eval_batch_size = check_at_least_one("`data.eval_batch_size`", eval_batch_size)
         self.num_workers, self.collate_fn, self.eval_collate_fn, self.seed = num_workers, collate_fn, collate_fn, seed
-        self.held_out_clients = held_out_clients
-        if isinstance(held_out_clients, bool) or not 0 <= held_out_clients < (1 if held_out_clients % 1 else math.inf):
-            raise ValueError(
-                f"`data.held_out_clients`={held_out_clients} must be a number of clients, or a fraction below 1 of all."
-            )
+        self.held_out_clients = held = held_out_clients
+        if isinstance(held, bool) or not 0 <= held < (1 if held % 1 else math.inf):
+            raise ValueError(f"`data.held_out_clients`={held} must be a number of clients, or a fraction below 1.")
 
     def eval_batch_size_on(self, device: torch.device) -> int:
         """Samples of a batch in evaluation on a device: ``eval_batch_size``, unless a subclass knows better.

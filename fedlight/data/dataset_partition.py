@@ -70,9 +70,8 @@ class DatasetPartition(PartitionedDataModule):
         held_out_clients: int | float = 0,
     ) -> None:
         size, divided = 32 if batch_size is None else batch_size, IID() if groups is None else NaturalGroups()
-        super().__init__(
-            num_clients, partitioner or divided, size, eval_batch_size, seed=seed, held_out_clients=held_out_clients
-        )
+        more = {"seed": seed, "held_out_clients": held_out_clients}
+        super().__init__(num_clients, partitioner or divided, size, eval_batch_size, **more)
         self._by_hand, self._eval_size = Loaded(None, batch_size, num_workers, collate_fn), eval_batch_size
         self._targets, self._groups = targets, groups
         self.classes: list[str] = []
@@ -152,10 +151,8 @@ class DatasetPartition(PartitionedDataModule):
         elif given is None and key == "targets":
             found = find_values(self._train, LABELS) if find_targets(self._train) is not None else None
             spec = self._train.storage.spec if isinstance(self._train, ArrayDataset) else None
-            if found is not None and spec is not None and spec.type is not dict and spec.num_leaves > 2:
-                rank_zero_info(
-                    f"data: the class of a sample is the last of its {spec.num_leaves} tensors, or `data.targets`."
-                )
+            if found is not None and spec is not None and spec.type is not dict and (n := spec.num_leaves) > 2:
+                rank_zero_info(f"data: the class of a sample is the last of its {n} tensors, or `data.targets`.")
             if found is None and self.partitioner.needs_labels:
                 rank_zero_info(f"data: all {size} samples are read to find their labels; `data.targets` saves that.")
                 with preserved_global_rng():

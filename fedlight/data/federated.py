@@ -49,16 +49,14 @@ class Federated(Around, DatasetPartition):
         seed: int = 0,
         held_out_clients: int | float = 0,
     ) -> None:
-        super().__init__(
-            [], None, None, num_clients, partitioner, targets, groups, seed=seed, held_out_clients=held_out_clients
-        )
+        more: dict[str, Any] = {"seed": seed, "held_out_clients": held_out_clients}
+        super().__init__([], None, None, num_clients, partitioner, targets, groups, **more)
         name = type(datamodule).__name__
         if isinstance(datamodule, FederatedDataModule):
             raise TypeError(f"`data.datamodule` is a {name}, which is federated already: use it as it is.")
         if ignored := [hook for hook in _NOT_CALLED if is_overridden(hook, datamodule, LightningDataModule)]:
-            raise MisconfigurationException(
-                f"data: {name} overrides {', '.join(ignored)}, which are not called. Move them to the LightningModule."
-            )
+            why = f"{', '.join(ignored)}, which are not called. Move them to the LightningModule."
+            raise MisconfigurationException(f"data: {name} overrides {why}")
         self.datamodule = datamodule
         self._stages: set[str] = set()
 

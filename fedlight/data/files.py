@@ -22,9 +22,6 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
 
     Arrays are called as in :class:`ImageArrays`, or ``X``, ``train_images``, ``labels_test`` and the like. Without a
     test set, ``val`` is the test set; without that, ``test_fraction`` of each class.
-
-    Raises:
-        ValueError: if the file is torn, lacks an array, or its arrays cannot be read, or be read in two ways.
     """
     try:
         # Opened here: NumPy leaves a file open that turns out to be torn.
@@ -49,17 +46,14 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     y, classes, told = _codes(dict(arrays[f"y_{split}"] for split in splits), names["classes"], where)
     grouped = [split for split in splits if f"group_{split}" in arrays]
     codes, groups, _ = _codes(dict(arrays[f"group_{s}"] for s in grouped), names["groups"], where, shift=False)
-    share = f"{test_fraction:g} of each class"
     unused = ", ".join(role for role in arrays if role.split("_")[1] not in splits)
-    rank_zero_info(
-        f"{where}: {said}; {told or 'labels as they are'}; test on {test or share}"
-        + (f"; {unused} left out." if unused else ".")
-    )
+    tested = (test or f"{test_fraction:g} of each class") + f"; {unused} left out" * bool(unused)
+    rank_zero_info(f"{where}: {said}; {told or 'labels as they are'}; test on {tested}.")
     group = dict(zip(grouped, codes, strict=True))
     # Without a test set all is taken for both, and divided then.
     both = ImageArrays(x[0], y[0], x[-1], y[-1], group.get("train"), group.get(splits[-1]), classes, groups)
+    check(both, str(path))
     if test:
-        check(both, str(path))
         strange = sorted({*y[1].tolist()} - {*y[0].tolist()})
         if strange and not len(names["classes"]):
             raise ValueError(
@@ -67,7 +61,6 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
                 " Write both from 0 on; or give the names of all classes as `classes`, if some are not trained on."
             )
         return both
-    check(both, str(path))
     _, strata = torch.unique(torch.stack([y[0], *codes]), dim=1, return_inverse=True)
     return take(both, *held_out_for_test(strata, test_fraction))
 
@@ -102,10 +95,9 @@ def _codes(
     for key, values in columns.items():
         number_like = values.ndim == 1 and values.dtype.kind in "iufb"
         if not (number_like and bool((values == np.rint(values.astype(float))).all())):
-            raise ValueError(
-                f"{where} ({key}) has shape {list(values.shape)} and type {values.dtype}; it must be one integer per "
-                "image, one string per image, or a row that is 1 at the class and 0 elsewhere."
-            )
+            what = "one integer per image, one string per image, or a row that is 1 at the class and 0 elsewhere"
+            found = f"has shape {list(values.shape)} and type {values.dtype}"
+            raise ValueError(f"{where} ({key}) {found}; it must be {what}.")
     codes = [torch.from_numpy(values.astype(np.int64)) for values in columns.values()]
     low, high = (int(f(torch.cat(codes))) if codes and len(codes[0]) else 0 for f in (torch.min, torch.max))
     if shift and low == 1 and len(known) in (0, high):

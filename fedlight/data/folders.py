@@ -49,11 +49,8 @@ def load_folder(
 
     Layouts: ``<class>/``, ``<domain>/<class>/``, and either of them with ``train/`` and ``test/`` (or ``val/``) in any
     usual spelling, at any level. Folders that all images share tell nothing. A class folder may keep its files in
-    ``images/``, and ``val/`` may name its classes in ``val_annotations.txt``, as Tiny-ImageNet does.
-
-    Raises:
-        ValueError: for a tree that can be read in two ways, images of different sizes, files that cannot be read, or
-            names that do not exist.
+    ``images/``, and ``val/`` may name its classes in ``val_annotations.txt``, as Tiny-ImageNet does. A tree that can be
+    read in two ways is refused.
     """
     if image_size is not None:
         check_at_least_one("`data.image_size`", image_size)
@@ -66,10 +63,8 @@ def load_folder(
     x = read_images([f.path for f in files + test_files], image_size)
     (y, group), (y_test, group_test) = (_labels(part, classes, domains) for part in (files, test_files))
     shape = " x ".join(map(str, x.shape[1:])) + ("" if x.dtype == torch.uint8 else " of more than 8 bits, as float32")
-    rank_zero_info(
-        f"`data.source` ({root}): {len(files)} training and {len(test_files)} test images, {shape}; "
-        f"{named(classes)}, {len(domains) or 'no'} domains; {said}."
-    )
+    found = f"{len(files)} training and {len(test_files)} test images, {shape}; {named(classes)}"
+    rank_zero_info(f"`data.source` ({root}): {found}, {len(domains) or 'no'} domains; {said}.")
     return ImageArrays(x[: len(y)], y, x[len(y) :], y_test, group, group_test, classes, domains)
 
 
@@ -82,10 +77,7 @@ def read_tree(
     domains = sorted({f.domain for f in everything} - {""})
     if test_domains:
         if not set(test_domains) < set(domains):
-            raise ValueError(
-                f"`data.test_domains` is {test_domains}, but must be some of the domains of {root}, and not all: "
-                f"{domains}."
-            )
+            raise ValueError(f"`data.test_domains` is {test_domains}, but must be some of {domains}, and not all.")
         files, test_files = ([f for f in everything if (f.domain in test_domains) == held] for held in (False, True))
         said = f"test on the domains {test_domains}"
     if not test_files:

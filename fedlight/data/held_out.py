@@ -15,11 +15,7 @@ _AS_GIVEN = ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "t
 
 
 class Wrapping(Around, FederatedDataModule):
-    """Base of datamodules that give the data of another one to other clients.
-
-    Args:
-        data: the datamodule; its own :meth:`setup` still divides the data.
-    """
+    """Base of datamodules that give the ``data`` of another one, which still divides them, to other clients."""
 
     _other = "data"
 
@@ -37,13 +33,7 @@ class Wrapping(Around, FederatedDataModule):
 
 
 class PooledData(Wrapping):
-    """One client that has the training data of all clients of another datamodule.
-
-    This is what ``trainer.centralized`` trains on.
-
-    Args:
-        data: the datamodule whose clients are pooled.
-    """
+    """One client that has the training data of all clients of another datamodule: for ``trainer.centralized``."""
 
     num_clients = 1
     _pooled: Dataset[Any] | None = None
@@ -66,11 +56,7 @@ class PooledData(Wrapping):
 
 
 def draw_clients(data: FederatedDataModule) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The clients that train, and those that ``held_out_clients`` keeps out of training.
-
-    Raises:
-        ValueError: if nobody were left.
-    """
+    """The clients that train, of which some must be left, and those that ``held_out_clients`` keeps out of it."""
     total, wanted = data.num_clients, data.held_out_clients
     count = max(1, round(wanted * total)) if isinstance(wanted, float) and wanted else int(wanted)
     if count >= total:
@@ -91,11 +77,6 @@ class HeldOut(Wrapping):
         super().setup(stage)
         trained, self.new_clients = draw_clients(self.data)
         self.num_clients, self._clients = len(trained), [*trained, *self.new_clients]
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "data":  # while it is copied
-            raise AttributeError(name)
-        return getattr(self.data, name)
 
     def client_dataset(self, client: int) -> Dataset[Any]:
         """The training data of a client; of a new one, what it is fine-tuned on."""

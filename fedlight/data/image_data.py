@@ -86,14 +86,8 @@ class ImageData(PartitionedDataModule):
         columns: dict[str, str] | None = None,
     ) -> None:
         size = _EVAL_IMAGES if eval_batch_size is None else eval_batch_size
-        super().__init__(
-            num_clients,
-            partitioner or DirichletClients(),
-            batch_size,
-            size,
-            seed=seed,
-            held_out_clients=held_out_clients,
-        )
+        more = {"seed": seed, "held_out_clients": held_out_clients}
+        super().__init__(num_clients, partitioner or DirichletClients(), batch_size, size, **more)
         self._eval_batch_size_is_given = eval_batch_size is not None
         check_number("`data.val_fraction`", val_fraction, below=1)
         check_number("`data.crop_padding`", crop_padding)
@@ -138,10 +132,9 @@ class ImageData(PartitionedDataModule):
         if self.val_fraction > 0:
             rows = holdout(arrays.y_train, self.val_fraction, generator(self.seed, "validation split"))
             if 0 in map(len, rows):
-                raise ValueError(
-                    f"`data.val_fraction` is {self.val_fraction}: of {len(arrays.y_train)} training images that leaves "
-                    f"{len(rows[0])} for training and {len(rows[1])} for validation."
-                )
+                left = f"{len(rows[0])} for training and {len(rows[1])} for validation"
+                what = f"`data.val_fraction` is {self.val_fraction}: of {len(arrays.y_train)} training images that"
+                raise ValueError(f"{what} leaves {left}.")
             self._train, self._val = stored.view(rows[0], training), stored.view(rows[1], evaluation)
             if groups is not None:
                 groups, group_val = groups[rows[0]], groups[rows[1]]

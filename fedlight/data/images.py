@@ -123,23 +123,17 @@ def check(arrays: ImageArrays, source: str) -> None:
         if len(x) == 0:
             raise ValueError(f"{where}: x_{split} holds no image.")
         if len(x) != len(y) or (group is not None and len(group) != len(x)):
-            raise ValueError(
-                f"{where}: x_{split} holds {len(x)} images, but y_{split} {len(y)} labels"
-                + ("." if group is None else f" and group_{split} {len(group)} groups.")
-            )
+            also = "" if group is None else f" and group_{split} {len(group)} groups"
+            raise ValueError(f"{where}: x_{split} holds {len(x)} images, but y_{split} {len(y)} labels{also}.")
         if x.is_floating_point() and not bool(x.isfinite().all()):
             rows = torch.nonzero(~x.flatten(1).isfinite().all(1)).flatten()
             raise ValueError(f"{where}: {len(rows)} images of x_{split} hold NaN or infinity, the first is {rows[0]}.")
-        if int(y.min()) < 0 or int(y.max()) >= arrays.num_classes:
-            raise ValueError(
-                f"{where}: labels of y_{split} lie in {int(y.min())} .. {int(y.max())}, but must lie in "
-                f"0 .. {arrays.num_classes - 1}."
-            )
-    if arrays.x_train.shape[1:] != arrays.x_test.shape[1:]:
-        raise ValueError(
-            f"{where}: training images are {list(arrays.x_train.shape[1:])} and test images "
-            f"{list(arrays.x_test.shape[1:])} (channels, height, width); they must agree."
-        )
+        low, high, most = int(y.min()), int(y.max()), arrays.num_classes - 1
+        if low < 0 or high > most:
+            raise ValueError(f"{where}: labels of y_{split} lie in {low} .. {high}, but must lie in 0 .. {most}.")
+    train, test = (list(x.shape[1:]) for x in (arrays.x_train, arrays.x_test))
+    if train != test:
+        raise ValueError(f"{where}: training images are {train} and test images {test}; both need one shape.")
 
 
 def say_shared(said: str, trained: Iterable[Hashable], tested: Sequence[Hashable]) -> None:

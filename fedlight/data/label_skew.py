@@ -145,16 +145,13 @@ class Shards(Partitioner):
         rows, counts = rows_by_class(targets, generator)
         num_shards, present = num_clients * self.classes_per_client, (counts > 0).long()
         spare = num_shards - int(present.sum())
+        what = f"`data.partitioner.classes_per_client` is {self.classes_per_client}: {num_clients} clients"
         if spare < 0:
-            raise ValueError(
-                f"`data.partitioner.classes_per_client` is {self.classes_per_client}: {num_clients} clients hold at "
-                f"most {num_shards} classes, but the data has {int(present.sum())}. Raise it or `data.num_clients`."
-            )
+            why = f"hold at most {num_shards} classes, but the data has {int(present.sum())}"
+            raise ValueError(f"{what} {why}. Raise it or `data.num_clients`.")
         if num_shards > len(rows):
-            raise ValueError(
-                f"`data.partitioner.classes_per_client` is {self.classes_per_client}: {num_clients} clients need "
-                f"{num_shards} shards, but there are only {len(rows)} samples. Lower it or `data.num_clients`."
-            )
+            why = f"need {num_shards} shards, but there are only {len(rows)} samples"
+            raise ValueError(f"{what} {why}. Lower it or `data.num_clients`.")
         # Every class has a shard, at most one for each of its samples, and else in proportion to these.
         per_class = present + apportion(spare, counts - present) if spare else present
         classes = torch.randperm(len(counts), generator=generator)

@@ -38,9 +38,6 @@ def load_listed(
     ``image_id``, ``class``; without ``user_id`` there are no clients. Its test set are the rows whose ``split`` is not
     0 or ``train``, or a ``test.csv`` beside it, or else ``test_fraction`` of each client. ``test_domains`` are clients.
     Images that are not below the folder of the CSV file may be below ``root``.
-
-    Raises:
-        ValueError: for columns, labels or images that are missing.
     """
     if strange := columns.keys() - _COLUMNS.keys():
         raise ValueError(f"`data.columns` are {', '.join(_COLUMNS)}; found {', '.join(sorted(strange))}.")
@@ -62,9 +59,7 @@ def load_listed(
     train, held = np.flatnonzero(~test), np.flatnonzero(test)
     if not len(train):
         found = ", ".join(sorted({*table["split"]})[:5])
-        raise ValueError(
-            f"`data.columns.split`: no image of {path} is for training; `train` or 0 says so, found {found}."
-        )
+        raise ValueError(f"`data.columns.split`: no image of {path} is for training; `train` or 0 does, found {found}.")
     label = "y" if is_leaf(path) else columns.get("label", _COLUMNS["label"])
     y, classes = coded(table["label"], {str(table["label"][i]) for i in train}, f"`data.source` ({path}), {label}")
     order = [*train.tolist(), *held.tolist()]
@@ -109,9 +104,8 @@ def _filled(name: str, table: Table) -> list[str]:
 def _pixels(images: list[Any]) -> Tensor:
     """LEAF's numbers in [0, 1] as square images ``[n, 1, H, W]``: as bytes where they were bytes."""
     if len(shapes := {np.shape(image) for image in images}) > 1:
-        raise ValueError(
-            f"`data.source`: samples are no images of one size; found numbers of shapes {sorted(shapes)[:5]}."
-        )
+        found = f"numbers of shapes {sorted(shapes)[:5]}"
+        raise ValueError(f"`data.source`: samples are no images of one size; found {found}.")
     x = np.stack(images)
     side, whole = math.isqrt(x.shape[1]), np.rint(x * 255)
     if side**2 != x.shape[1]:

@@ -41,30 +41,22 @@ class Partitioner(ABC):
         Raises:
             ValueError: if the request is infeasible.
         """
-        if targets.ndim != 1 or targets.is_floating_point() or (len(targets) and int(targets.min()) < 0):
-            raise ValueError(
-                f"{type(self).__name__} needs class labels, a vector of integers of 0 or more, "
-                f"got {targets.dtype} of shape {list(targets.shape)}."
-            )
-        if not 1 <= num_clients <= len(targets):
-            raise ValueError(
-                f"`data.num_clients` is {num_clients}, but it must be between 1 and the number of training samples, "
-                f"{len(targets)}: every client needs a sample."
-            )
-        if (needed := self.min_size * num_clients) > len(targets):
-            raise ValueError(
-                f"`data.partitioner.min_size` is {self.min_size}, but {num_clients} clients with {self.min_size} "
-                f"samples each need {needed}, and there are {len(targets)}. Lower min_size or `data.num_clients`."
-            )
+        name, count = type(self).__name__, len(targets)
+        if targets.ndim != 1 or targets.is_floating_point() or (count and int(targets.min()) < 0):
+            found = f"{targets.dtype} of shape {list(targets.shape)}"
+            raise ValueError(f"{name} needs class labels, a vector of integers of 0 or more, got {found}.")
+        if not 1 <= num_clients <= count:
+            why = f"between 1 and the number of training samples, {count}: every client needs a sample."
+            raise ValueError(f"`data.num_clients` is {num_clients}, but it must be {why}")
+        if (needed := self.min_size * num_clients) > count:
+            what = f"`data.partitioner.min_size` is {self.min_size}, but {num_clients} clients of that size"
+            raise ValueError(f"{what} need {needed}, and there are {count}. Lower min_size or `data.num_clients`.")
         parts = self.split(targets.long().cpu(), num_clients, generator, groups if groups is None else groups.cpu())
-        if not torch.equal(torch.cat(parts).sort().values, torch.arange(len(targets))):
-            raise ValueError(f"{type(self).__name__} does not give every sample to exactly one client.")
-        for client, part in enumerate(parts):
-            if len(part) == 0:
-                raise ValueError(
-                    f"{type(self).__name__} leaves client {client} of {num_clients} without a sample; "
-                    "choose fewer clients (`data.num_clients`) or another `data.partitioner`."
-                )
+        if not torch.equal(torch.cat(parts).sort().values, torch.arange(count)):
+            raise ValueError(f"{name} does not give every sample to exactly one client.")
+        for client in (client for client, part in enumerate(parts) if len(part) == 0):
+            way_out = "choose fewer clients (`data.num_clients`) or another `data.partitioner`"
+            raise ValueError(f"{name} leaves client {client} of {num_clients} without a sample; {way_out}.")
         return parts
 
     @abstractmethod
@@ -138,18 +130,12 @@ class NaturalGroups(Partitioner):
                 "the .npz file of `data.source`, or a column of its CSV file that `data.columns.client` names."
             )
         names, group = torch.unique(groups, return_inverse=True)
+        per_group, key = num_clients // len(names), f"`data.num_clients` is {num_clients}"
         if num_clients % len(names):
-            raise ValueError(
-                f"`data.num_clients` is {num_clients}, but the data has {len(names)} groups; NaturalGroups needs "
-                f"{len(names)} clients (null: one for each) or a multiple of that."
-            )
-        per_group = num_clients // len(names)
-        smallest = int(torch.bincount(group).min())
-        if smallest < per_group:
-            raise ValueError(
-                f"`data.num_clients` is {num_clients}, {per_group} per group, but the smallest group has only "
-                f"{smallest} samples. Lower `data.num_clients`."
-            )
+            why = f"NaturalGroups needs {len(names)} clients (null: one for each) or a multiple of that"
+            raise ValueError(f"{key}, but the data has {len(names)} groups; {why}.")
+        if (smallest := int(torch.bincount(group).min())) < per_group:
+            raise ValueError(f"{key}, {per_group} per group, but the smallest group has only {smallest} samples.")
         return self.deal(group, num_clients, generator, per_group)
 
     def deal(self, group: Tensor, num_clients: int, generator: Generator, per_group: int) -> list[Tensor]:

@@ -132,10 +132,8 @@ class PartitionedDataModule(FederatedDataModule):
         row, why = (targets.argmin(), "below 0") if low < 0 else (targets.argmax(), f"and there are {count} labels")
         text = f"`data.targets`: sample {int(row)} has label {int(targets[row])}, {why}"
         if self.partitioner.needs_labels:
-            raise ValueError(
-                f"{text}: {type(self.partitioner).__name__} needs classes 0, 1, ... Number them so, leave out samples"
-                " without one, or choose `data.partitioner: IID`."
-            )
+            way_out = "Number them so, leave out samples without one, or choose `data.partitioner: IID`."
+            raise ValueError(f"{text}: {type(self.partitioner).__name__} needs classes 0, 1, ... {way_out}")
         rank_zero_info(f"{text}: they number no classes, so nothing is counted or held out by class.")
         self._strata = None
         return None

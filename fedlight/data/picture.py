@@ -124,13 +124,11 @@ def partition_table(counts: Tensor, class_names: list[str] | None = None, max_cl
         class_names: heads of the columns; numbers by default.
         max_clients: how many clients to list; None for all. The last line sums over all of them.
     """
-    rows = _rows(counts, class_names)
-    head, body, total = rows[0], rows[1:-1], rows[-1]
-    left_out = 0 if max_clients is None else max(0, len(body) - max_clients)
-    kept = [head, *body[: len(body) - left_out], total]
-    widths = [max(len(row[i]) for row in kept) for i in range(len(head))]
+    head, *body, total = _rows(counts, class_names)
+    kept = [head, *body[:max_clients], total]
+    widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in kept]
-    if left_out:
+    if left_out := len(body) + 2 - len(kept):
         lines.insert(-1, f"... {left_out} more clients".rjust(widths[0]))
     return "\n".join(lines)
 

@@ -22,23 +22,15 @@ def read_images(paths: list[Path], side: int | None = None) -> Tensor:
     Every file is looked at before the first is decoded: one channel if all are grey, and float32 if one has more than
     eight bits. Pixels are divided by what their type calls white, 255 or 65,535; where it does not tell (32-bit
     integers, floating-point numbers) by the least of :data:`FULL_SCALES` that holds all files. Transparency is dropped.
-
-    Args:
-        paths: the files.
-        side: height and width to resize to; None: all must have one size.
-
-    Raises:
-        ValueError: naming the file that cannot be read or converted, or has another size.
+    All are resized to height and width ``side``, or must have one size. Errors name the file.
     """
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         sizes, colours, kinds = zip(*pool.map(_look, paths), strict=True)
         height, width = (side, side) if side else sizes[0]
         for path, size in zip(paths, sizes, strict=True):
             if not side and size != sizes[0]:
-                raise ValueError(
-                    f"`data.source`: {path} is {size[0]}x{size[1]}, but the first image is {height}x{width}. "
-                    "Set `data.image_size` to resize all images."
-                )
+                found = f"{size[0]}x{size[1]}, but the first image is {height}x{width}"
+                raise ValueError(f"`data.source`: {path} is {found}. Set `data.image_size` to resize all images.")
         mode, deep = "RGB" if any(colours) else "L", any(kinds)
         x = torch.empty(len(paths), len(mode), height, width, dtype=torch.float32 if deep else torch.uint8)
 

@@ -9,16 +9,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import (
-    BatchSampler,
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    Subset,
-    default_collate,
-    sampler,
-)
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, default_collate, sampler
 
 from fedlight.data.folders import in_order
 from fedlight.seeding import preserved_global_rng, seed_global_rng
@@ -80,15 +71,10 @@ def is_hf(data: Any) -> bool:
 
 
 def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
-    """Take a dataset or ``DataLoader`` apart. A sampler of some rows is kept; one that weighs them is named.
+    """Take a dataset, ``DataLoader`` or list with one apart; with ``clients`` also a list with one for each client.
 
-    Args:
-        data: the dataset or loader, or a list with one loader; None or an empty list for none.
-        what: how messages call it.
-        clients: whether a list with a dataset or loader for each client is taken, too.
-
-    Raises:
-        TypeError: for what cannot be divided among clients, with the way out.
+    A sampler of some rows is kept; one that weighs them is named. ``what`` is how messages call it: a TypeError says
+    what cannot be divided among clients, with the way out.
     """
     if isinstance(data, list | tuple) and all(isinstance(part, Dataset | DataLoader) or is_hf(part) for part in data):
         parts = [loaded(part, f"{what}[{i}]") for i, part in enumerate(data)]
@@ -114,19 +100,15 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
             "FederatedDataModule of your own whose client_dataset(i) gives the data of client i."
         )
     held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
-    kinds = {
-        "f" if isinstance(part, Tensor) else part.dtype.kind if isinstance(part, np.ndarray) else "" for part in held
-    }
+    kinds = {"f" if isinstance(p, Tensor) else p.dtype.kind if isinstance(p, np.ndarray) else "" for p in held}
     if not kinds <= {*"biufc"} or not (dataset is None or hasattr(dataset, "__getitem__")) or hasattr(dataset, "iloc"):
         found = f"{type(dataset).__name__}{' of strings or objects' if kinds & {*'USO'} else ''}"
         raise TypeError(f"{what} is a {found}; give one dataset, DataLoader or dict of tensors of it.")
     if clients and isinstance(data, list) and data and isinstance(data[0], tuple | list | Mapping):
         lengths = {tuple(getattr(leaf, "shape", ()))[:1] for leaf in tree_leaves(data[0])}
         if len(lengths) == 1 and lengths.isdisjoint({(), (1,)}):
-            rank_zero_info(
-                f"{what}: each of these {len(data)} {type(data[0]).__name__}s is one sample, though its arrays have one"
-                " length. The data of each client are a TensorDataset(X, Y)."
-            )
+            why = "though its arrays have one length. The data of each client are a TensorDataset(X, Y)."
+            rank_zero_info(f"{what}: each of these {len(data)} {type(data[0]).__name__}s is one sample, {why}")
     if not isinstance(data, DataLoader):
         return Loaded(dataset)
     return _of_loader(data, what)
@@ -139,7 +121,7 @@ def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
     size = data.batch_size or getattr(batches, "batch_size", None) or (batches and len(next(iter(batches))))
     if not isinstance(size, int):
         raise TypeError(f"{what} is a DataLoader without a batch_size; give it one.")
-    order: Any = getattr(batches, "sampler", data.sampler) if type(batches) is BatchSampler else batches
+    order: Any = getattr(batches, "sampler", data.sampler) if type(batches) is sampler.BatchSampler else batches
     name, drawn = type(order).__name__, len(order) if hasattr(order, "__len__") else len(dataset)
     rows = getattr(order, "indices", order if hasattr(order, "__getitem__") else None)
     if order is not batches and drawn < len(dataset):
@@ -163,9 +145,6 @@ def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Ten
     """Classes or groups as ``[n]`` int64, and the names of strings, which are numbered by ``names`` or as they sort.
 
     With ``key``, of data that are known to be classes or groups, whole floating-point numbers are taken, too.
-
-    Raises:
-        ValueError: if they are neither integers nor strings, or a sample has none.
     """
     if not isinstance(values, Tensor):
         values = [_plain(value) for value in (values if getattr(values, "ndim", 1) == 1 else np.asarray(values))]
@@ -185,10 +164,8 @@ def numbered(values: Any, names: Sequence[str] = (), key: str = "") -> tuple[Ten
         raise ValueError(f"`data.{key}`: {found} is no class or group; give an integer or a string.") from error
     whole = bool(key) and tensor.is_floating_point() and bool((tensor == tensor.round()).all())
     if tensor.ndim != 1 or (tensor.is_floating_point() and not whole) or tensor.is_complex():
-        raise ValueError(
-            f"`data.{key}`: classes and groups are one integer per sample, or one string, got {tensor.dtype} of shape"
-            f" {list(tensor.shape)}."
-        )
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"`data.{key}`: classes and groups are one integer per sample, or one string, got {found}.")
     return tensor.long(), list(names)
 
 

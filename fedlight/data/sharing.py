@@ -25,9 +25,8 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     """
     if fabric.world_size == 1:
         return 0
-    datasets = [
-        in_memory(d, data.collate_fn) for d in (data.client_dataset(0), data.val_dataset(), data.test_dataset())
-    ]
+    sets = data.client_dataset(0), data.val_dataset(), data.test_dataset()
+    datasets = [in_memory(dataset, data.collate_fn) for dataset in sets]
     storages = list({id(d.storage): d.storage for d in datasets if isinstance(d, ArrayDataset)}.values())
     tensors = [tensor for storage in storages for tensor in storage.leaves]
     layout = [(str(t.dtype), tuple(t.shape)) for t in tensors]

@@ -121,13 +121,11 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
     try:
         both = [getattr(datasets, cls)(root, **of_all, **split) for split in splits]
     except (RuntimeError, OSError) as error:
+        problem = f"is not in `data.root` ({root}). Set `data.download: true`, or bring"
         if download:
             problem = f"could not be downloaded to `data.root` ({root}): {error}. Bring"
-        else:
-            problem = f"is not in `data.root` ({root}). Set `data.download: true`, or bring"
-        raise MisconfigurationException(
-            f"`data.source: {name}` {problem} {url} to {root / folder}. {_OFFLINE}"
-        ) from error
+        text = f"`data.source: {name}` {problem} {url} to {root / folder}. {_OFFLINE}"
+        raise MisconfigurationException(text) from error
     x, _ = as_images({split: np.asarray(d.data) for split, d in zip(("train", "test"), both, strict=True)}, name)
     y = [torch.as_tensor(np.asarray(d.labels if name == "svhn" else d.targets)).long() for d in both]
     if name == "emnist":  # its files hold columns first

@@ -28,13 +28,8 @@ _WHOLE = re.compile(r"^(\d+)(?:\.0+)?$")
 def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
     """The table of each split, ``train`` and where the source has them ``val`` and ``test``.
 
-    Args:
-        source: a file; a folder with a file for each split, or of LEAF, or with ``<label>/*.txt``, or that a dataset of
-            Hugging Face was saved to; or such a dataset, or a mapping with one for each split.
-        test_fraction: share of texts in folders that become the test set where there is none.
-
-    Raises:
-        ValueError: for what cannot be read, naming the file.
+    The source is a file; a folder with a file for each split, or of LEAF, or with ``<label>/*.txt``, or that a dataset
+    of Hugging Face was saved to; or such a dataset, or a mapping with one for each split.
     """
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
@@ -82,11 +77,7 @@ def _text(path: Path) -> str:
 
 
 def read_table(source: Any) -> Table:
-    """The columns of a CSV or TSV file with a header, of JSON lines or Parquet, or of a Hugging Face dataset.
-
-    Raises:
-        ValueError: naming the file, and the line where it is known.
-    """
+    """The columns of a CSV or TSV file with a header, of JSON lines or Parquet, or of a Hugging Face dataset."""
     if is_hf(source):
         return {name: list(source.with_format(None)[name]) for name in source.column_names}
     if (ending := ending_of(source)) == ".parquet":
@@ -106,18 +97,13 @@ def read_table(source: Any) -> Table:
             rows = json.loads("[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]")
         names = dict.fromkeys(name for row in rows for name in row.keys())  # noqa: SIM118
     except (AttributeError, csv.Error, ValueError, TypeError) as error:
-        raise ValueError(
-            f"`data.source` ({source}) is no table, with an object or row for each sample (.csv, .tsv, .json, .jsonl,"
-            f" .parquet): {error}"
-        ) from error
+        what = "no table, with an object or row for each sample (.csv, .tsv, .json, .jsonl, .parquet)"
+        raise ValueError(f"`data.source` ({source}) is {what}: {error}") from error
     if not rows:
         raise ValueError(f"`data.source` ({source}) holds no samples.")
     first = {name: [*held.values()] if isinstance(held, dict) else held for name, held in rows[0].items()}
-    if (
-        len(rows) == 1
-        and all(isinstance(held, list) for held in first.values())
-        and len({*map(len, first.values())}) == 1
-    ):
+    lists = len(rows) == 1 and all(isinstance(held, list) for held in first.values())
+    if lists and len({*map(len, first.values())}) == 1:
         return first  # the columns, as pandas writes them
     return {str(name): [row.get(name) for row in rows] for name in names}
 
@@ -156,9 +142,6 @@ def read_leaf(path: Path) -> dict[str, Table]:
     """The columns ``text`` (x), ``label`` (y) and ``client`` of all files; a user of several files is one client.
 
     Source of the layout: Caldas et al., "LEAF: A Benchmark for Federated Settings", arXiv:1812.01097.
-
-    Raises:
-        ValueError: naming the file that is not LEAF's.
     """
     tables: dict[str, Table] = {}
     for file in sorted([*path.glob("train/*.json"), *path.glob("test/*.json")]):
@@ -174,19 +157,13 @@ def read_leaf(path: Path) -> dict[str, Table]:
                 table["label"] += y
                 table["client"] += [str(user)] * count
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"`data.source`: {file} is no file of LEAF, with users, num_samples and user_data:"
-                f" {type(error).__name__}: {error}"
-            ) from error
+            what = "no file of LEAF, with users, num_samples and user_data"
+            raise ValueError(f"`data.source`: {file} is {what}: {type(error).__name__}: {error}") from error
     return tables
 
 
 def column(table: Table, name: str, key: str, where: str = "") -> list[Any]:
-    """A column by its name.
-
-    Raises:
-        ValueError: naming the columns that there are, or the first sample without it.
-    """
+    """A column by its name; errors name the columns that there are, or the first sample without it."""
     if name not in table:
         raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source`{where} are {', '.join(table)}.")
     if lacking := [row for row, value in enumerate(table[name]) if value is None or value != value]:
@@ -195,17 +172,9 @@ def column(table: Table, name: str, key: str, where: str = "") -> list[Any]:
 
 
 def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Tensor, list[str]]:
-    """Labels as numbers ``[n]`` int64, and the names of the classes.
+    """Labels as numbers ``[n]`` int64, and the names of the classes, which are those ``known`` of training samples.
 
-    Whole numbers from 0 on are what they are; all else is numbered as it sorts.
-
-    Args:
-        values: the labels of all samples.
-        known: those of training samples.
-        what: the key that messages name.
-
-    Raises:
-        ValueError: for any other label, and for numbers with too many gaps.
+    Whole numbers from 0 on are what they are, with few gaps; all else is numbered as it sorts. Errors name ``what``.
     """
     words = [str(value) for value in values]
     if all(_WHOLE.fullmatch(word) for word in known):
@@ -213,10 +182,8 @@ def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Ten
     names = in_order(known)
     if names[0] == "0" and all(word.isdecimal() and word == str(int(word)) for word in names):
         if (count := int(names[-1]) + 1) > 1000 * len(names):
-            raise ValueError(
-                f"{what}: labels are {len(names)} different whole numbers from 0 to {names[-1]}, which would be {count}"
-                " classes. Number them anew, or give them names."
-            )
+            why = f"which would be {count} classes. Number them anew, or give them names."
+            raise ValueError(f"{what}: labels are {len(names)} different whole numbers from 0 to {names[-1]}, {why}")
         names = [str(number) for number in range(count)]
     number = {name: i for i, name in enumerate(names)}
     if strange := sorted({*words} - {*names}):

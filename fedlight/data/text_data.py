@@ -155,12 +155,9 @@ class TextData(PartitionedDataModule):
         table: Table = {"text": [], "label": [], "client": []}
         for kind, read in tables.items():
             for key, name in self._names.items():
-                known = name is not None and (key != "client" or kind == "train" or name in read)
-                found = (
-                    column(read, str(name), key, f" ({kind})" * (kind != "train"))
-                    if known
-                    else [""] * len(next(iter(read.values())))
-                )
+                found = [""] * len(next(iter(read.values())))
+                if name is not None and (key != "client" or kind == "train" or name in read):
+                    found = column(read, name, key, f" ({kind})" * (kind != "train"))
                 table[key] += found if key == "text" else map(str, found)
         split = np.repeat([*tables], [len(next(iter(read.values()))) for read in tables.values()])
         empty = [i for i, text in enumerate(table["text"]) if not (isinstance(text, str) and text.strip())]
@@ -170,9 +167,8 @@ class TextData(PartitionedDataModule):
         small = {*clients[sizes < self.min_samples]}
         chosen = [client not in small for client in table["client"]]
         if len(small) == len(clients):
-            raise ValueError(
-                f"`data.min_samples`={self.min_samples}: no client has so many texts; at most {max(sizes)}."
-            )
+            why = f"no client has so many texts; at most {max(sizes)}."
+            raise ValueError(f"`data.min_samples`={self.min_samples}: {why}")
         return {k: list(compress(v, chosen)) for k, v in table.items()}, split[chosen]
 
     def state_dict(self) -> dict[str, Any]:
