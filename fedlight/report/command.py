@@ -110,9 +110,8 @@ def _run_pictures(groups: list[Group], folder: Path) -> list[Picture]:
     """
     kinds: dict[str, list[tuple[int, Group, Path]]] = {}
     for index, group in enumerate(groups):
-        latest = {
-            _ROUND.sub("", path.stem): path for path in sorted((group.runs[0].path / "plots").glob("*.png"), key=_round)
-        }
+        found = sorted((group.runs[0].path / "plots").glob("*.png"), key=_round)
+        latest = {_ROUND.sub("", path.stem): path for path in found}
         for kind, path in latest.items():
             if kind != "partition" or not (kind in kinds or group.method.is_central):
                 kinds.setdefault(kind, []).append((index, group, path))

@@ -16,13 +16,7 @@ from fedlight.run.names import smaller_is_better
 
 @dataclass(frozen=True)
 class Stat:
-    """A mean over seeds.
-
-    Attributes:
-        mean: the mean.
-        std: the standard deviation (of a sample), None for one seed.
-        count: seeds that have a value.
-    """
+    """A mean over the ``count`` seeds that have a value, and the standard deviation (of a sample), None for one."""
 
     mean: float
     std: float | None
@@ -50,15 +44,7 @@ class Stat:
 
 @dataclass
 class Group:
-    """One method in one setting.
-
-    Attributes:
-        method: what trains.
-        setting: everything else.
-        label: of the method, as it stands in tables.
-        setting_label: of the setting.
-        runs: its finished runs, one for each seed.
-    """
+    """One method in one setting, which is everything else; their labels in tables, and a finished run for each seed."""
 
     method: Method
     setting: Items
@@ -72,8 +58,7 @@ class Group:
 
     def few(self, stat: Stat | None) -> str:
         """`` (1 of 2)`` where a mean is not over all runs."""
-        whole = stat is None or stat.count == len(self.runs)
-        return "" if stat is None or whole else f" ({stat.count} of {len(self.runs)})"
+        return "" if stat is None or stat.count == len(self.runs) else f" ({stat.count} of {len(self.runs)})"
 
     def total(self, *metrics: str) -> Stat | None:
         """The sum of metrics over all rounds."""
@@ -93,15 +78,9 @@ class Group:
         return {r: statistics.fmean(s[r] for s in sums if r in s) for r in sorted({r for s in sums for r in s})}
 
     def cost_to(self, metric: str, target: float, *spent: str) -> tuple[Stat | None, int]:
-        """What it took until a metric first reached a target.
+        """What it took until a metric first reached a target, over the seeds that did, and how many these are.
 
-        Args:
-            metric: an accuracy must become as large, a loss as small.
-            target: the value.
-            spent: metrics to add up; without any, rounds are counted.
-
-        Returns:
-            The statistics over the seeds that reached it, and how many of them there are.
+        An accuracy must become as large, a loss as small. The metrics ``spent`` are added up; without any, rounds are.
         """
         sign, costs = -1 if smaller_is_better(metric) else 1, []
         for run in self.runs:
@@ -160,14 +139,9 @@ class Study:
         return next((g for g in self.groups if (g.label, g.setting_label) == (method, setting)), None)
 
     def baseline(self, name: str) -> str:
-        """The label of the method that is called so, or has this name alone.
-
-        Raises:
-            MisconfigurationException: if no method or several are.
-        """
-        alike = {g.label for g in self.groups if name == g.label} or {
-            g.label for g in self.groups if name == g.method.name
-        }
+        """The label of the method that is called so, or has this name alone; an error if no method or several are."""
+        alike = {g.label for g in self.groups if name == g.label}
+        alike = alike or {g.label for g in self.groups if name == g.method.name}
         if len(alike) != 1:
             found = "is not among the runs" if not alike else "may be several of the methods"
             raise MisconfigurationException(f"--baseline {name!r} {found}; they are {', '.join(self.methods)}.")
@@ -194,10 +168,7 @@ def gain(group: Group, other: Group, metric: str) -> Stat | None:
 def left_out(groups: Sequence[Group], metrics: Iterable[str], ever: bool = False) -> str:
     """Which runs the means of some metrics leave out, and why: a sentence, or nothing where there is none.
 
-    Args:
-        groups: whose means.
-        metrics: of what.
-        ever: whether every round counts, as in a curve, and not the last value alone.
+    With ``ever`` every round counts, as in a curve, and not the last value alone.
     """
     said, several = list[str](), len({group.setting_label for group in groups}) > 1
     for group in groups:

@@ -32,10 +32,7 @@ Items = tuple[tuple[str, Any], ...]
 
 
 class Method:
-    """A method: what trains, with its hyperparameters.
-
-    Args:
-        config: a run's configuration by dotted keys.
+    """A method: what trains, by a run's configuration of dotted keys.
 
     Attributes:
         name: as ``FedDyn+SAM+MAN``.
@@ -90,14 +87,12 @@ def pooled(setting: Items) -> Items:
 
 def method_labels(methods: Iterable[Method]) -> dict[tuple[str, Items], str]:
     """A label for each method: its name, and what tells it from others of that name."""
-    by_name: dict[str, list[Items]] = {}
+    by_name: dict[str, dict[Items, None]] = {}
     for method in methods:
-        known = by_name.setdefault(method.name, [])
-        if method.items not in known:
-            known.append(method.items)
+        by_name.setdefault(method.name, {})[method.items] = None
     labels = {}
     for name, variants in by_name.items():
-        keys = differing(variants)
+        keys = differing([*variants])
         for items in variants:
             described = describe(items, keys)
             labels[name, items] = f"{name} ({described})" if described else name

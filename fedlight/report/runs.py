@@ -16,6 +16,7 @@ from fedlight.run.loggers import read_metrics
 from fedlight.run.names import dotted, is_share
 
 Status = Literal["finished", "running", "interrupted", "failed", "torn", "missing", "foreign", "changed"]
+_VERSION = re.compile(r"version_\d+")
 
 
 @dataclass
@@ -74,9 +75,6 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 
     A folder is one of a run, of an experiment, of a study, or one above these. Of a study's run with several versions,
     the newest counts; the runs that ``study.json`` names and that are not there are ``missing``.
-
-    Raises:
-        MisconfigurationException: if a folder does not exist, or there is no run.
     """
     runs, seen = dict[Path, Run](), set[Path]()
     for folder in folders:
@@ -111,10 +109,8 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
 
 
 def _is_run(folder: Path) -> bool:
-    names = ("config.yaml", "metrics.csv", "summary.json")
-    return any((folder / name).is_file() for name in names) or (
-        re.fullmatch(r"version_\d+", folder.name) is not None and (folder / ".lock").is_file()
-    )
+    names = {"config.yaml", "metrics.csv", "summary.json"} | ({".lock"} if _VERSION.fullmatch(folder.name) else set())
+    return any((folder / name).is_file() for name in names)
 
 
 def _study_runs(folder: Path) -> Iterator[Run]:

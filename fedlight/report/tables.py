@@ -11,13 +11,8 @@ from fedlight.run.names import is_share, smaller_is_better
 
 _DASH = "–"
 TRAFFIC = ("comm/down_mb", "comm/up_mb")
-_COLUMNS = {
-    "val/accuracy": "server",
-    "val/accuracy_selected": "selected",
-    "val/accuracy_all": "all",
-    "val/accuracy_swa": "swa",
-    "val/loss": "loss",
-}
+_COLUMNS = {"val/accuracy": "server", "val/accuracy_selected": "selected", "val/accuracy_all": "all"}
+_COLUMNS |= {"val/accuracy_swa": "swa", "val/loss": "loss"}
 _HESSIAN = {"λ_max": "lambda_max", "trace": "trace", "λ_max (all)": "lambda_max_all", "trace (all)": "trace_all"}
 _FOLDERS = ("trainer.default_root_dir", "trainer.name", "ckpt_path", "seed_everything")
 
@@ -27,8 +22,7 @@ def show_stat(stat: Stat | None, metric: str = "", digits: int = 2) -> str:
     if stat is None:
         return _DASH
     if is_share(metric):
-        mean, std = f"{stat.mean * 100:z.{digits}f}", "" if stat.std is None else f" ± {stat.std * 100:.{digits}f}"
-        return mean + std
+        return f"{stat.mean * 100:z.{digits}f}" + ("" if stat.std is None else f" ± {stat.std * 100:.{digits}f}")
     mean = f"{stat.mean:z.{digits}f}" if stat.mean == 0 or 0.0995 <= abs(stat.mean) < 1e5 else f"{stat.mean:.3g}"
     if stat.std is None:
         return mean
@@ -226,10 +220,9 @@ def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Colum
     best, bold = best_of(groups, metric), _COLUMNS.get(metric, metric)
     texts = [(name, [text(group) for group in groups]) for name, text in columns]
     kept = [(name, column) for name, column in texts if any(t != _DASH for t in column)]
-    rows = [
-        [Cell(g.label), *(Cell(column[i], name == bold and g.label in best) for name, column in kept)]
-        for i, g in enumerate(groups)
-    ]
+    rows = []
+    for i, label in enumerate(group.label for group in groups):
+        rows.append([Cell(label), *(Cell(column[i], name == bold and label in best) for name, column in kept)])
     return Table(["method", *(name for name, _ in kept)], rows, note)
 
 
@@ -253,11 +246,9 @@ def show_cost(group: Group, metric: str, target: float, *spent: str) -> str:
 def differences(study: Study) -> Table | None:
     """What differs between the configurations of the groups; None if nothing does."""
     configs = [{k: _value(v) for k, v in g.runs[0].config.items() if k not in _FOLDERS} for g in study.groups]
-    keys = differing([tuple(config.items()) for config in configs])
-    rows = [
-        cells(group.label, group.setting_label, *(config.get(key, _DASH) for key in keys))
-        for group, config in zip(study.groups, configs, strict=True)
-    ]
+    keys, rows = differing([tuple(config.items()) for config in configs]), []
+    for group, config in zip(study.groups, configs, strict=True):
+        rows.append(cells(group.label, group.setting_label, *(config.get(key, _DASH) for key in keys)))
     return Table(["method", "setting", *(key.replace(".init_args", "") for key in keys)], rows) if keys else None
 
 

@@ -5,43 +5,34 @@ import html
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fedlight.run.folder import atomic_write, writing
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: what stands in it.
-        bold: whether it is the best of its column.
-    """
+class Cell(NamedTuple):
+    """A cell of a table; what is best in its column is bold."""
 
     text: str
     bold: bool = False
 
 
-@dataclass(frozen=True)
-class Heading:
+class Heading(NamedTuple):
     """A heading: level 1 is the title."""
 
     text: str
     level: int = 2
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """A paragraph; a warning stands out."""
 
     text: str
     warning: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table; the first column is text, the others are numbers."""
 
     header: Sequence[str]
@@ -49,8 +40,7 @@ class Table:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture in a file, with a caption."""
 
     path: Path

@@ -33,15 +33,7 @@ def main(args: list[str]) -> int:
 
 
 def selected(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun]:
-    """The runs that have given values of parameters.
-
-    Args:
-        runs: all runs.
-        only: ``key=value``, the value as agents and YAML write it.
-
-    Raises:
-        MisconfigurationException: for a key that is no parameter, or where no run is left.
-    """
+    """The runs that have given values of parameters: ``key=value``, the value as agents and YAML write it."""
     left = list(runs)
     for condition in only:
         key, _, text = condition.partition("=")

@@ -45,27 +45,16 @@ _FINITE = ("constant", "categorical", "int_uniform", "q_uniform")
 
 @dataclass(frozen=True)
 class Distribution:
-    """Values of one parameter.
-
-    Attributes:
-        kind: W&B's name of the distribution.
-        settings: its bounds, values, and so on.
-    """
+    """Values of one parameter: W&B's name of the distribution, and its bounds, values, and so on."""
 
     kind: str
     settings: Mapping[str, Any]
 
     @classmethod
     def of(cls, spec: Mapping[str, Any], key: str, nested: bool = False) -> "Distribution":
-        """The distribution that a parameter's mapping describes.
+        """The distribution that a parameter's mapping describes, at a ``key`` of the YAML; an error if it is none.
 
-        Args:
-            spec: the mapping.
-            key: where it stands in the YAML, for messages.
-            nested: whether it is part of another parameter. W&B takes bounds that are exponents of e there only.
-
-        Raises:
-            MisconfigurationException: if it describes none.
+        Where it is part of another parameter, ``nested``, W&B takes bounds that are exponents of e.
         """
         check_keys(spec, {"distribution"}.union(*_KEYS.values()), key)
         kind = spec["distribution"] if "distribution" in spec else _inferred(spec, key)
@@ -93,11 +82,7 @@ class Distribution:
         return self.kind != "constant" and (not self.kind.startswith("categorical") or len(self.settings["values"]) > 1)
 
     def check_finite(self, key: str) -> None:
-        """Refuse a distribution that a grid cannot go through.
-
-        Raises:
-            MisconfigurationException: naming the key.
-        """
+        """Refuse a distribution that a grid cannot go through."""
         if self.kind not in _FINITE:
             raise MisconfigurationException(
                 f"`{key}`: a grid takes value, values, int_uniform and q_uniform, not {self.kind}. List `values`, or"
@@ -112,19 +97,15 @@ class Distribution:
         if self.kind == "int_uniform":
             return list(range(s["min"], s["max"] + 1))
         if self.kind == "q_uniform":
-            steps: list[float] = np.arange(s["min"], s["max"], s["q"]).tolist()
-            return steps
+            return [*np.arange(s["min"], s["max"], s["q"]).tolist()]
         # As W&B's grid has it: what is there twice counts once, and 3.0 is 3.
         same = {yaml.safe_dump(int(v) if isinstance(v, float) and v.is_integer() else v): v for v in s["values"]}
         return list(same.values())
 
     def draw(self, rng: random.Random) -> Any:
         """One value."""
-        if not self.kind.startswith("q_"):
-            return _KINDS[self.kind][1](rng, self.settings)
-        q = self.settings["q"]
-        steps = round(_KINDS[self.kind[2:]][1](rng, self.settings) / q)
-        return steps * q
+        value, q = _KINDS[self.kind.removeprefix("q_")][1](rng, self.settings), self.settings.get("q")
+        return value if q is None else round(value / q) * q
 
 
 def _inferred(spec: Mapping[str, Any], key: str) -> str:
@@ -148,18 +129,15 @@ def _check_values(settings: Mapping[str, Any], key: str) -> None:
     if "probabilities" in settings:
         numbers = isinstance(weights, list) and all(_is_number(weight) and weight >= 0 for weight in weights)
         if not numbers or len(weights) != len(values) or abs(sum(weights) - 1) > 1e-5:
-            raise MisconfigurationException(
-                f"`{key}.probabilities` must be {len(values)} numbers whose sum is 1, found {weights!r}."
-            )
+            what = f"{len(values)} numbers whose sum is 1, found {weights!r}"
+            raise MisconfigurationException(f"`{key}.probabilities` must be {what}.")
 
 
 def _check_numbers(kind: str, settings: Mapping[str, Any], key: str) -> None:
     for name, value in settings.items():
         if not _is_number(value) or (kind == "int_uniform" and not isinstance(value, int)):
-            what = "a whole number" if kind == "int_uniform" else "a number"
-            raise MisconfigurationException(
-                f"`{key}.{name}` must be {what} for {kind}, found {value!r}; YAML wants 1.0e-3."
-            )
+            what = f"a {'whole ' * (kind == 'int_uniform')}number for {kind}"
+            raise MisconfigurationException(f"`{key}.{name}` must be {what}, found {value!r}; YAML wants 1.0e-3.")
         if name in ("sigma", "a", "b") and value < 0:
             raise MisconfigurationException(f"`{key}.{name}` must not be below 0, found {value}.")
     if "min" in settings and not settings["min"] < settings["max"]:
@@ -171,11 +149,7 @@ def _check_numbers(kind: str, settings: Mapping[str, Any], key: str) -> None:
 
 
 def check_keys(content: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-    """Refuse a key that is not known, and name the nearest that is.
-
-    Raises:
-        MisconfigurationException: for the first such key.
-    """
+    """Refuse a key that is not known, and name the nearest that is."""
     known = sorted(known)
     for key in content:
         if key not in known:

@@ -18,14 +18,10 @@ _ERROR = re.compile(r"(fedlight: )?error:|[^ :]*(Error|Exception):")
 
 
 class RunSlot:
-    """The folder of one planned run, which one process at a time may work on.
+    """The folder of one planned run in that of its ``study``, which one process at a time may work on.
 
     It holds ``output.log``, ``run.json`` (parameters, command and how the run ended) and the run's own
     ``version_<n>`` folders.
-
-    Args:
-        run: the run.
-        study: the study's folder.
     """
 
     def __init__(self, run: PlannedRun, study: Path) -> None:
@@ -76,21 +72,14 @@ def write_plan(folder: Path, study: Study, runs: Sequence[PlannedRun]) -> None:
 
     Runs that it had before and that have begun stay: those that ``--only`` leaves out, or whose values were taken out.
     """
-    before: list[dict[str, Any]] = []
+    file, before = folder / "study.json", list[dict[str, Any]]()
     with suppress(OSError, ValueError, TypeError, KeyError):
-        before = [
-            run for run in json.loads((folder / "study.json").read_text())["runs"] if versions(folder / run["folder"])
-        ]
-    content: dict[str, Any] = {
-        "name": study.name,
-        "method": study.method,
-        "metric": study.metric,
-        "runs": [{"folder": run.name, "label": run.label, "parameters": dict(run.parameters)} for run in runs],
-    }
-    content["runs"] += [run for run in before if run["folder"] not in {planned.name for planned in runs}]
+        before = [run for run in json.loads(file.read_text())["runs"] if versions(folder / run["folder"])]
+    planned = [{"folder": run.name, "label": run.label, "parameters": dict(run.parameters)} for run in runs]
+    planned += [run for run in before if run["folder"] not in {run.name for run in runs}]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "study.json", content)
+        _write_json(file, {"name": study.name, "method": study.method, "metric": study.metric, "runs": planned})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -23,13 +23,7 @@ _ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study.
-
-    Attributes:
-        parameters: what it is given, in the order in which it is given.
-        name: of its folder: what tells it from the other runs, and a hash of all that it is given.
-        label: what tells it from the other runs.
-    """
+    """One run of a study: what it is given, in order; the name of its folder; and what tells it from other runs."""
 
     parameters: Mapping[str, Any]
     name: str
@@ -37,20 +31,11 @@ class PlannedRun:
 
 
 def plan(study: Study, count: int | None = None) -> list[PlannedRun]:
-    """All runs of a study. The same study gives the same runs.
-
-    Args:
-        study: the study.
-        count: at most so many; ``run_cap`` by default.
-
-    Raises:
-        MisconfigurationException: for a random study without a number of runs.
-    """
+    """All runs of a study, at most ``count`` and ``run_cap``. The same study gives the same runs."""
     limit = min((n for n in (count, study.run_cap) if n is not None), default=None)
     if study.method == "random" and limit is None:
-        raise MisconfigurationException(
-            f"{study.name}: a random study needs a number of runs: set run_cap in its YAML, or pass --count."
-        )
+        why = "a random study needs a number of runs: set run_cap in its YAML, or pass --count."
+        raise MisconfigurationException(f"{study.name}: {why}")
     chosen = list(itertools.islice(_grid(study) if study.method == "grid" else _draws(study), limit))
     varying = sorted({names[0] for names, distribution in study.parameters.items() if distribution.varies})
     return [_planned(study, parameters, varying) for parameters in chosen]
@@ -112,11 +97,8 @@ def _class(value: Mapping[str, Any]) -> str:
 
 def command(study: Study, run: PlannedRun, root: Path, resume: bool) -> list[str]:
     """The command of a run: as an agent would build it, with a folder of its own below ``root``, and without W&B."""
-    words: list[str] = []
     parameters = {key: value for key, value in run.parameters.items() if key not in _FOLDER}
-    for word in study.command:
-        words += _expanded(word, study, parameters)
-    words = _without_wandb(words)
+    words = _without_wandb([part for word in study.command for part in _expanded(word, study, parameters)])
     if words[0] == "fedlight":
         words[:1] = [sys.executable, "-m", "fedlight"]
     words += [f"--trainer.default_root_dir={study_folder(root, study)}", f"--trainer.name={run.name}"]
@@ -144,9 +126,8 @@ def _expanded(word: str, study: Study, parameters: Mapping[str, Any]) -> list[st
         return macros[word]
     word = _ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), word)
     if word.startswith("${"):
-        raise MisconfigurationException(
-            f"{study.name}: `command` has {word}, which fedlight does not read. Use ${{args}}."
-        )
+        why = f"{word}, which fedlight does not read. Use ${{args}}."
+        raise MisconfigurationException(f"{study.name}: `command` has {why}")
     return [word]
 
 

@@ -88,15 +88,9 @@ class StudyRunner:
             output.flush()
             try:
                 # In a group of its own, so that Ctrl-C reaches it through this process only.
-                process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(job),
-                    pass_fds=(descriptor,),
-                    process_group=0,
-                )
+                how: Any = {"env": self._environment(job), "pass_fds": (descriptor,), "process_group": 0}
+                pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+                process = subprocess.Popen(words, **how, **pipes)
             except OSError as error:
                 self._fail(slot, words, f"{words[0]} cannot be started: {error.strerror}", {})
                 slot.release()

@@ -28,13 +28,10 @@ class Study:
     """What to run.
 
     Attributes:
-        name: of the study and of its folder.
-        method: how parameters are chosen: every combination, or draws.
         command: the command of a run, with W&B's macros.
         program: what ``${program}`` stands for.
         parameters: a distribution by the path of its name; a path has several parts where parameters are nested.
         metric: what W&B would optimise; shown when a run ends.
-        run_cap: at most so many runs.
         early_terminate: whether the YAML asks for runs to be stopped early, which only W&B does.
     """
 
@@ -49,12 +46,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read and check a study.
-
-    Raises:
-        MisconfigurationException: for a file that is missing or no YAML, an unknown key or method, a parameter that
-            cannot be drawn, or a command that is no ``fit``.
-    """
+    """Read and check a study; an error names the file, and the key that is wrong."""
     try:
         content, wrong = yaml.safe_load(text := path.read_text()), mistakes(text)
     except OSError as error:
@@ -78,9 +70,8 @@ def _study(content: dict[str, Any], default_name: str) -> Study:
         raise MisconfigurationException(f"`command` must be a list of words, found {command!r}.")
     words = tuple(str(word) for word in command)
     if "fit" not in words and not str(program or "").endswith(" fit"):
-        raise MisconfigurationException(
-            f"`command` runs no `fit`: {' '.join(words)}. Write command: [fedlight, fit, -c, CONFIG.yaml, '${{args}}']."
-        )
+        right = "Write command: [fedlight, fit, -c, CONFIG.yaml, '${args}']."
+        raise MisconfigurationException(f"`command` runs no `fit`: {' '.join(words)}. {right}")
     if not any("${args" in word for word in words):
         raise MisconfigurationException(f"`command` passes no parameters on: {' '.join(words)}. Add '${{args}}' to it.")
     method = _method(content.get("method"))
@@ -103,10 +94,8 @@ def _study(content: dict[str, Any], default_name: str) -> Study:
 
 def _method(method: Any) -> Literal["grid", "random"]:
     if method in ("bayes", "custom"):
-        raise MisconfigurationException(
-            f"`method: {method}` chooses runs by the results of earlier ones, which W&B does: start it with"
-            " `wandb sweep` and `wandb agent`. `fedlight study` does grid and random."
-        )
+        who = "which W&B does: start it with `wandb sweep` and `wandb agent`. `fedlight study` does grid and random."
+        raise MisconfigurationException(f"`method: {method}` chooses runs by the results of earlier ones, {who}")
     if method not in _METHODS:
         near = nearest(str(method), _METHODS)
         raise MisconfigurationException(f"`method: {method}` is not known; it must be grid or random{near}")
