@@ -133,10 +133,8 @@ class Classifier(LightningModule):
         interval = "epoch" if self.lr_interval == "round" and plain else self.lr_interval
         # Lightning's ReduceLROnPlateau says what it monitors; others ignore the key.
         monitor = getattr(scheduler, "monitor", None) or "val/loss"
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": monitor},
-        }
+        schedule: Any = {"scheduler": scheduler, "interval": interval, "monitor": monitor}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 def _picklable(optimizer: OptimizerCallable) -> OptimizerCallable:

@@ -44,10 +44,9 @@ class ImageStack(Remembers, nn.Sequential):
             hint = "choose a `data.source` of that shape, or another `model.net`"
             if input.ndim == 4 and input.shape[1] != channels:
                 hint = f"set `model.net.in_channels: {input.shape[1]}` if the channels differ, or {hint}"
-            raise MisconfigurationException(
-                f"`model.net`: {type(self).__name__} takes images of shape [batch, {channels}, {size or 'any'},"
-                f" {size or 'any'}], but the batch has shape {list(input.shape)}. To fix it, {hint}."
-            )
+            wanted = f"images of shape [batch, {channels}, {size or 'any'}, {size or 'any'}]"
+            found = f"but the batch has shape {list(input.shape)}. To fix it, {hint}."
+            raise MisconfigurationException(f"`model.net`: {type(self).__name__} takes {wanted}, {found}")
         logits: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
         return logits
 

@@ -23,10 +23,8 @@ class MLP(Remembers, nn.Sequential):
     def __init__(self, in_features: int, num_classes: int, hidden: Sequence[int] = (64,)) -> None:
         sizes = [in_features, *hidden, num_classes]
         if min(sizes) < 1:
-            raise ValueError(
-                f"`model.net`: MLP needs sizes of at least 1, got in_features={in_features}, hidden={list(hidden)},"
-                f" num_classes={num_classes}."
-            )
+            found = f"in_features={in_features}, hidden={list(hidden)}, num_classes={num_classes}"
+            raise ValueError(f"`model.net`: MLP needs sizes of at least 1, got {found}.")
         super().__init__(OrderedDict(dense_layers(sizes)))
         self.in_features = in_features
 

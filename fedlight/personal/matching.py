@@ -18,14 +18,11 @@ def tensor_names(module: nn.Module) -> dict[str, int]:
 
 
 def matching(module: nn.Module, patterns: Iterable[str], key: str) -> set[str]:
-    """Names of the parameters and buffers of what the patterns mean.
+    """Names of the parameters and buffers of what the patterns mean, which were given under a ``key``.
 
-    Args:
-        module: the module.
-        patterns: of each the first that there is: a module or tensor of that name; ``head``, the last module that has
-            parameters, or ``body``, all others; modules and tensors whose whole name a regular expression matches;
-            modules of a class of that name or import path, or that inherit from one.
-        key: where they were given.
+    Of each pattern that is the first that there is: a module or tensor of that name; ``head``, the last module that has
+    parameters, or ``body``, all others; modules and tensors whose whole name a regular expression matches; modules of a
+    class of that name or import path, or that inherit from one.
 
     Raises:
         MisconfigurationException: if one means nothing, saying what there is, or they tear apart what is one tensor, or
@@ -44,17 +41,14 @@ def matching(module: nn.Module, patterns: Iterable[str], key: str) -> set[str]:
     own = {tensors[name] for name in found}
     if torn := sorted(name for name in tensors.keys() - found if tensors[name] in own):
         other = next(name for name in found if tensors[name] == tensors[torn[0]])
-        raise MisconfigurationException(
-            f"{key}: {patterns} takes {other}, and {torn[0]} is the same tensor, which the clients would share. Name"
-            " both of them, or neither."
-        )
+        why = "which the clients would share. Name both of them, or neither."
+        raise MisconfigurationException(f"{key}: {patterns} takes {other}, and {torn[0]} is the same tensor, {why}")
     for norm in (n for n, m in module.named_modules() if getattr(m, "running_mean", None) is not None):
         direct = {t for t in tensors if t.rpartition(".")[0] == norm}
         if found & direct and direct - found:
-            raise MisconfigurationException(
-                f"{key}: {patterns} takes {', '.join(sorted(found & direct))} and leaves"
-                f" {', '.join(sorted(direct - found))}, which belong together. Name {norm} itself."
-            )
+            taken, left = (", ".join(sorted(names)) for names in (found & direct, direct - found))
+            why = f"takes {taken} and leaves {left}, which belong together. Name {norm} itself."
+            raise MisconfigurationException(f"{key}: {patterns} {why}")
     return found
 
 

@@ -42,9 +42,8 @@ class PersonalParts(Personalization):
     def __init__(self, parts: str | list[str] = "head", train: Training = "together", epochs: int = 1) -> None:
         self.parts: list[Any] = [parts] if isinstance(parts, str) else parts
         if not self.parts or not all(type(p) is str and p for p in self.parts):
-            raise MisconfigurationException(
-                f"{_KEY}: parts={parts!r} must be names, such as 'head', 'net.fc3' or 'torch.nn.BatchNorm2d'."
-            )
+            names = "names, such as 'head', 'net.fc3' or 'torch.nn.BatchNorm2d'"
+            raise MisconfigurationException(f"{_KEY}: parts={parts!r} must be {names}.")
         if train not in get_args(Training):
             raise MisconfigurationException(f"{_KEY}: train={train!r} must be one of {list(get_args(Training))}.")
         if type(epochs) is not int or epochs < 1:
@@ -102,7 +101,5 @@ class PersonalParts(Personalization):
         infos = layout.where(self.entries).parameters
         names = [info.name for info in infos] or sorted(self.buffers)
         some = f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-        return (
-            f"{len(infos)} of {len(layout.parameters)} tensors, {int(self.entries.sum()):,} of {layout.numel:,}"
-            f" parameters: {some}; {self.train}"
-        )
+        share = f"{int(self.entries.sum()):,} of {layout.numel:,} parameters"
+        return f"{len(infos)} of {len(layout.parameters)} tensors, {share}: {some}; {self.train}"

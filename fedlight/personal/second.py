@@ -27,9 +27,7 @@ class SecondModel(Personalization):
     def __init__(self, epochs: int | None = None, steps: int | None = None) -> None:
         for key, value in (("epochs", epochs), ("steps", steps)):
             if value is not None and (type(value) is not int or value < 1):
-                raise MisconfigurationException(
-                    f"trainer.personal: {key}={value!r} must be a whole number of at least 1."
-                )
+                raise MisconfigurationException(f"trainer.personal: {key}={value!r} must be a whole number from 1 on.")
         if epochs is not None and steps is not None:
             raise MisconfigurationException("trainer.personal: epochs and steps exclude each other; set one.")
         self.epochs, self.steps = epochs, steps

@@ -14,12 +14,7 @@ from fedlight.perturbations.base import State
 class Split:
     """The two parts of the flat vector: what is shared, ``[P_shared]``, and what each client keeps, ``[P_own]``.
 
-    Args:
-        layout: the order of the parameters.
-        entries: true where entries are the client's own, ``[P]``.
-
-    Attributes:
-        layout: the order of those that are shared.
+    ``entries`` are true where entries are the client's own, ``[P]``; ``layout`` becomes that of the shared ones.
     """
 
     def __init__(self, layout: ParameterLayout, entries: Tensor) -> None:

@@ -33,9 +33,8 @@ class Attack(Transform):
 
     def __init__(self, clients: list[int] | float = 0.2) -> None:
         if not (clients if isinstance(clients, list) else 0 < clients <= 1):
-            raise MisconfigurationException(
-                f"trainer.transforms.clients={clients!r} must be a list of clients, or a part of all in (0, 1]."
-            )
+            what = "a list of clients, or a part of all in (0, 1]"
+            raise MisconfigurationException(f"trainer.transforms.clients={clients!r} must be {what}.")
         self.clients = clients
 
     def setup(self, num_clients: int, seed: int, num_classes: int | None = None) -> None:

@@ -66,11 +66,7 @@ class Transform:
 
 
 def check_chain(transforms: Sequence[Transform]) -> None:
-    """Refuse an order that makes no sense.
-
-    Raises:
-        MisconfigurationException: naming the right order, or what is no transform.
-    """
+    """Refuse an order that makes no sense, by the right one, and what is no transform."""
     for transform in transforms:
         if not isinstance(transform, Transform):
             raise MisconfigurationException(f"trainer.transforms holds {transform!r}, which is no Transform.")
@@ -88,15 +84,7 @@ def check_messages(
 ) -> None:
     """Refuse what a chain cannot be applied to: its names are looked at, and each tensor is sent once.
 
-    Args:
-        transforms: the chain.
-        who: the algorithm.
-        received: what a client receives.
-        sent: what it sends.
-        beside: names of what a perturbation sends.
-
-    Raises:
-        MisconfigurationException: naming the transform, what it meets, and what to do.
+    ``sent`` is what a client of the algorithm ``who`` sends, and ``beside`` are names of what its perturbation does.
     """
     extra = sorted(set(sent) - {"params"})
     for transform in transforms:
@@ -125,14 +113,9 @@ def check_messages(
 def pack(
     transforms: Sequence[Transform], received: State, message: State, own: Mapping[str, Tensor], rng: torch.Generator
 ) -> tuple[Packed, State]:
-    """On the client: a message as it crosses, and what the client keeps.
+    """On the client: a message as it crosses, and what the client keeps for the chain, which ``own`` was before.
 
-    Args:
-        transforms: the chain.
-        received: what the client received, with the ``params`` that it started from.
-        message: what it would send, with the ``params`` that it ended with.
-        own: what the client keeps for the chain.
-        rng: where random numbers come from.
+    ``received`` has the ``params`` that it started from, and the ``message`` those that it ended with.
     """
     packed, kept = Packed({}), State()
     for name in sorted(message):

@@ -60,10 +60,8 @@ def _flipped(sample: Any, classes: int) -> Any:
     held = sample if isinstance(sample, Mapping) else {key: getattr(sample, key, None) for key in LABELS}
     found = {key: _other(held[key], classes) for key in LABELS if held.get(key) is not None}
     if not found:
-        raise MisconfigurationException(
-            f"trainer.transforms: LabelFlip finds no label in a {type(sample).__name__}. It is the last part of a tuple"
-            f" or list, or called {', '.join(LABELS)}."
-        )
+        what = f"{type(sample).__name__}. It is the last of a tuple or list, or called {', '.join(LABELS)}."
+        raise MisconfigurationException(f"trainer.transforms: LabelFlip finds no label in a {what}")
     if isinstance(sample, Mapping):
         return {**sample, **found}
     vars(other := copy.copy(sample)).update(found)
@@ -73,8 +71,7 @@ def _flipped(sample: Any, classes: int) -> Any:
 def _other(label: Any, classes: int) -> Any:
     y = torch.as_tensor(label)
     if y.is_floating_point() or not bool((y < classes).all()):
-        raise MisconfigurationException(
-            f"trainer.transforms: LabelFlip takes labels that are whole numbers below {classes}; these are {y.dtype}."
-        )
+        what = f"labels that are whole numbers below {classes}; these are {y.dtype}"
+        raise MisconfigurationException(f"trainer.transforms: LabelFlip takes {what}.")
     y = torch.where(y >= 0, classes - 1 - y, y)
     return y if isinstance(label, Tensor) else y.item()

@@ -52,7 +52,5 @@ class Quantize(Transform):
 
     def _unpacked(self, packed: Tensor, length: int) -> Tensor:
         bits = (packed[:, None].int() >> torch.arange(8, device=packed.device)) & 1
-        return (
-            bits.flatten()[: length * self.bits].view(length, self.bits)
-            << torch.arange(self.bits, device=packed.device)
-        ).sum(1)
+        levels = bits.flatten()[: length * self.bits].view(length, self.bits)
+        return (levels << torch.arange(self.bits, device=packed.device)).sum(1)
