@@ -213,11 +213,8 @@ class _Adaptive(torch.optim.Optimizer):
         (beta1, beta2), p = group["betas"], group["params"][0]
         state, square = self.state[p], p.grad.square()
         if not state:
-            state |= {
-                "m": torch.zeros_like(p),
-                "v": torch.full_like(p, group["initial_accumulator"]),
-                "step": torch.zeros(()),
-            }
+            start = torch.full_like(p, group["initial_accumulator"])
+            state |= {"m": torch.zeros_like(p), "v": start, "step": torch.zeros(())}
         m = state["m"] = state["m"] * beta1 + p.grad * (1 - beta1)
         towards = torch.sign(state["v"] - square) * square if group["yogi"] else state["v"] - square
         v = state["v"] = state["v"] - (1 - beta2) * towards

@@ -61,7 +61,6 @@ def runs_python(wanted: str | Engine, training: LocalTraining) -> bool:
 
 
 def _fastest(training: LocalTraining) -> Engine:
-    """What ``auto`` is."""
     if _accelerated(training.fabric.device):
         try:
             engine = start_engine("cuda_graph", training)

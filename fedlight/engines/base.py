@@ -86,27 +86,16 @@ class LocalTraining:
 
 @dataclass(frozen=True)
 class Findings:
-    """What local steps do besides changing parameters.
+    """What local steps do besides changing parameters: names, or phrases."""
 
-    Attributes:
-        moving: parameters without a gradient that change, by name; they are treated as buffers.
-        replaced: buffers in whose place another tensor is put, by name.
-        changed: attributes that change, by name.
-        drawn: global random generators that are drawn from, apart from the device's.
-        read: what is read that differs from step to step or round to round.
-        outside: what they do outside of the module: print, log, change globals.
-        idle: trained parameters that have no gradient in some steps, by name.
-        written: those that a forward or backward pass writes to.
-    """
-
-    moving: tuple[str, ...] = ()
-    replaced: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    drawn: tuple[str, ...] = ()
-    read: tuple[str, ...] = ()
-    outside: tuple[str, ...] = ()
-    idle: tuple[str, ...] = ()
-    written: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()  # parameters without a gradient that change: they are treated as buffers
+    replaced: tuple[str, ...] = ()  # buffers in whose place another tensor is put
+    changed: tuple[str, ...] = ()  # attributes that change
+    drawn: tuple[str, ...] = ()  # global random generators that are drawn from, apart from the device's
+    read: tuple[str, ...] = ()  # what is read that differs from step to step or round to round
+    outside: tuple[str, ...] = ()  # what they do outside of the module: print, log, change globals
+    idle: tuple[str, ...] = ()  # trained parameters that have no gradient in some steps
+    written: tuple[str, ...] = ()  # those that a forward or backward pass writes to
 
 
 @dataclass(frozen=True)

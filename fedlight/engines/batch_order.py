@@ -62,12 +62,8 @@ class BatchOrder:
 
     def steps(self, accumulate: int) -> list[tuple[int, tuple[int, ...]]]:
         """For each optimizer step where its samples begin in :attr:`order`, and the sizes of its batches."""
-        out = []
-        for batches in self.epochs:
-            for i in range(0, len(batches), accumulate):
-                group = batches[i : i + accumulate]
-                out.append((group[0][0], tuple(end - begin for begin, end in group)))
-        return out
+        groups = (batches[i : i + accumulate] for batches in self.epochs for i in range(0, len(batches), accumulate))
+        return [(group[0][0], tuple(end - begin for begin, end in group)) for group in groups]
 
     @property
     def num_steps(self) -> int:
@@ -94,27 +90,19 @@ def batch_reader(
     """A function that yields the batches of one local epoch, on the device."""
     dataset: Dataset[Any] = task.dataset
     if isinstance(dataset, ArrayDataset):
-        dataset = dataset.near(training.fabric.device)
-        order, draws = plan.order.to(training.fabric.device), dict[str, Tensor]()
-        if dataset.transform is not None:
-            drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
-            draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
+        dataset, order = dataset.near(training.fabric.device), plan.order.to(training.fabric.device)
+        drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
+        draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
 
-        def gathered(epoch: int) -> Iterator[IndexedBatch]:
-            for index, batch in enumerate(dataset.batches(order, plan.epochs[epoch], draws)):
-                yield convert(transfer(batch)), index
-
-        return gathered
-
-    def loaded(epoch: int) -> Iterator[IndexedBatch]:
+    def read(epoch: int) -> Iterator[Any]:
+        if isinstance(dataset, ArrayDataset):
+            return dataset.batches(order, plan.epochs[epoch], draws)
         batches = [plan.order[begin:end].tolist() for begin, end in plan.epochs[epoch]]
         seed = training.seed, f"{task.stage}loader", round, task.client, epoch
         seeds = [derive_seed(*seed, i) for i in range(len(batches))]
-        read = read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
-        for index, batch in enumerate(read):
-            yield convert(transfer(batch)), index
+        return read_batches(dataset, batches, seeds, training.num_workers, training.collate_fn)
 
-    return loaded
+    return lambda epoch: ((convert(transfer(batch)), index) for index, batch in enumerate(read(epoch)))
 
 
 def same_storage(one: ArrayDataset, other: ArrayDataset) -> bool:

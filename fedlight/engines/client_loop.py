@@ -1,6 +1,7 @@
 """One place to train clients in: a module with flat buffers, and the local loop around the local step."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,17 +37,12 @@ _SHOWN = ("on_before_zero_grad", "on_before_optimizer_step")
 
 
 class ClientLoop:
-    """Trains one client at a time on a module whose parameters and gradients are flat.
+    """Trains one client at a time on a module whose parameters and gradients are flat, until :meth:`release`.
 
-    Args:
-        training: what all local trainings share.
-        module: the module to train in; its parameters are rebound until :meth:`release`.
-        compiled: gives the gradient of full batches, where that is wanted.
+    Where something is ``compiled`` it gives the gradient of full batches.
     """
 
-    def __init__(
-        self, training: LocalTraining, module: LightningModule, compiled: "CompiledStep | None" = None
-    ) -> None:
+    def __init__(self, training: LocalTraining, module: LightningModule, compiled: "CompiledStep | None") -> None:
         self._compiled = compiled
         self.training, self.module = training, module
         self.device = training.fabric.device
@@ -129,7 +125,7 @@ class ClientLoop:
         self.held.write(task.buffers)
         self.fresh = configure_optimizers(self.module)
         self.optimizer = self.fresh.optimizer
-        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        self.optimizer.zero_grad = lambda set_to_none=True: self.flat.zero_grad()  # type: ignore[method-assign]
         # What can be recorded in a CUDA graph is what is run without one, too: that gives the same bits.
         self._fused = self.device.type == "cuda" and fuse(self.optimizer, self.device)
         self._flat_step = None if self._seen or self._fused else FlatStep(self.optimizer, self.flat)
@@ -224,9 +220,6 @@ class ClientLoop:
         if before is not None and self._frozen is not None:  # weight decay and momentum move them as well
             torch.where(self._frozen, before, self.flat.params, out=self.flat.params)
 
-    def _zero_grad(self, set_to_none: bool = True) -> None:
-        self.flat.zero_grad()
-
     def _gradient(self, batches: list[IndexedBatch], point: Tensor, nth: int) -> Tensor:
         """∇(loss + penalties) at a point ``[P]``, the mean over these batches."""
         here = self.flat.params
@@ -283,11 +276,5 @@ class ClientLoop:
 
 
 def _groups(batches: Iterator[IndexedBatch], size: int) -> Iterator[list[IndexedBatch]]:
-    group: list[IndexedBatch] = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+    while group := list(islice(batches, size)):
         yield group

@@ -23,9 +23,6 @@ class CompiledStep:
 
     It is a function of tensors only, so that all slots of an engine share it.
 
-    Args:
-        training: what all local trainings share.
-
     Raises:
         MisconfigurationException: if Python code has to run in every step.
     """
@@ -55,16 +52,7 @@ class CompiledStep:
         batches: Sequence[IndexedBatch],
         state: State,
     ) -> tuple[Tensor, State]:
-        """What :func:`~fedlight.local.local_gradient` gives; ``buffers`` and ``log`` are brought up to date.
-
-        Args:
-            params: w, ``[P]``.
-            buffers: the module's buffers.
-            log: what is logged goes there.
-            objective: what the algorithm asks for.
-            batches: micro-batches.
-            state: the perturbation's state.
-        """
+        """What :func:`~fedlight.local.local_gradient` gives; ``buffers`` and ``log`` are brought up to date."""
         parts = zip(*(tree_leaves(batch) for batch, _ in batches), strict=True)
         leaves = [same[0] if len(same) == 1 else torch.cat(same) for same in parts]
         self._step.spec = tree_structure(batches[0][0])

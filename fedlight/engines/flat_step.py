@@ -22,13 +22,9 @@ class FlatStep:
     that it has in torch. Where the optimizer is of another kind, or somebody has put a hook on its step, it is stepped
     as it is. So it is where the last entries of a tensor may be rounded otherwise than those before (fused kernels, and
     16-bit parameters, on a CPU), and on other devices, where the kernels are few anyway.
-
-    Args:
-        optimizer: a new one, without state.
-        flat: the parameters.
     """
 
-    def __init__(self, optimizer: Optimizer, flat: FlatParameters) -> None:
+    def __init__(self, optimizer: Optimizer, flat: FlatParameters) -> None:  # a new one, without state
         self._optimizer, self._flat = optimizer, flat
         self._pieces: list[list[Tensor]] | None = None
         if _can_be_flat(optimizer, flat.params):

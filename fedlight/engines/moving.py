@@ -12,13 +12,8 @@ from fedlight.module.state import ModuleState, attributes_of
 class Moving:
     """What of a module moves with a client besides its trained parameters: buffers, and parameters without gradient.
 
-    Args:
-        module: the module.
-        moving: names of such parameters, as far as they are known.
-        state: the module as all clients find it.
-
-    Attributes:
-        tensors: the tensors, as they are registered between two clients.
+    Of these ``moving`` names those that are known so far. ``state`` is the module as all clients find it, and
+    ``tensors`` are as they are registered between two clients.
     """
 
     def __init__(self, module: nn.Module, moving: Iterable[str] = (), state: ModuleState | None = None) -> None:
@@ -28,10 +23,8 @@ class Moving:
         self.tensors: dict[str, Tensor] = dict(module.named_buffers())
         self.add(moving)
         self._kinds = {name: _kind(tensor) for name, tensor in self.tensors.items()}
-        self._places = []
-        for name, tensor in module.named_buffers(remove_duplicate=False):
-            owner, _, key = name.rpartition(".")
-            self._places.append((module.get_submodule(owner)._buffers, key, tensor))
+        held = [m._buffers for m in module.modules()]
+        self._places = [(owner, key, tensor) for owner in held for key, tensor in owner.items() if tensor is not None]
 
     def add(self, names: Iterable[str]) -> None:
         """Hold these parameters as well."""

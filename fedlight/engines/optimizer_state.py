@@ -16,12 +16,7 @@ from fedlight.perturbations.base import State
 
 
 class OptimizerState:
-    """Writes and reads what an algorithm asks for of the optimizer's state.
-
-    Args:
-        module: the module.
-        flat: its parameters.
-        names: what is asked for, by the names that it has in torch; nothing is done where there are none.
+    """Writes and reads what an algorithm asks for of the optimizer's state, by torch's names; nothing without any.
 
     Raises:
         MisconfigurationException: if the module's optimizer does not have it, or has a state that begins otherwise.
@@ -41,9 +36,8 @@ class OptimizerState:
         if (drift := objective.drift) is not None:
             optimizer.register_step_post_hook(lambda stepped, *_: self._move(stepped, drift))
         for name, value in objective.optimizer.items():
-            parts = [value] * len(self._parameters)
-            if value.ndim > 0:
-                parts = list(self._flat.layout.views(value).values())
+            views = self._flat.layout.views(value).values() if value.ndim else ()
+            parts = list(views) or [value] * len(self._parameters)
             for parameter, part in zip(self._parameters, parts, strict=True):
                 if name in (state := optimizer.state.get(parameter, {})):
                     state[name] = state[name].copy_(part) if isinstance(state[name], Tensor) else part.item()

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
-from io import TextIOBase
+from io import StringIO
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -17,14 +17,16 @@ from fedlight.module.state import _OUTSIDE, _PLAIN, _TORCH, _items, _package, _p
 @contextmanager
 def seen_outside(module: nn.Module, found: set[str]) -> Iterator[None]:
     """Note in ``found`` what is printed, logged and changed of the variables that the module's methods see; undo it."""
-    before = variables(module)
-    handler = _Noting(found)
+    before, printed, handler = variables(module), StringIO(), logging.Handler(logging.INFO)
+    handler.emit = lambda record: found.add("logs")  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:
-        with redirect_stdout(_Swallowing(found)):
+        with redirect_stdout(printed):
             yield
     finally:
         logging.getLogger().removeHandler(handler)
+        if printed.getvalue():
+            found.add("prints")
         for variable, (value, content) in before.items():
             if not _same(variable.get(), value):
                 found.add(f"changes the variable {variable.name}")
@@ -46,8 +48,7 @@ def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[An
     """The variables that the methods of the user's classes see (or use), each with its value and what is in it."""
     classes = {cls for part in module.modules() for cls in type(part).__mro__ if _package(cls) not in _TORCH | _OUTSIDE}
     methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
-    found = []
-    names_used = {name for f in methods for name in _names(f.__code__)} if used else None
+    found, names_used = [], {name for f in methods for name in _names(f.__code__)} if used else None
     for scope in {id(f.__globals__): f.__globals__ for f in methods}.values():
         names = [n for n in scope if not n.startswith("__") and (names_used is None or n in names_used)]
         found += [_Variable(name, partial(scope.get, name), partial(scope.__setitem__, name)) for name in names]
@@ -61,10 +62,8 @@ def variables(module: nn.Module, used: bool = False) -> dict[_Variable, tuple[An
 
 def differ(before: dict[_Variable, tuple[Any, dict[Any, Any]]]) -> bool:
     """Whether a variable has another value, or something else in it, than when :func:`variables` looked."""
-    return any(
-        not _same(variable.get(), value) or not _alike(content, _inside(value))
-        for variable, (value, content) in before.items()
-    )
+    held = before.items()
+    return any(not (_same(name.get(), value) and _alike(content, _inside(value))) for name, (value, content) in held)
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -105,25 +104,3 @@ def _content(cell: CellType) -> Any:
         return cell.cell_contents
     except ValueError:  # nothing is assigned yet
         return None
-
-
-class _Noting(logging.Handler):
-    """Notes that something was logged."""
-
-    def __init__(self, found: set[str]) -> None:
-        super().__init__(logging.INFO)
-        self._found = found
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._found.add("logs")
-
-
-class _Swallowing(TextIOBase):
-    """Notes that something was printed."""
-
-    def __init__(self, found: set[str]) -> None:
-        self._found = found
-
-    def write(self, text: str) -> int:
-        self._found.add("prints")
-        return len(text)

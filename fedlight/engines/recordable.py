@@ -1,7 +1,7 @@
 """What an engine that records the local step once, instead of running it anew each time, can not do."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -23,12 +23,7 @@ _CLIENT_HOOKS = ("on_client_start", "on_client_end")
 
 
 class Unrecordable(MisconfigurationException):
-    """An engine cannot do the work.
-
-    Args:
-        engine: its name.
-        reason: why, without a full stop.
-    """
+    """An engine cannot do the work, for a reason that ends without a full stop."""
 
     def __init__(self, engine: str, reason: str) -> None:
         instead = "trainer.compile=false" if "compile" in engine else "trainer.engine=eager"
@@ -42,12 +37,6 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
     Raises:
         Unrecordable: naming the hook, the dataset or the precision, and what to do instead.
     """
-    if training.optimizer_state:
-        raise Unrecordable(
-            engine, f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent"
-        )
-    if training.example is not None and training.example.objective.drift is not None:
-        raise Unrecordable(engine, "the algorithm has clients drift beside their optimizer's steps")
     for reason in _reasons(training, engine):
         raise Unrecordable(engine, reason)
     for name, layer in training.module.named_modules() if engine == "cuda_graph" else ():
@@ -57,33 +46,34 @@ def check_recordable(training: LocalTraining, engine: str) -> None:
 
 
 def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
-    overridden: Callable[[str], list[str]] = getattr(training.call, "overridden", lambda name: [])
-    for hook in (*BATCH_HOOKS, *EPOCH_HOOKS, *_CLIENT_HOOKS):
-        if owners := overridden(hook):
+    if training.optimizer_state:
+        yield f"the algorithm has {', '.join(training.optimizer_state)} of the optimizer's state sent"
+    if training.example is not None and training.example.objective.drift is not None:
+        yield "the algorithm has clients drift beside their optimizer's steps"
+    module = training.module
+    own = getattr(training.call, "overridden", lambda hook: [type(module).__name__] * overrides(module, hook))
+    for hook in (*BATCH_HOOKS, *EPOCH_HOOKS, *_CLIENT_HOOKS, *TRANSFER_HOOKS, "optimizer_step"):
+        if owners := own(hook):
             yield f"{owners[0]} overrides {hook}, which has no place in a recorded local step"
-    for hook in (*TRANSFER_HOOKS, "optimizer_step"):
-        if overrides(training.module, hook):
-            yield f"{type(training.module).__name__} overrides {hook}, which has no place in a recorded local step"
     dataset = None if training.example is None else training.example.dataset
     if dataset is not None and not isinstance(dataset, ArrayDataset):
         yield (
             f"the clients' data is a {type(dataset).__name__}, read sample by sample; it takes tensors in memory (or"
             " what fits there: samples of tensors of one shape, without random numbers) and no data.collate_fn"
         )
-    findings, step = training.findings, f"{type(training.module).__name__}.training_step"
+    findings, step = training.findings, f"{type(module).__name__}.training_step"
     happens = [f"reads {read}, which a recorded step would freeze" for read in findings.read]
     happens += [f"draws from {name}, and a recorded step would freeze what it drew" for name in findings.drawn]
     happens += [f"{what}, and a recorded step would do so once" for what in findings.outside]
     yield from (f"{step} {what}" for what in happens)
     for name in findings.changed:
-        metric = _inside(name, _metrics(training.module))
-        if metric is not None:
+        if (metric := _inside(name, _metrics(module))) is not None:
             yield f"training_step updates the metric {metric!r}, which would mix the clients"
         yield f"{step} changes {name}, which a recorded step would freeze"
     if findings.replaced and engine == "cuda_graph":
         yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
     if engine != "cuda_graph" or training.compile:
-        yield from _at_parameters(training.module, findings)
+        yield from _at_parameters(module, findings)
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
@@ -102,15 +92,8 @@ def _at_parameters(module: LightningModule, findings: Findings) -> Iterator[str]
 
 
 def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
-    """What the module did that cannot be recorded, and where.
-
-    Args:
-        error: what it led to.
-        module: the module.
-        otherwise: what to say where the reason is not known.
-    """
-    text = str(error).strip()
-    reason = otherwise
+    """What the module did that led to an error as it was recorded, and where; ``otherwise`` if that is not known."""
+    text, reason = str(error).strip(), otherwise
     if any(sign in text for sign in ("data-dependent", ".item()", "synchronizing CUDA", "stream is capturing")):
         reason = "branches on the value of a tensor, or takes it to Python"
     elif "randomness" in text:

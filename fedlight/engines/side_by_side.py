@@ -74,10 +74,7 @@ def why_not_faster(training: LocalTraining) -> str | None:
 def why_not_same(step: Callable[[int, int], Tensor], training: LocalTraining) -> str | None:
     """Why a client's bits would depend on who trains beside it; None if they do not.
 
-    Args:
-        step: trains the example so many times side by side for a step, with so many samples: the parameters
-            ``[clients, P]``.
-        training: what all local trainings share.
+    ``step`` trains the example so many times side by side, with so many samples: the parameters ``[clients, P]``.
     """
     for sizes in sorted(StepSizes(training).shared, reverse=True):
         with _Watch(2 * max(sizes)) as watch:
@@ -91,11 +88,7 @@ def why_not_same(step: Callable[[int, int], Tensor], training: LocalTraining) ->
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collects operations that are not known to treat every row alike.
-
-    Args:
-        samples: of all clients in a step.
-    """
+    """Collects operations that are not known to treat every row alike, of a step with so many samples of all."""
 
     def __init__(self, samples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

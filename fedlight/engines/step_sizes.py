@@ -10,13 +10,11 @@ _SEVERAL = 3
 
 
 class StepSizes:
-    """The sizes of the batches of local steps in an epoch of all clients.
-
-    Args:
-        training: what all local trainings share; its ``sizes`` are those of all clients, whoever trains them.
+    """The sizes of the batches of local steps in an epoch of all clients, whoever trains them.
 
     Attributes:
         shared: sizes of the micro-batches of steps that several clients take at the same time.
+        alone: those of steps that are always one client's; that depends on no round, and on no process.
         steps: of a client, on average.
         batched: programs that serve several clients, run one after the other in a round.
         single: programs that serve one client.
@@ -36,15 +34,11 @@ class StepSizes:
             for sizes in set(plan) - {full}:  # clients that take as many steps take these at the same time
                 alike[len(plan), sizes] += clients * training.per_round / total
         self.shared = {full for steps in longest if steps} | {sizes for (_, sizes), n in alike.items() if n >= _SEVERAL}
-        self._alone = {sizes for _, sizes in alike} - self.shared
-        self.single = sum(n for (_, sizes), n in alike.items() if sizes in self._alone)
+        self.alone = {sizes for _, sizes in alike} - self.shared
+        self.single = sum(n for (_, sizes), n in alike.items() if sizes in self.alone)
         self.batched = sum(min(1.0, n) for (_, sizes), n in alike.items() if sizes in self.shared)
         below = 0.0
         for steps in sorted(longest):  # the most of K independent draws, in expectation
             up_to = below + longest[steps] / total
             self.batched += steps * (up_to**training.per_round - below**training.per_round)
             below = up_to
-
-    def alone(self, sizes: tuple[int, ...]) -> bool:
-        """Whether a step of these sizes is always one client's; that depends on no round, and on no process."""
-        return sizes in self._alone

@@ -31,17 +31,12 @@ _COUNTERS = {
 
 
 def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
-    """Train the example for a few steps, note what happens, and undo it.
-
-    Args:
-        training: what all local trainings share.
-        call: calls the module's hooks.
+    """Train the example for a few steps, note what happens, and undo it; ``call`` calls the module's hooks.
 
     Raises:
         MisconfigurationException: for what no engine can train, by name.
     """
-    module, read = training.module, set[str]()
-    changed, drawn, outside = set[str](), set[str](), set[str]()
+    module, changed, drawn = training.module, set[str](), set[str]()
     assert training.example is not None
     with untouched(module) as before:
         attributes, generators = attributes_of(module), {}
@@ -57,8 +52,8 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
                 drawn.update(what for what in now if now[what] != generators[what])
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
-        slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module)
-        slot.read, slot.outside, slot.idle, slot.written = read, outside, set(), set()
+        slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module, None)
+        slot.read, slot.outside, slot.idle, slot.written = set(), set(), set(), set()
         try:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -71,8 +66,8 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             replaced=tuple(replaced),
             changed=tuple(sorted(changed - {f"self.{name}" for name in held})),
             drawn=tuple(sorted(drawn)),
-            read=tuple(sorted(read)),
-            outside=tuple(sorted(outside)),
+            read=tuple(sorted(slot.read)),
+            outside=tuple(sorted(slot.outside)),
             idle=tuple(name for name, p in module.named_parameters() if id(p) in slot.idle),
             written=tuple(sorted(slot.written)),
         )

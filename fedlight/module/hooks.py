@@ -46,10 +46,8 @@ _REFUSED_MODULE = {
     "backward": "the engine runs the backward pass, once or twice per step",
     "configure_gradient_clipping": "use trainer.gradient_clip_val",
     "configure_sharded_model": "models are not sharded",
-    "on_validation_model_eval": "the trainer sets the mode",
-    "on_validation_model_train": "the trainer sets the mode",
-    "on_test_model_eval": "the trainer sets the mode",
-    "on_test_model_train": "the trainer sets the mode",
+    **dict.fromkeys(("on_validation_model_eval", "on_validation_model_train"), "the trainer sets the mode"),
+    **dict.fromkeys(("on_test_model_eval", "on_test_model_train"), "the trainer sets the mode"),
 }
 _REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "it replaces optimizer and loop of a plain Trainer",
@@ -166,12 +164,9 @@ def in_federated_terms(callbacks: Iterable[Callback]) -> list[Callback]:
             out[there] = ours
         if kind is not None:
             what = f"Checkpoint(monitor={ours.monitor!r})" if isinstance(ours, Checkpoint) else "RoundProgress"
-            does = (
-                "in place of" if there is None or out[there] is ours else "there is one already, so nothing comes for"
-            )
-            rank_zero_info(
-                f"trainer.callbacks: fedlight's {what}, which counts rounds: {does} {type(callback).__name__}."
-            )
+            does = "in place of" if ours in out else "there is one already, so nothing comes for"
+            name = type(callback).__name__
+            rank_zero_info(f"trainer.callbacks: fedlight's {what}, which counts rounds: {does} {name}.")
     return out
 
 
@@ -192,13 +187,8 @@ def with_module_callbacks(callbacks: Iterable[Callback], module: LightningModule
 class Hooks:
     """Calls a hook on every callback and on the module that override it; the look-up is done once.
 
-    A callback may name ``optional_hooks``, in which it draws or prints: what fails there does not end the run.
-
-    Args:
-        trainer: handed to the callbacks.
-        module: the module.
-        callbacks: the callbacks, in order.
-        profiler: told of every call, under Lightning's names.
+    A callback may name ``optional_hooks``, in which it draws or prints: what fails there does not end the run. The
+    profiler is told of every call, under Lightning's names.
 
     Attributes:
         audience: each callback, and the trainer as it sees it.

@@ -87,7 +87,11 @@ class LogCollector:
             return
         if isinstance(value, dict):
             raise ValueError(f"self.log({name!r}, {{...}}) is not possible; use self.log_dict for a dictionary.")
-        reduction = self._reduction(name, reduce_fx)
+        reduction = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "custom")
+        if reduction not in _REDUCTIONS:
+            raise MisconfigurationException(
+                f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not supported: use one of {sorted(_REDUCTIONS)}."
+            )
         self.add(name, self.scalar(name, value), weight, reduction)
 
     def scalar(self, name: str, value: Any) -> Tensor:
@@ -117,14 +121,6 @@ class LogCollector:
             value = combine(old[0], value)
         self._sums[name] = (value, weight)
 
-    def _reduction(self, name: str, reduce_fx: str | Callable[..., Any]) -> str:
-        named = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "custom")
-        if named not in _REDUCTIONS:
-            raise MisconfigurationException(
-                f"self.log({name!r}, reduce_fx={reduce_fx!r}) is not supported: use one of {sorted(_REDUCTIONS)}."
-            )
-        return named
-
     def sums(self, keep: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
         found = {name: (value, _like(value, weight)) for name, (value, weight) in self._sums.items()}
@@ -151,10 +147,8 @@ class LogCollector:
 
     def compute(self, keep: bool = False) -> dict[str, Tensor]:
         """The reduced values: scalar tensors on the device; ``keep`` leaves the metrics as they are."""
-        out: dict[str, Tensor] = {}
-        for name, (total, weight) in self.sums(keep).items():
-            out[name] = total / weight if self.reduction(name) == "mean" else total
-        return out
+        sums = self.sums(keep).items()
+        return {name: total / weight if self.reduction(name) == "mean" else total for name, (total, weight) in sums}
 
 
 def _like(value: Tensor, weight: Tensor | float) -> Tensor:

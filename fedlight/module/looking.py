@@ -39,12 +39,7 @@ def once_known(
 ) -> Callable[..., Any]:
     """The hook of a callback with a ``monitor``, which acts at the first call of a round that finds what it monitors.
 
-    Args:
-        call: the hook.
-        callback: whose it is.
-        trainer: as the callback sees it.
-        hook: its name.
-        asked: what was known when a hook acted last; the set is another one in every round.
+    ``asked`` holds what was known when a hook acted last, which is another set in every round.
     """
 
     def ask(*args: Any) -> Any:

@@ -46,19 +46,8 @@ class Optimization:
         """The learning rate of the first parameter group; NaN where the optimizer has none."""
         return float(self.optimizer.param_groups[0].get("lr", float("nan")))
 
-    def set_lrs(self, lrs: tuple[float, ...]) -> None:
-        """Set the learning rate of each parameter group."""
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
-
     def advance(self, interval: str, count: int, metrics: dict[str, Any] | None = None) -> None:
-        """Step the schedulers of an interval whose frequency divides ``count``, which counts from 1.
-
-        Args:
-            interval: ``step``, ``epoch`` or ``round``.
-            count: how many are now complete.
-            metrics: the round's row.
-        """
+        """Step the schedulers of an interval, of which ``count`` are now complete; ``metrics`` are the round's row."""
         for scheduled in self.schedulers:
             if scheduled.interval == interval and count % scheduled.frequency == 0:
                 scheduled.step(metrics)
@@ -135,9 +124,7 @@ def _scheduled(entry: Any, optimizer: Optimizer, module: LightningModule) -> Sch
         raise MisconfigurationException(f"{where}: the lr_scheduler dictionary {entry} needs the key 'scheduler'.")
     scheduled = ScheduledLR(**{"reduce_on_plateau": isinstance(config["scheduler"], ReduceLROnPlateau), **config})
     if scheduled.interval not in _INTERVALS:
-        raise MisconfigurationException(
-            f"{where}: lr_scheduler interval {scheduled.interval!r} must be one of {_INTERVALS}."
-        )
+        raise MisconfigurationException(f"{where}: interval {scheduled.interval!r} must be one of {_INTERVALS}.")
     if getattr(scheduled.scheduler, "optimizer", optimizer) is not optimizer:
         raise MisconfigurationException(f"{where}: a scheduler belongs to an optimizer that was not returned.")
     if scheduled.reduce_on_plateau:

@@ -13,14 +13,8 @@ from torch.optim import Optimizer
 class OwnStep:
     """Calls a module's ``optimizer_step``, which has to end in ``optimizer.step(closure)``, for one client.
 
-    Args:
-        module: the module.
-        optimizer: its optimizer.
-        update: lets the optimizer take a step.
-        shown: called before somebody gets to see the optimizer; None for nothing.
-
-    Attributes:
-        lrs: the learning rate of each step that was taken.
+    ``update`` lets the optimizer take a step; ``shown`` is called before somebody gets to see it. ``lrs`` are the
+    learning rates of the steps that were taken.
     """
 
     def __init__(

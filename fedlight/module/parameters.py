@@ -51,9 +51,7 @@ class ParameterLayout:
             MisconfigurationException: if nothing is trainable, or parameters are complex or of several data types.
         """
         owners = {id(p): type(m) for m in module.modules() for p in m.parameters(recurse=False)}
-        infos: list[ParameterInfo] = []
-        offset = 0
-        dtypes: dict[torch.dtype, str] = {}
+        infos, offset, dtypes = list[ParameterInfo](), 0, dict[torch.dtype, str]()
         for name, parameter in module.named_parameters():
             if isinstance(parameter, nn.UninitializedParameter):
                 raise MisconfigurationException(
@@ -109,11 +107,7 @@ class ParameterLayout:
 
     def mask(self, select: Callable[[ParameterInfo], bool]) -> Tensor:
         """A boolean vector ``[P]`` that is true where ``select`` holds for the parameter."""
-        out = torch.zeros(self.numel, dtype=torch.bool)
-        for info in self.parameters:
-            if select(info):
-                out[info.offset : info.offset + info.numel] = True
-        return out
+        return torch.cat([torch.full((info.numel,), bool(select(info))) for info in self.parameters])
 
 
 def _check_types(names: Mapping[torch.dtype, str]) -> None:
@@ -154,13 +148,8 @@ class FlatParameters:
             self.params = torch.cat([p.detach().reshape(-1) for p in self._parameters])
         self.grad = torch.zeros_like(self.params)
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
-        views = zip(
-            self._parameters,
-            self.layout.views(self.params).values(),
-            self.layout.views(self.grad).values(),
-            strict=True,
-        )
-        for parameter, value, gradient in views:
+        values, gradients = (self.layout.views(flat).values() for flat in (self.params, self.grad))
+        for parameter, value, gradient in zip(self._parameters, values, gradients, strict=True):
             parameter.data = value
             parameter.grad = gradient.data  # which counts by itself how often it is written to
             self._gradients.append((parameter, parameter.grad))

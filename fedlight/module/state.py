@@ -33,11 +33,8 @@ class ModuleState:
     """Attributes, recursively, as they are now: to see what changes, and to undo it.
 
     Objects, lists, dictionaries, tensors, arrays and generators stay the objects that they are, and with them shared
-    references and cycles; their content is put back. What torch and Lightning own, datasets and loggers are left out.
-
-    Args:
-        roots: what is captured, by name.
-        skip: gives the tensors whose content is looked after elsewhere.
+    references and cycles; their content is put back. What torch and Lightning own, datasets and loggers are left out,
+    and tensors that ``skip`` gives, whose content is looked after elsewhere.
     """
 
     def __init__(self, roots: dict[str, Any], skip: Callable[[], Iterable[Tensor]] = tuple) -> None:
@@ -249,10 +246,8 @@ def _other(value: Any, fits: Callable[[Any], bool]) -> tuple[Callable[[], Any], 
         bits: Any = getattr(value, "bit_generator", None) or value._bit_generator  # type: ignore[union-attr]
         return lambda: pickle.dumps(bits.state), lambda state: setattr(bits, "state", pickle.loads(state))
     if isinstance(value, torch.Generator):
-        read = value.get_state
-        return lambda: read().numpy().tobytes(), lambda s: value.set_state(
-            torch.frombuffer(bytearray(s), dtype=read().dtype)
-        )
+        read, write = value.get_state, value.set_state
+        return lambda: read().numpy().tobytes(), lambda s: write(torch.frombuffer(bytearray(s), dtype=torch.uint8))
     if isgenerator(value) or (isinstance(value, Iterator) and _package(type(value)) in ("builtins", "itertools")):
         return lambda: _position(value), None
     return _slots(value)

@@ -29,15 +29,10 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 def step_loss(
     module: LightningModule, log: LogCollector, batch: Any, index: int, first: bool, last: bool
 ) -> Tensor | None:
-    """The loss (penalties included) of one batch; None where ``training_step`` skips it.
+    """The loss (penalties included) of one batch on its device; None where ``training_step`` skips it.
 
-    Args:
-        module: the module.
-        log: where the task loss goes; the module's own logging must be directed there.
-        batch: the batch, on the device.
-        index: its index in the epoch.
-        first: whether this is the first pass of a step; only that one is logged.
-        last: whether it is the last one, which gets the batch itself.
+    The module's own logging must be directed to the log, where the task loss goes. Only the ``first`` pass of a step is
+    logged, and only the ``last`` one gets the batch itself.
     """
     log.enabled = first
     if first:
@@ -59,8 +54,7 @@ def call_step(module: LightningModule, name: str, batch: Any, index: int) -> Any
 
 @lru_cache
 def _takes_index(function: Callable[..., Any]) -> bool:
-    names = [p for p in inspect.signature(function).parameters if p != "self"]
-    return len(names) > 1
+    return len(inspect.signature(function).parameters.keys() - {"self"}) > 1
 
 
 class Reach(nn.Module):

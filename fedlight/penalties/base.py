@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -110,17 +110,11 @@ class Penalty(_CallbackBase, Term):
         if (step := penalized_step(pl_module)) is not None:
             step.log_totals()
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Detach."""
         self.detach(pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach."""
-        self.detach(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detach."""
-        self.detach(pl_module)
+    on_exception = teardown = on_fit_end
 
     def _check(self, module: nn.Module) -> None:
         name, owner = type(self).__name__, type(module).__name__

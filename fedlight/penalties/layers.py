@@ -71,11 +71,7 @@ def _acts_on_entries(module: nn.Module) -> bool:
 
 
 def find_layers(module: nn.Module, selectors: Sequence[Selector] | None) -> dict[str, nn.Module]:
-    """The submodules that selectors stand for, by name, in the order of the module.
-
-    Args:
-        module: whose submodules are searched.
-        selectors: as ``MAN(layers=...)``; None for all activation modules.
+    """The submodules that ``MAN(layers=...)`` stands for, by name, in the module's order; by default all activations.
 
     Raises:
         MisconfigurationException: if a selector can match nothing, no function either; it lists what there is.
@@ -153,7 +149,7 @@ def nothing_found(problem: str, module: nn.Module) -> str:
     )
 
 
-def summary(who: str, layers: Sequence[str], left_out: Mapping[str, str]) -> str:
+def line(who: str, layers: Sequence[str], left_out: Mapping[str, str]) -> str:
     """One line that says which layers are taken, and what looks like one and is not."""
     text = f"{who}: {len(layers)} layer{'s' * (len(layers) != 1)}: {_shortened(layers, 8)}."
     for why in dict.fromkeys(left_out.values()):

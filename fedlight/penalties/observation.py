@@ -14,15 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from fedlight.penalties.layers import (
-    NAMES,
-    SQUASHING,
-    is_activation,
-    named_submodules,
-    nothing_found,
-    squashes,
-    summary,
-)
+from fedlight.penalties.layers import NAMES, SQUASHING, is_activation, line, named_submodules, nothing_found, squashes
 from fedlight.penalties.term import Term
 
 _PRODUCTS = {"mul", "mul_", "multiply", "multiply_"}
@@ -192,7 +184,7 @@ class Observation(TorchFunctionMode):
             self._findings.doubts, self._findings.takes = doubts, takes
             self._settle()
             left_out = {name: doubts[source] for (source, name), taken in takes.items() if doubts[source] and not taken}
-            rank_zero_info(summary(type(self.penalty).__name__, list(self.measured), left_out))
+            rank_zero_info(line(type(self.penalty).__name__, list(self.measured), left_out))
 
     def _settle(self) -> None:
         self._settled, takes = True, self._findings.takes

@@ -50,10 +50,8 @@ class DualSAM(Perturbation):
             return params.new_zeros(params.shape), state
         epsilon = self.rho * unit(gradient - state["dual"] - state["perturbation"])
         # A gradient that overflowed in 16-bit precision skips its step, and must not stay in the dual variable.
-        dual = torch.where(
-            torch.isfinite(epsilon).all(), state["dual"] + epsilon - state["perturbation"], state["dual"]
-        )
-        return epsilon, {**state, "dual": dual}
+        moved, sound = state["dual"] + epsilon - state["perturbation"], torch.isfinite(epsilon).all()
+        return epsilon, {**state, "dual": torch.where(sound, moved, state["dual"])}
 
     def client_update(self, client: State, state: State, start: Tensor) -> tuple[State, State]:
         """Keep μ_i, and send it."""

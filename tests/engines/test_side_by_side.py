@@ -197,7 +197,7 @@ def test_which_steps_are_taken_alike():
     found = StepSizes(training)
     # Ten samples are steps of 4, 4, 2; nine 4, 4, 1; seven 4, 3; four one step of 4.
     assert found.shared == {(4,), (2,)}
-    assert [found.alone((n,)) for n in (1, 2, 3, 4)] == [True, False, True, False]
+    assert [(n,) in found.alone for n in (1, 2, 3, 4)] == [True, False, True, False]
     assert found.steps == pytest.approx((10 * 3 + 2 * 2 + 4 * 1) / 16)
     assert found.single == pytest.approx(1 + 1)
     two = 1 - (6 / 16) ** 8  # somebody takes two full steps

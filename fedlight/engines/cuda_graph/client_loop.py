@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,17 +34,11 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class _Recording:
-    """Recorded steps and what they read.
+    """Recorded steps and what they read."""
 
-    Attributes:
-        replay: does the steps.
-        rows: the samples to take from the storage, ``[steps, n]``.
-        draws: their augmentation, ``[steps, n]`` each.
-    """
-
-    replay: Work
-    rows: Tensor
-    draws: dict[str, Tensor]
+    replay: Work  # does the steps
+    rows: Tensor  # the samples to take from the storage, [steps, n]
+    draws: dict[str, Tensor]  # their augmentation, [steps, n] each
 
 
 class RecordedLoop(ClientLoop):
@@ -51,14 +46,7 @@ class RecordedLoop(ClientLoop):
 
     Everything that differs between clients, rounds and steps is copied into tensors that stay where they are: model,
     buffers, optimizer state, learning rate, objective, perturbation state, samples, augmentation, and sums of what is
-    logged.
-
-    Args:
-        training: what all local trainings share.
-        module: a copy of the module, the slot's own.
-        pool: the storage that holds all clients' samples, or that has room for those of one.
-        recorder: records.
-        compiled: gives the gradient of full batches, where that is wanted.
+    logged. The slot has a copy of the module. Its ``pool`` holds all clients' samples, or has room for those of one.
     """
 
     def __init__(
@@ -67,7 +55,7 @@ class RecordedLoop(ClientLoop):
         module: LightningModule,
         pool: ArrayDataset,
         recorder: Recorder,
-        compiled: CompiledStep | None = None,
+        compiled: CompiledStep | None,
     ) -> None:
         super().__init__(training, module, compiled)
         self.pool, self.recorder, self._show.recorded = pool, recorder, True
@@ -90,10 +78,9 @@ class RecordedLoop(ClientLoop):
         """Whether a client's samples are in the pool, or there is room for them."""
         if dataset.fits(self.device):
             return same_storage(dataset.to(self.device), self.pool)
-        kinds = [[(leaf.shape[1:], leaf.dtype) for leaf in d.storage.leaves] for d in (dataset, self.pool)]
-        return (
-            kinds[0] == kinds[1] and dataset.storage.spec == self.pool.storage.spec and len(dataset) <= len(self.pool)
-        )
+        both = dataset.storage, self.pool.storage
+        kinds = [(s.spec, [(leaf.shape[1:], leaf.dtype) for leaf in s.leaves]) for s in both]
+        return kinds[0] == kinds[1] and len(dataset) <= len(self.pool)
 
     def prepare(self, round: int, task: ClientTask, fresh: Optimization | None = None) -> "Job":
         """Plan a client's round, and record what has not been recorded yet.
@@ -172,14 +159,9 @@ class RecordedLoop(ClientLoop):
         return work, rows, draws
 
     def _read(self, sizes: tuple[int, ...], rows: Tensor, draws: dict[str, Tensor]) -> list[IndexedBatch]:
-        batches: list[IndexedBatch] = []
-        begin = 0
-        for size in sizes:
-            part = slice(begin, begin + size)
-            batch = self.pool.batch(rows[part], {name: value[part] for name, value in draws.items()})
-            batches.append((self._precision.convert_input(self._transfer(batch)), 0))
-            begin += size
-        return batches
+        parts = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        batches = [self.pool.batch(rows[part], {name: value[part] for name, value in draws.items()}) for part in parts]
+        return [(self._precision.convert_input(self._transfer(batch)), 0) for batch in batches]
 
     def _keep(self, state: State) -> None:
         """Write what the steps have changed, besides model and optimizer, to where the next ones find it."""
@@ -228,19 +210,9 @@ class RecordedLoop(ClientLoop):
 
 
 class Job:
-    """One client's round in a slot.
+    """One client's round in a slot: the ``plan`` of its samples, ``values`` of each step, and recordable ``pieces``.
 
-    Args:
-        slot: where it is trained.
-        round: the round.
-        task: what there is to do.
-        fresh: what ``configure_optimizers`` gives, where the caller has just asked.
-
-    Attributes:
-        plan: the order of the client's samples.
-        values: hyperparameters of each step.
-        pieces: the steps, in pieces that can be recorded.
-        recordings: the recorded steps of each piece.
+    ``fresh`` is what ``configure_optimizers`` gives, where the caller has just asked.
     """
 
     def __init__(self, slot: RecordedLoop, round: int, task: ClientTask, fresh: Optimization | None = None) -> None:

@@ -28,13 +28,7 @@ _MEMORY = 0.8
 
 
 def plan_slots(clients: int, free: int, each: int) -> int:
-    """How many slots there should be besides the first one.
-
-    Args:
-        clients: clients of a round.
-        free: bytes of device memory that are free beside the first slot.
-        each: bytes that the first slot took.
-    """
+    """How many slots there should be besides the first one, which took ``each`` bytes and left so many ``free``."""
     return max(0, min(clients, MOST_SLOTS, 1 + int(_MEMORY * free / max(1, each))) - 1)
 
 
@@ -177,7 +171,7 @@ class CudaGraph(Engine):
 
     def _train_plainly(self, round: int, task: ClientTask) -> ClientResult:
         if self._plain is None:
-            self._plain = ClientLoop(self._training, self._training.module)
+            self._plain = ClientLoop(self._training, self._training.module, None)
         try:
             return self._plain.train(round, task)
         except torch.OutOfMemoryError:
@@ -203,10 +197,8 @@ class CudaGraph(Engine):
 def _check_optimizer(module: LightningModule, device: torch.device) -> None:
     optimizer = configure_optimizers(module).optimizer
     if not fuse(optimizer, device):
-        names = ", ".join(cls.__name__ for cls in FUSED)
-        raise Unrecordable(
-            "cuda_graph", f"a step of {type(optimizer).__name__} cannot be recorded; those of {names} can"
-        )
+        name, names = type(optimizer).__name__, ", ".join(cls.__name__ for cls in FUSED)
+        raise Unrecordable("cuda_graph", f"a step of {name} cannot be recorded; those of {names} can")
     if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
         raise Unrecordable("cuda_graph", "SGD with dampening treats its first step differently")
 

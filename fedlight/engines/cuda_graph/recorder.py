@@ -14,35 +14,22 @@ class Recorder:
     """Records the work of one slot: here, to do it anew, on any device.
 
     What is recorded reads and writes tensors that stay where they are.
-
-    Args:
-        device: where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._random_state = torch.get_rng_state()
 
     def record(self, work: Work, warm_up: Work | None = None) -> Work:
-        """Record the work, and return what does it again. Whatever it wrote must be written anew.
+        """Record the work, which may be done, too, and return what does it again: whatever it wrote is written anew.
 
-        Args:
-            work: what is recorded; it may be done, too.
-            warm_up: the same with less to do, which prepares libraries and memory as well; by default the work itself.
+        ``warm_up`` is the same with less to do, which prepares libraries and memory as well.
         """
         self.anew(work)()
         return self.anew(work)
 
     def anew(self, work: Work) -> Work:
         """What does the work as a recording would, with the slot's random numbers, but step by step."""
-
-        def run() -> None:
-            before = torch.get_rng_state()
-            torch.set_rng_state(self._random_state)
-            work()
-            self._random_state = torch.get_rng_state()
-            torch.set_rng_state(before)
-
-        return run
+        return self._own_random_state()(work)
 
     def seed(self, seed: int) -> None:
         """Seed the random numbers that replays draw."""
@@ -64,6 +51,14 @@ class Recorder:
     def end(self) -> None:
         """What the slot has done so far comes before what the caller does next."""
 
+    @contextmanager
+    def _own_random_state(self) -> Iterator[None]:
+        before = torch.get_rng_state()
+        torch.set_rng_state(self._random_state)
+        yield
+        self._random_state = torch.get_rng_state()
+        torch.set_rng_state(before)
+
 
 class CudaRecorder(Recorder):
     """Captures CUDA graphs, on a stream and with a random state of its own.
@@ -71,9 +66,6 @@ class CudaRecorder(Recorder):
     Slots that are captured on one stream share the workspace of the matrix library, and corrupt each other's results
     when they are replayed side by side. The random state has to be a slot's own for the same reason: a replay
     overwrites the seed and offset that running graphs of the same state still read.
-
-    Args:
-        device: the CUDA device.
     """
 
     WARM_UPS = 2
@@ -102,15 +94,6 @@ class CudaRecorder(Recorder):
         self._pool = graph.pool()
         torch.cuda.synchronize(self._device)
         return graph.replay
-
-    def anew(self, work: Work) -> Work:
-        """Do the work with the slot's random state, in which replays leave off."""
-
-        def run() -> None:
-            with self._own_random_state():
-                work()
-
-        return run
 
     def seed(self, seed: int) -> None:
         """Seed the slot's random state, which its graphs have captured."""

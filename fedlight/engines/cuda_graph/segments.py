@@ -11,17 +11,10 @@ LONGEST = 32
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive local steps whose batches have the same sizes and whose hyperparameters are equal.
+    """Consecutive local steps whose batches have the same sizes and whose hyperparameters are equal."""
 
-    Attributes:
-        begin: where its samples begin in the client's order.
-        sizes: the micro-batches of each step.
-        steps: how many.
-        values: the optimizer's hyperparameters.
-    """
-
-    begin: int
-    sizes: tuple[int, ...]
+    begin: int  # where its samples begin in the client's order
+    sizes: tuple[int, ...]  # the micro-batches of each step
     steps: int
     values: Values
 
@@ -34,14 +27,10 @@ class Segment:
 def segments(steps: Sequence[tuple[int, tuple[int, ...]]], values: Sequence[Values]) -> list[Segment]:
     """Cut a client's steps into segments whose lengths are powers of two, the longest first.
 
-    So few different lengths have to be recorded: ten steps are eight and two, and a client with eleven adds one.
-
-    Args:
-        steps: where each step's samples begin, and its micro-batches.
-        values: the hyperparameters of each step.
+    So few different lengths have to be recorded: ten steps are eight and two, and a client with eleven adds one. A step
+    is where its samples begin, and its micro-batches.
     """
-    pieces: list[Segment] = []
-    first = 0
+    pieces, first = list[Segment](), 0
     while first < len(steps):
         (begin, sizes), now = steps[first], values[first]
         samples, count = sum(sizes), 1

@@ -38,9 +38,7 @@ def _clients_last(tensor: Tensor) -> Tensor:
 class _PoolingByChannel(TorchFunctionMode):
     """Inside, ``vmap`` runs pooling of images with the clients as further channels."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func not in _POOLING:
             return func(*args, **kwargs)
@@ -88,9 +86,7 @@ class _Pullback(torch.autograd.Function):
         return torch.func.jvp(ctx.pool, ctx.saved_tensors, grads)[1], None, None
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[int | None, ...], grad: Tensor, images: Tensor, pool: Pool
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Iterable[int | None], grad: Tensor, images: Tensor, pool: Pool) -> tuple[Tensor, int]:
         return _by_channel(lambda g, x: _pulled_back(pool, g, x), in_dims, grad, images)
 
 

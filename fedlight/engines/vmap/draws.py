@@ -1,6 +1,5 @@
 """Dropout for clients side by side: each client's masks come from its own seed, whoever trains beside it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,20 +17,15 @@ _BITS = 24
 class ClientDropout(TorchFunctionMode):
     """Inside, ``dropout`` draws its masks by counting from a seed, with tensor operations that work row by row.
 
-    The numbers are those of SplitMix64, for the seed, the step, and the calls of ``dropout`` within the step.
-
-    Args:
-        seed: of the client in this round: int64 without dimensions; under ``vmap`` each client has its own.
-        step: number of the local step, int64 without dimensions.
+    The numbers are those of SplitMix64, for the seed of the client in the round, of which each has its own under
+    ``vmap``, the number of the step (both int64 without dimensions), and the calls of ``dropout`` within it.
     """
 
     def __init__(self, seed: Tensor, step: Tensor) -> None:
         super().__init__()
         self._seed, self._calls = _mixed(seed + step * _GOLDEN), 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)

@@ -54,15 +54,10 @@ class ClientStep:
     Outputs: ``gradient`` ``[P]``, ``buffers/<name>``, those of ``state/`` that changed, and ``value/<name>``,
     ``weight/<name>`` of the logs.
 
-    Args:
-        training: what all local trainings share.
-        layout: order of the parameters.
-
     Attributes:
-        spec: what a batch is made of.
+        spec: what a batch is made of; set before the first call.
         reductions: how what was logged is combined, by name; known after a call.
         changing: those of ``state/`` that steps change; known after a call, None before.
-        channels_last: whether images are to lie with their channels side by side.
     """
 
     def __init__(self, training: LocalTraining, layout: ParameterLayout) -> None:
@@ -70,7 +65,7 @@ class ClientStep:
         self._module = training.module
         self._reach, self._show = Reach(training.module), OtherModels(training.module, layout, recorded=True)
         self._precision = training.fabric.strategy.precision
-        self.spec: TreeSpec  # set before the first call
+        self.spec: TreeSpec
         self.reductions: dict[str, str] = {}
         self.changing: set[str] | None = None
         self.channels_last = training.channels_last
@@ -105,10 +100,9 @@ class ClientStep:
         before = state = _part(named, "state/")
         objective = LocalObjective.of(named["params"], named)
         draws = ClientDropout(named["seed"], named["step"]) if "seed" in named else nullcontext()
+        perturbation, clip = self._training.perturbation, self._training.clip
         with collecting_logs(self._module, log), draws:
-            g, state = local_gradient(
-                named["params"], gradient, objective, self._training.perturbation, state, self._training.clip
-            )
+            g, state = local_gradient(named["params"], gradient, objective, perturbation, state, clip)
         if (step := penalized_step(self._module)) is not None:
             step.forget()
         out = {f"state/{k}": v for k, v in state.items() if v is not before.get(k)}
@@ -145,8 +139,7 @@ class Program:
         step: one client's step.
         sizes: its micro-batches.
         names: the inputs, in order.
-        shared: those that all clients share, and which so have no leading dimension; None for one client alone, whose
-            inputs and outputs have none either.
+        shared: those that have no leading dimension, as all clients share them; None for one client alone.
         compile: compile what is traced, at the first call; otherwise trace after some calls.
     """
 
@@ -209,15 +202,12 @@ class Program:
 class StackedParts:
     """What all waves of an engine share.
 
-    Args:
-        training: what all local trainings share.
-
     Attributes:
         optimizer: steps the rows.
         schedule: its hyperparameters.
         step: one client's step.
         at_once: clients of a wave, at most.
-        alone: whether steps with micro-batches of these sizes are run for one client at a time.
+        alone: sizes of the micro-batches of steps that are run for one client at a time.
         programs: for (sizes of the micro-batches, clients, inputs, inputs that clients share).
     """
 

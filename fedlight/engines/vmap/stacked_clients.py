@@ -39,13 +39,7 @@ class _Group:
 class StackedClients:
     """The local training of some clients in one round.
 
-    Rows are sorted by number of steps, the longest first: in every step the clients that still train are the first
-    rows.
-
-    Args:
-        round: the round.
-        tasks: what the clients have to do.
-        parts: what all waves share.
+    Rows are sorted by number of steps, the longest first: in every step the first rows are those that still train.
     """
 
     def __init__(self, round: int, tasks: Sequence[ClientTask], parts: StackedParts) -> None:
@@ -156,7 +150,7 @@ class StackedClients:
 
     def _run(self, group: _Group, batch: Tensors, rows: slice | Tensor) -> Tensor:
         """Run a step of some rows, keep what it changed, and return their gradients."""
-        if self._parts.alone(group.sizes):
+        if group.sizes in self._parts.alone:
             each = [self._run_one(group.sizes, [leaf[i] for leaf in batch], row) for i, row in enumerate(group.rows)]
             out = {name: torch.stack([one[name] for one in each]) for name in each[0]}
             return self._keep(out, len(group.rows), rows)
@@ -239,18 +233,9 @@ class StackedClients:
 
 
 class _Data:
-    """Reads the batches of several clients at once.
+    """Reads the batches of several clients at once; ``orders`` has the positions in each one's dataset, ``[total]``."""
 
-    Args:
-        round: the round.
-        tasks: the clients, by row.
-        orders: the positions in each client's dataset in the order of use, ``[total]`` each.
-        training: what all local trainings share.
-    """
-
-    def __init__(
-        self, round: int, tasks: Sequence[ClientTask], orders: Sequence[Tensor], training: LocalTraining
-    ) -> None:
+    def __init__(self, round: int, tasks: Sequence[ClientTask], orders: list[Tensor], training: LocalTraining) -> None:
         device = training.fabric.device
         self._convert = training.fabric.strategy.precision.convert_input
         self.datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
@@ -267,9 +252,8 @@ class _Data:
             both = zip(self.datasets, self._orders, strict=True)
             self._positions = torch.cat([dataset.positions(order) for dataset, order in both])
             self._all_draws = {name: torch.cat([own[name] for own in self._draws]) for name in self._draws[0]}
-        self.samples_ahead = max(
-            1, _GATHERED_BYTES // max(1, sum(4 * leaf[:1].numel() for leaf in first.storage.leaves))
-        )
+        each = sum(4 * leaf[:1].numel() for leaf in first.storage.leaves)
+        self.samples_ahead = max(1, _GATHERED_BYTES // max(1, each))
 
     def read(self, groups: Sequence[_Group]) -> Iterator[Tensors]:
         """The batches ``[A, n, ...]`` of some groups; all those of one size are read together."""

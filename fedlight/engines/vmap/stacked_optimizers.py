@@ -22,27 +22,17 @@ ELEMENTWISE = (
 
 @dataclass(frozen=True)
 class Block:
-    """Clients with the same hyperparameters in every step: consecutive rows.
-
-    Attributes:
-        begin: first row.
-        end: row after the last.
-        values: hyperparameters of each step.
-    """
+    """Clients with the same hyperparameters in every step: consecutive rows."""
 
     begin: int
-    end: int
-    values: Sequence[Values]
+    end: int  # the row after the last
+    values: Sequence[Values]  # of each step
 
 
 class StackedOptimizer:
     """The module's own optimizer on rows of parameters ``[K, P]``.
 
     Rows are sorted by the number of steps, the longest first, so that those which still train are the first ones.
-
-    Args:
-        module: whose ``configure_optimizers`` is asked.
-        layout: where its parameters lie in a row.
 
     Raises:
         MisconfigurationException: if the optimizer does not work entry by entry.
