@@ -40,12 +40,9 @@ class Remembers:
 
 
 def written(value: Any, key: str, lost: Lost) -> Any:
-    """A value as YAML has it; an object as its class and what it was made with.
+    """A value as YAML has it under a key (``model.net``); an object as its class and what it was made with.
 
-    Args:
-        value: the value.
-        key: where it belongs, such as ``model.net``.
-        lost: receives what cannot be written, and why.
+    ``lost`` receives what cannot be written, and why.
     """
     value = value.item() if isinstance(value, np.generic) else settings_of(value) or value
     if value is None or type(value) in _PLAIN:

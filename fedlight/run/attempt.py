@@ -24,14 +24,7 @@ def trial_step(
     context: AbstractContextManager[Any] | None = None,
     look: Callable[[Any], None] | None = None,
 ) -> Any:
-    """What ``training_step`` returns; all of the module and all random numbers are as before.
-
-    Args:
-        module: the module, in the mode that it is to be tried in.
-        batch: a batch on its device.
-        context: what the forward pass runs in.
-        look: looks at what it returns.
-    """
+    """What ``training_step`` returns and ``look`` looks at; all of the module and all random numbers are as before."""
 
     def step() -> Any:
         log, within = LogCollector(module.device), context or nullcontext()

@@ -43,15 +43,12 @@ class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one after another, while training goes on.
 
     What it writes must not change any more: a snapshot's tensors do not.
-
-    Attributes:
-        seconds: what the writes have taken since it was set to 0.
     """
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
         self._writes: list[Future[None]] = []
-        self.seconds = 0.0
+        self.seconds = 0.0  # that writes have taken since it was set to 0
 
     def submit(self, path: Path, *steps: Callable[[], object]) -> None:
         """Do what makes a checkpoint, step by step, when those before it are written."""
@@ -94,9 +91,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         MisconfigurationException: if the file is missing, torn or damaged, or was not written by fedlight.
     """
+    given = f"ckpt_path={str(path)!r}"
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise MisconfigurationException(f"ckpt_path={str(path)!r} {what}. Give a file, 'last' or 'best'.")
+        raise MisconfigurationException(f"{given} {what}. Give a file, 'last' or 'best'.")
     try:
         with zipfile.ZipFile(path) as parts:  # torch does not look at the checksums
             if (damaged := parts.testzip()) is not None:
@@ -104,22 +102,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise MisconfigurationException(
-            f"ckpt_path={str(path)!r} cannot be read ({type(error).__name__}): it is torn, damaged or no checkpoint."
+            f"{given} cannot be read ({type(error).__name__}): it is torn, damaged or no checkpoint."
             " Another checkpoint of the same run may be whole."
         ) from error
     if not isinstance(checkpoint, dict) or "fedlight" not in checkpoint:
-        raise MisconfigurationException(
-            f"ckpt_path={str(path)!r} was not written by fedlight's trainer, so it holds no federated state."
-        )
-    found_format, clients = checkpoint["fedlight"].get("format"), checkpoint["fedlight"].get("clients", {})
-    if found_format not in (1, FORMAT):
-        raise MisconfigurationException(
-            f"ckpt_path={str(path)!r} has format {found_format}, this version reads 1 and {FORMAT}."
-        )
+        raise MisconfigurationException(f"{given} was not written by fedlight's trainer: it holds no federated state.")
+    found, clients = checkpoint["fedlight"].get("format"), checkpoint["fedlight"].get("clients", {})
+    if found not in (1, FORMAT):
+        raise MisconfigurationException(f"{given} has format {found}, this version reads 1 and {FORMAT}.")
     if clients.get("where") == "memory":
-        clients["rows"] = list(clients["rows"].items()) if found_format == 1 else SavedRows(path)
-    found: dict[str, Any] = checkpoint
-    return found
+        clients["rows"] = list(clients["rows"].items()) if found == 1 else SavedRows(path)
+    return checkpoint
 
 
 def check_state_dict(path: Path, saved: dict[str, Any], module: LightningModule) -> None:

@@ -44,13 +44,7 @@ def together(
     That is what a batch for each client gives if all that is logged are means over samples. Whether they are is looked
     at in every pass: the step on the same samples as one batch, in which clients and classes are mixed, must log the
     mean of what it logs for each. So it depends on model and data alone, and a resumed run goes the same way.
-
-    Args:
-        module: evaluated with the parameters that it holds.
-        clients: their data.
-        device: where they are evaluated.
-        prepare: makes of a batch what the step gets.
-        step: calls ``validation_step`` with a batch and its index.
+    ``prepare`` makes of a batch what the step gets, and ``step`` calls ``validation_step`` with that and an index.
 
     Raises:
         Exception: of any kind, where each client needs a batch of its own.

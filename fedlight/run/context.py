@@ -27,53 +27,29 @@ Command = Literal["fit", "validate", "test", "predict"]
 
 
 class RunContext:
-    """The parts of one call. They come one after the other, in this order, while :class:`Session` sets the call up.
-
-    Attributes:
-        trainer: whose settings are followed.
-        settings: its settings, by name.
-        module: the module.
-        datamodule: the data; all of it as one client's where training is centralized.
-        command: what is called.
-        hooks: calls hooks of callbacks and module.
-        fabric: devices, precision and processes.
-        resumed: whether the state comes from a checkpoint.
-        checkpoint_path: the checkpoint, where there is one.
-        folder: the run's folder; None where nothing is written.
-        loggers: where metrics go; in the first process.
-        writer: writes checkpoints.
-        evaluator: evaluates a set of weights.
-        layout: the order of the trained parameters.
-        federation: the server's and the clients' state.
-        schedule: learning rates by round, in a fit.
-        engine: executes local trainings, in a fit.
-        experiment: what those that continue the run must agree with, in a fit.
-        changes: where this run differs from the one that it continues.
-        first_round: the round that a fit begins with.
-        fresh: what has been logged in the present round so far.
-    """
+    """The parts of one call. They come one after the other, in this order, while :class:`Session` sets the call up."""
 
     trainer: TrainerInterface
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # the trainer's, by name
     module: LightningModule
-    datamodule: FederatedDataModule
-    command: Command
-    hooks: Hooks
-    fabric: Fabric
-    resumed: bool
-    checkpoint_path: Path
-    folder: RunFolder | None
-    loggers: list[Logger]
+    datamodule: FederatedDataModule  # all data as one client's where training is centralized
+    command: Command  # what is called
+    hooks: Hooks  # calls hooks of callbacks and module
+    fabric: Fabric  # devices, precision and processes
+    resumed: bool  # whether the state comes from a checkpoint
+    checkpoint_path: Path  # where there is one
+    folder: RunFolder | None  # the run's; None where nothing is written
+    loggers: list[Logger]  # where metrics go; in the first process
     writer: CheckpointWriter
     evaluator: Evaluator
-    layout: ParameterLayout
-    federation: Federation
-    schedule: RoundSchedule
-    engine: Engine
-    experiment: dict[str, Any]
-    changes: dict[str, list[Any]]
-    first_round: int
-    fresh: set[str]
+    layout: ParameterLayout  # the order of the trained parameters
+    federation: Federation  # the server's and the clients' state
+    schedule: RoundSchedule  # learning rates by round, in a fit
+    engine: Engine  # executes local trainings, in a fit
+    experiment: dict[str, Any]  # what those that continue the run must agree with, in a fit
+    changes: dict[str, list[Any]]  # where this run differs from the one that it continues
+    first_round: int  # that a fit begins with
+    fresh: set[str]  # what has been logged in the present round so far
 
     @property
     def is_zero(self) -> bool:

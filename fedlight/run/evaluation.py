@@ -38,15 +38,7 @@ _Logged = dict[str, tuple[Tensor, Tensor, str]]
 class Evaluator:
     """Runs ``validation_step`` or ``test_step`` over a dataset, shared among the processes by batches.
 
-    Args:
-        module: evaluated with the parameters that it holds.
-        fabric: device, precision and processes.
-        datamodule: gives batch size, workers and collate function.
-        hooks: calls hooks of callbacks and module.
-        untouched: makes a context that leaves no trace in the module.
-
-    Attributes:
-        clients_log: whether validation logs something on clients' own data; None before the first such evaluation.
+    The module is evaluated with the parameters that it holds; ``untouched`` makes a context that leaves no trace in it.
     """
 
     def __init__(
@@ -59,7 +51,7 @@ class Evaluator:
     ) -> None:
         self._module, self._fabric, self._datamodule = module, fabric, datamodule
         self._hooks, self._untouched = hooks, untouched
-        self.clients_log: bool | None = None
+        self.clients_log: bool | None = None  # whether validation logs something on clients' own data, once known
         self._separable: dict[str, bool] = {}
         self._traces_known = False
         self.transfer = transfer_function(module, fabric.device)
@@ -132,10 +124,9 @@ class Evaluator:
         return self._separable[stage]
 
     def attempt(self, dataset: Dataset[Any], stage: Stage) -> bool:
-        """Evaluate the first batch of a dataset without a trace.
+        """Evaluate a dataset's first batch without a trace; whether it left nothing that a later one could read.
 
-        Returns:
-            Whether it left nothing in the module, but for torchmetrics, that a later one or a hook could read.
+        So may a hook; torchmetrics, of which each process computes its own part, do not count.
         """
         dataset = in_memory(dataset, self._datamodule.collate_fn)
         module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
@@ -258,26 +249,20 @@ class Evaluator:
 
     def _batches(self, dataset: Dataset[Any], count: int, share: bool) -> Iterator[tuple[int, Any]]:
         """Each batch and its index, on which alone depends what a step draws."""
-        data = self._datamodule
-        size, length = self._batch_size, len(dataset)  # type: ignore[arg-type]
-        rank, world = (self._fabric.global_rank, self._fabric.world_size) if share else (0, 1)
-        mine = range(rank, count, world)
+        data, size, length = self._datamodule, self._batch_size, len(dataset)  # type: ignore[arg-type]
+        mine = self._share(range(count)) if share else range(count)
+        ends, seeds = {i: min(length, (i + 1) * size) for i in mine}, [derive_seed(0, "evaluation", i) for i in mine]
+        read: Iterator[Any]
         if isinstance(dataset, ArrayDataset):
-            for index in mine:
-                batch = dataset.part(index * size, min(length, (index + 1) * size), self._fabric.device)
-                seed_global_rng(derive_seed(0, "evaluation", index))
-                yield index, self.prepare(batch)
-            return
-        order = [list(range(i * size, min(length, (i + 1) * size))) for i in mine]
-        seeds = [derive_seed(0, "evaluation", i) for i in mine]
-        read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
-        for index, batch in zip(mine, read, strict=True):
-            seed_global_rng(derive_seed(0, "evaluation", index))
+            read = (dataset.part(i * size, end, self._fabric.device) for i, end in ends.items())
+        else:
+            order = [list(range(i * size, end)) for i, end in ends.items()]
+            read = read_batches(dataset, order, seeds, data.num_workers, data.eval_collate_fn)
+        for index, seed, batch in zip(mine, seeds, read, strict=True):
+            seed_global_rng(seed)
             yield index, self.prepare(batch)
 
-    def _reduce(
-        self, log: LogCollector, records: Sequence[tuple[int, _Logged]], keep: bool = False
-    ) -> dict[str, Tensor]:
+    def _reduce(self, log: LogCollector, records: list[tuple[int, _Logged]], keep: bool = False) -> dict[str, Tensor]:
         """Reduce over all processes in the order of the batches, which gives the same bits as one process."""
         # What is logged once per epoch, and metrics, come after the batches, process by process.
         last = {name: (*sums, log.reduction(name)) for name, sums in log.sums(keep).items()}

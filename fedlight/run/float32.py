@@ -9,11 +9,7 @@ import torch
 
 @contextmanager
 def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Inside, products and convolutions of float32 tensors are computed in float32, or in TensorFloat-32 on GPUs.
-
-    Args:
-        precision: ``ieee`` is float32 everywhere; ``tf32`` lets GPUs round the factors to 10 bits of mantissa.
-    """
+    """Inside, products and convolutions of float32 are computed in float32; or GPUs round factors to 10 bits (tf32)."""
     cudnn: Any = torch.backends.cudnn
     mkldnn: Any = torch.backends.mkldnn
     backends = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn

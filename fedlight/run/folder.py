@@ -24,11 +24,7 @@ def place(text: str) -> Path:
 
 
 class RunFolder:
-    """One run's folder, locked while the run is alive, so that no two runs write to it.
-
-    Args:
-        path: the folder; it exists.
-    """
+    """One run's folder, locked while the run is alive, so that no two runs write to it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

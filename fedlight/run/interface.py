@@ -63,10 +63,7 @@ class TrainerInterface(LightningNames):
     """Settings and state of a trainer, under the names that Lightning's Trainer has where it has one.
 
     Attributes:
-        current_round: rounds that are complete; inside a round, its 0-based number.
-        global_step: local steps of all clients so far; inside a round, those before it and the present client's.
         should_stop: set it to stop after the current round.
-        callback_metrics: the latest value of every metric.
         federation: the server's and the clients' state.
         resumed: whether that comes from a checkpoint.
         views: which weights are evaluated, what they log, and whether this round is due.
@@ -237,9 +234,8 @@ def one_personalization(settings: dict[str, Any]) -> Personalization:
     if settings["centralized"]:
         raise MisconfigurationException("trainer.personal: with trainer.centralized there are no clients. Set one.")
     if algorithm.personal is not None:
-        raise MisconfigurationException(
-            f"trainer.personal: {type(algorithm).__name__} brings its own. Remove it, or take FedAvg."
-        )
+        name = type(algorithm).__name__
+        raise MisconfigurationException(f"trainer.personal: {name} brings its own. Remove it, or take FedAvg.")
     settings["personal"] = found = given if isinstance(given, Personalization) else PersonalParts(given)
     if isinstance(found, LocalOnly) and (type(algorithm) is not FedAvg or settings["transforms"]):
         raise MisconfigurationException(
@@ -267,8 +263,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     given = settings["transforms"]
     settings["transforms"] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     check_chain(settings["transforms"])
-    parts = settings["algorithm"], one_perturbation(settings), settings["transforms"]
-    check_aggregator(settings["aggregator"], *parts)
+    check_aggregator(settings, one_perturbation(settings))
     for stage in ("train", "val", "test"):
         _check_limit(f"limit_{stage}_batches", settings[f"limit_{stage}_batches"], zero=stage == "val")
     clip = settings["gradient_clip_val"]

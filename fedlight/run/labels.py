@@ -19,11 +19,7 @@ from fedlight.run.context import RunContext
 
 
 def check_labels(run: RunContext, labels: list[tuple[int, int, int]]) -> None:
-    """Refuse labels that the model has no output for, also those of held-out data.
-
-    Args:
-        run: whose model and data are looked at.
-        labels: what :func:`extreme_labels` gives.
+    """Refuse :func:`extreme_labels` that the model has no output for, also those of held-out data.
 
     Raises:
         MisconfigurationException: naming the label and ``model.num_classes``, or what the model says of it.

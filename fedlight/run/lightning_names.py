@@ -23,12 +23,9 @@ from fedlight.run.loggers import MetricsCSV
 
 
 class Names:
-    """Values under names, besides those of an object; for any other name one sentence.
+    """Values under names, besides those of an object, whose class this seems to have; for any other name one sentence.
 
-    Args:
-        what: what this stands for, as modules write it.
-        behind: the object, whose class this seems to have.
-        values: the values.
+    It says ``what`` this stands for, as modules write it.
     """
 
     def __init__(self, what: str, behind: Any = None, **values: Any) -> None:
@@ -159,8 +156,8 @@ def _is_last_batch(t: Any, s: Any) -> bool:
     return slot is not None and slot.batch_idx + 1 == len(slot.plan.epochs[slot.epoch])
 
 
-def _stage(stage: str, t: Any, s: Any) -> bool:
-    return bool(t.state.stage == RunningStage[stage])
+def _stage(stage: RunningStage, t: Any, s: Any) -> bool:
+    return bool(t.state.stage == stage)
 
 
 def _part(path: str, t: Any, s: Any) -> Any:
@@ -174,16 +171,11 @@ def _callbacks(kind: type, t: Any, s: Any) -> list[Any]:
 _PARTS = {
     **{name: f"fabric.{name}" for name in ("print", "global_rank", "local_rank", "node_rank", "world_size")},
     **{"is_global_zero": "fabric.is_global_zero", "model": "module", "lightning_module": "module"},
-    **{
-        name: name
-        for name in ("datamodule", "profiler", "ckpt_path", "federation", "resumed", "views", "evaluator", "fresh")
-    },
+    **{part: part for part in ("datamodule", "profiler", "ckpt_path", "federation")},
+    **{part: part for part in ("resumed", "views", "evaluator", "fresh")},
 }
 _VALUES: dict[str, Callable[[Any, Any], Any]] = {
-    **{
-        name: partial(_stage, name.upper())
-        for name in ("training", "validating", "testing", "predicting", "sanity_checking")
-    },
+    **{stage.name.lower(): partial(_stage, stage) for stage in RunningStage},  # `training`, say
     **{name: partial(_part, path) for name, path in _PARTS.items()},
     **dict.fromkeys(("min_epochs", "min_steps", "progress_bar_callback"), lambda t, s: None),
     **dict.fromkeys(("overfit_batches", "num_sanity_val_steps"), lambda t, s: False),

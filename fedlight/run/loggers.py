@@ -21,11 +21,7 @@ LoggerName = Literal["csv", "wandb", "tensorboard"]
 
 
 class MetricsCSV(Logger):
-    """``metrics.csv``: one row per round; columns appear as their metrics do.
-
-    Args:
-        path: the file.
-    """
+    """``metrics.csv``: one row per round; columns appear as their metrics do."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -36,9 +32,7 @@ class MetricsCSV(Logger):
         self._own: dict[str, float] = {}
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"metrics.csv has no `{name}`: set trainer.logger to tensorboard, wandb or another logger."
-        )
+        raise AttributeError(f"metrics.csv has no `{name}`: set trainer.logger to tensorboard, wandb or another one.")
 
     @property
     def name(self) -> str:
@@ -147,13 +141,10 @@ def make_loggers(
     ids: dict[str, str],
     name: str | None = None,
 ) -> list[Logger]:
-    """The loggers of a run; ``metrics.csv`` is always the first.
+    """The loggers of a run in its folder, as ``trainer.logger`` has them; ``metrics.csv`` is always the first.
 
-    Args:
-        wanted: ``trainer.logger``.
-        folder: the run's folder.
-        ids: run ids of an earlier part of the same run, by logger class.
-        name: the run's name in W&B, before its version; the name of the experiment is its group.
+    ``ids`` are those of an earlier part of the same run, by logger class, and ``name`` is what W&B gets before the
+    run's version; the name of the experiment is its group there.
     """
     entries = wanted if isinstance(wanted, list) else [] if wanted in (None, True, False) else [wanted]
     loggers: list[Logger] = [MetricsCSV(folder / "metrics.csv")]

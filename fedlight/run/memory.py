@@ -40,21 +40,14 @@ def keep_freed_blocks(fabric: Fabric, cleanup: ExitStack) -> None:
     library.mallopt(_TRIM_THRESHOLD, -1)
 
 
-def feed_channels_last(precision: Precision, wanted: bool) -> None:
-    """If ``wanted``, let ``convert_input`` give images ``[B, C, H, W]`` whose channels are neighbours in memory.
+def feed_channels_last(precision: Precision) -> None:
+    """Let ``convert_input`` of a run's own Fabric give images ``[B, C, H, W]`` whose channels are neighbours in memory.
 
     Shapes and values stay; convolutions then take kernels that need no copies in between, and give outputs of this
     format themselves. So it is in training and evaluation, in every engine.
-
-    Args:
-        precision: of a run's own Fabric.
-        wanted: ``trainer.channels_last``.
     """
-    if wanted:
-        convert = precision.convert_input
-        precision.convert_input = lambda data: apply_to_collection(  # type: ignore[method-assign]
-            convert(data), Tensor, _channels_last
-        )
+    convert = precision.convert_input
+    vars(precision)["convert_input"] = lambda data: apply_to_collection(convert(data), Tensor, _channels_last)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

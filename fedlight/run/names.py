@@ -15,13 +15,9 @@ CENTRAL = "Central"
 def method_name(
     algorithm: str, parts: Iterable[str | None] = (), penalties: Iterable[str] = (), centralized: bool = False
 ) -> str:
-    """The parts of a method joined: ``FedDyn+SAM+MAN``.
+    """The class names of a method's parts joined: ``FedDyn+SAM+MAN``. Where data are pooled no algorithm plays a part.
 
-    Args:
-        algorithm: class name of the algorithm.
-        parts: class names of what was added to it, a perturbation, a personal part and an aggregator, or None.
-        penalties: class names of the penalties that act.
-        centralized: whether the data are pooled, so that the algorithm plays no part.
+    Of what may be added to it, a perturbation, a personal part and an aggregator, some are None.
     """
     return "+".join([CENTRAL if centralized else algorithm, *filter(None, parts), *penalties])
 

@@ -1,6 +1,7 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,13 +38,11 @@ def check_methods(run: RunContext) -> None:
     """
     trainer, federation = run.trainer, run.federation
     check_schedules(run.module, federation.sizes.tolist(), trainer)
-    _check_optimizer(federation, run.schedule)
-    _check_lr(federation, run.schedule)
+    _check_algorithm(federation, run.schedule)
     follow(trainer.scheduled, trainer.current_round, run.fabric.device)
     for tensor in trainer.scheduled:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
-    _check_sizes(federation)
     _check_enough(trainer, federation)
     settings, swa = run.settings, ("swa" in run.settings["views"], "trainer.views has no `swa`")
     clips = settings["gradient_clip_val"] is not None, "trainer.gradient_clip_val is null"
@@ -98,12 +97,27 @@ def _check_client_data(run: RunContext) -> None:
     rank_zero_info(f"clients/personal_*, clients/new_*: no model is evaluated on a client's own data, as {why}.")
 
 
-def _check_lr(federation: Federation, schedule: RoundSchedule) -> None:
-    if federation.algorithm.needs_lr and not (schedule.has_lr and schedule.lr > 0):
-        name = type(federation.algorithm).__name__
+def _check_algorithm(federation: Federation, schedule: RoundSchedule) -> None:
+    """Refuse the wrong optimizer; warn where an estimate that is divided by p_i makes steps of small clients long."""
+    algorithm, name, found = federation.algorithm, type(federation.algorithm).__name__, schedule.optimizer
+    if algorithm.optimizers and not isinstance(found, algorithm.optimizers):
+        wanted = algorithm.optimizers[0]
+        raise MisconfigurationException(
+            f"algorithm: {name} has clients step with {wanted.__name__}, and model.configure_optimizers gives"
+            f" {type(found).__name__}. Set model.optimizer to {wanted.__module__}.{wanted.__qualname__}."
+        )
+    if algorithm.needs_lr and not (schedule.has_lr and schedule.lr > 0):
         raise MisconfigurationException(
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
+        )
+    sizes = federation.sizes[federation.sizes > 0]
+    smallest, largest = int(sizes.min()), int(sizes.max())
+    if algorithm.needs_lr and algorithm.weighting == "samples" and largest > 10 * smallest:
+        rank_zero_warn(
+            f"algorithm: {name} divides the server's correction by p_i = n_i / mean(n), and clients have {smallest} to"
+            f" {largest} samples: the steps of small ones may run away. Set algorithm.weighting to equal, or"
+            " trainer.gradient_clip_val to 10, say."
         )
 
 
@@ -131,49 +145,35 @@ def _check_enough(trainer: Any, federation: Federation) -> None:
         rank_zero_warn(text)
 
 
-def _check_optimizer(federation: Federation, schedule: RoundSchedule) -> None:
-    name, classes, found = type(federation.algorithm).__name__, federation.algorithm.optimizers, schedule.optimizer
-    if classes and not isinstance(found, classes):
-        raise MisconfigurationException(
-            f"algorithm: {name} has clients step with {classes[0].__name__}, and model.configure_optimizers gives"
-            f" {type(found).__name__}. Set model.optimizer to {classes[0].__module__}.{classes[0].__qualname__}."
-        )
-
-
-def _check_sizes(federation: Federation) -> None:
-    """Warn where a gradient estimate that is divided by p_i makes the steps of small clients long."""
-    algorithm, sizes = federation.algorithm, federation.sizes[federation.sizes > 0]
-    smallest, largest = int(sizes.min()), int(sizes.max())
-    if algorithm.needs_lr and algorithm.weighting == "samples" and largest > 10 * smallest:
-        rank_zero_warn(
-            f"algorithm: {type(algorithm).__name__} divides the server's correction by p_i = n_i / mean(n), and clients"
-            f" have {smallest} to {largest} samples: the steps of small ones may run away. Set algorithm.weighting to"
-            " equal, or trainer.gradient_clip_val to 10, say."
-        )
-
-
 def _try_one_batch(run: RunContext, client: int, start: int, look: Callable[[Any], None] | None = None) -> None:
     """One forward pass, so that shapes and labels that do not fit are found before training."""
     module, datamodule = run.module, run.datamodule
     first = max(0, min(start, datamodule.client_size(client) - datamodule.batch_size))
     batch = first_samples(datamodule, client, datamodule.batch_size, first)
-    try:
+    with _fitting(run, "training", f"a batch of {_shapes(batch)}, client {client}'s samples from {start} on"):
         loss = _attempt(run, batch, look)
+        loss = loss.get("loss") if isinstance(loss, Mapping) else loss
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise MisconfigurationException(
+                f"model: {type(module).__name__}.training_step must return a scalar loss or a dictionary with one under"
+                f" 'loss'; it returned {type(loss).__name__}{_shapes(loss) if isinstance(loss, Tensor) else ''}."
+            )
+
+
+@contextmanager
+def _fitting(run: RunContext, stage: str, data: str) -> Iterator[None]:
+    """Refuse a step that fails on its data, unless it lacks what a callback may bring in a hook that is to come."""
+    try:
+        yield
     except _MISFITS as error:
-        if _may_come(run, error):
+        none = isinstance(error, KeyError) or "NoneType" in str(error)
+        lacks = isinstance(error, AttributeError) and any(error.obj is part for part in run.module.modules())
+        if (none or lacks) and strangers(run.trainer.callbacks):
             return
-        raise MisconfigurationException(
-            f"model and data do not fit: {type(module).__name__}.training_step failed on a batch of"
-            f" {_shapes(batch)}, client {client}'s samples from {start} on: {type(error).__name__}: {error}"
-            + " For trainer.channels_last, view must be flatten or reshape."
-            * (run.settings["channels_last"] and "view size" in str(error))
-        ) from error
-    loss = loss.get("loss") if isinstance(loss, Mapping) else loss
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise MisconfigurationException(
-            f"model: {type(module).__name__}.training_step must return a scalar loss or a dictionary with one under"
-            f" 'loss'; it returned {type(loss).__name__}{_shapes(loss) if isinstance(loss, Tensor) else ''}."
-        )
+        step, text = f"{type(run.module).__name__}.{stage}_step", f"{type(error).__name__}: {error}"
+        if run.settings["channels_last"] and "view size" in text:
+            text += " For trainer.channels_last, view must be flatten or reshape."
+        raise MisconfigurationException(f"model and data do not fit: {step} failed on {data}: {text}") from error
 
 
 def _try_batch_of_one(run: RunContext, sizes: Tensor) -> None:
@@ -203,23 +203,10 @@ def _try_validation(run: RunContext, val: Dataset[Any] | None) -> None:
     few = Subset(val, range(min(len(val), data.batch_size)))  # type: ignore[arg-type]
     stage, run.trainer.state.stage = run.trainer.state.stage, RunningStage.SANITY_CHECKING
     try:
-        prepared(module, lambda: run.evaluator.attempt(few, "validation"))
-    except _MISFITS as error:
-        if _may_come(run, error):
-            return
-        raise MisconfigurationException(
-            f"model and data do not fit: {type(module).__name__}.validation_step failed on the first samples of"
-            f" {type(given_data(data)).__name__}.val_dataset: {type(error).__name__}: {error}"
-        ) from error
+        with _fitting(run, "validation", f"the first samples of {type(given_data(data)).__name__}.val_dataset"):
+            prepared(module, lambda: run.evaluator.attempt(few, "validation"))
     finally:
         run.trainer.state.stage = stage
-
-
-def _may_come(run: RunContext, error: Exception) -> bool:
-    """Whether a step fails for something missing that a callback may bring, in a hook that is still to come."""
-    none = isinstance(error, KeyError) or "NoneType" in str(error)
-    lacks = isinstance(error, AttributeError) and any(error.obj is part for part in run.module.modules())
-    return (none or lacks) and bool(strangers(run.trainer.callbacks))
 
 
 def _try_evaluation_of_one(run: RunContext, val: Any) -> None:

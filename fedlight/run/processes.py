@@ -38,18 +38,11 @@ _children: list["subprocess.Popen[bytes]"] = []  # of the program: a second fit 
 
 
 def num_processes(step_flop: float, steps: float, clients: int, rounds: int, cores: int) -> int:
-    """How many processes are fastest for a workload.
+    """How many processes are fastest for local steps of so many FLOP, so many in a round of all its clients.
 
     A process a core is faster than a thread a core, as clients need not wait for each other. Where steps are large the
     choice does not depend on how many there are, and where they are small every process has one thread: so a run that
     is continued for more rounds, or cut into several, gives the same bits.
-
-    Args:
-        step_flop: floating-point operations of a local step, forward and backward.
-        steps: local steps of a round, of all clients.
-        clients: K.
-        rounds: T.
-        cores: of the machine.
     """
     seconds = rounds * steps * (_STEP_S + step_flop / _FLOP_PER_S)  # on one core
     return max(1, min(cores, clients)) if step_flop >= LARGE_STEP or seconds >= _WORTH_S else 1
@@ -138,8 +131,7 @@ def step_flop(module: LightningModule, batch: Any, context: AbstractContextManag
 def watch_children(run: RunContext) -> Callable[[], None]:
     """Watch the processes that Fabric has started, in its place: it would kill this one and not say how to go on.
 
-    Returns:
-        A function that ends the watch.
+    What is returned ends the watch.
     """
     started = getattr(getattr(run.fabric.strategy, "launcher", None), "procs", [])
     _children.extend(started)
@@ -199,15 +191,13 @@ class Signals:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.received:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            self.raise_received(number)
         self.received = number
 
     def raise_received(self, number: int) -> None:
         """Raise what an unhandled signal would have raised: KeyboardInterrupt, or SystemExit with its exit code."""
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
         if number:
-            raise SystemExit(128 + number)
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 @contextmanager

@@ -43,14 +43,8 @@ def keep(run: RunContext, name: str, metrics: Mapping[str, float], folder: Path,
     """Hand metrics of evaluated weights to the loggers, and add a record of them to ``<name>_metrics.json``.
 
     The file holds a list, the newest record last. One of the same checkpoint, rounds and settings is replaced; those of
-    other checkpoints, or of other rounds under the same name, stay. A file that cannot be written is warned of.
-
-    Args:
-        run: what evaluated them, in the first process.
-        name: of what was done: ``test``, ``validate``, ``analyze``.
-        metrics: by their names.
-        folder: where the file is.
-        how: settings that make a difference, of which None is left out.
+    other checkpoints, or of other rounds under the same name, stay. A file that cannot be written is warned of. Of
+    ``how``, settings that make a difference, None is left out. The first process calls.
     """
     rounds = run.trainer.current_round if run.resumed else None  # nobody knows what trained a module as it is
     row = {**metrics} if rounds is None else {**metrics, "round": rounds - 1.0}
@@ -79,12 +73,9 @@ def checkpoint_name(run: RunContext, folder: Path) -> str | None:
 
 
 def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
-    """What ``predict_step`` returns for each batch, on the CPU, in every process; it is written, too.
+    """What ``predict_step`` returns for each batch, on the CPU, in every process; the module has the view's weights.
 
-    Args:
-        run: with the view's weights in its module.
-        view: whose weights they are.
-        output: the folder to write to; by default that of the run.
+    It is written to the folder ``output``, by default that of the run.
 
     Raises:
         MisconfigurationException: if there is no data to predict from, or the files cannot be written.

@@ -42,11 +42,7 @@ def decided(fabric: Fabric, decide: Callable[[], T]) -> T:
 
 
 def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
-    """Read ``ckpt_path``, and say in a line which file that is.
-
-    Returns:
-        The checkpoint, its path, and the folder of its run, if it lies in one.
-    """
+    """Read ``ckpt_path``, and say in a line which file it is: its content, its path, and its run's folder, if any."""
     trainer, path = run.trainer, Path(wanted).expanduser()
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
@@ -70,10 +66,8 @@ def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any]
 def usual_checkpoint(configs: Sequence[Path], root: Path, name: str) -> Path | None:
     """The checkpoint to look at where none is named: the best, else the last; None is said.
 
-    Args:
-        configs: configurations that were given; the last one that is a run's ``config.yaml`` means that run.
-        root: ``trainer.default_root_dir``, below which the newest run is meant otherwise.
-        name: ``trainer.name``.
+    Of configurations that were given the last one that is a run's ``config.yaml`` means that run. Otherwise the newest
+    below ``trainer.default_root_dir`` and ``trainer.name`` is meant.
     """
     own = [file.parent for file in configs if file.name == "config.yaml" and (file.parent / "checkpoints").is_dir()]
     runs = own[-1:] or [root / name / f"version_{version}" for version in versions(root / name)[-1:]]

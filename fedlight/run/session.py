@@ -3,7 +3,6 @@
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -40,13 +39,6 @@ from fedlight.server.rows import ClientRows
 
 class Session(RunContext):
     """One call of ``fit``, ``validate``, ``test`` or ``predict``, from its beginning to its end.
-
-    Args:
-        trainer: whose settings are followed.
-        model: the module; without one, module, data and best checkpoint are those of the last call.
-        datamodule: the data.
-        command: what is called.
-        ckpt_path: ``last``, ``best``, a file, or None.
 
     Attributes:
         movers: what clients and evaluations change of the module besides its trained parameters.
@@ -156,9 +148,7 @@ class Session(RunContext):
         if self.folder is not None and self.is_zero:
             say_end(self, time.perf_counter() - self._started, self.views.logged)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         lost = None if error is None else lost_process(self, error)
         if error is not None:
             for callback in self.trainer.callbacks:
@@ -201,7 +191,8 @@ class Session(RunContext):
         self._signals = cleanup.enter_context(deferred_signals(active=self.command == "fit"))
         if settings["tf32"] is not None:
             cleanup.enter_context(float32_products("tf32" if settings["tf32"] else "ieee"))
-        feed_channels_last(self.fabric.strategy.precision, settings["channels_last"])
+        if settings["channels_last"]:
+            feed_channels_last(self.fabric.strategy.precision)
         if settings["deterministic"]:
             setup.be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()

@@ -31,11 +31,7 @@ from fedlight.run.context import RunContext
 from fedlight.run.folder import optional
 from fedlight.server.sampling import expected_clients
 
-PROFILERS: dict[str, type[Profiler]] = {
-    "simple": SimpleProfiler,
-    "advanced": AdvancedProfiler,
-    "pytorch": PyTorchProfiler,
-}
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
 
 def make_fabric(settings: dict[str, Any]) -> Fabric:
@@ -124,9 +120,7 @@ class Movers:
     def join(self, late: list[str]) -> None:
         """Parameters without gradient that a client of the round was the first to move are buffers of all."""
         if late:
-            rank_zero_info(
-                f"model: from now on {', '.join(late)} change without a gradient, and are treated as buffers."
-            )
+            rank_zero_info(f"model: from now on {', '.join(late)} change without a gradient, and count as buffers.")
             self.adopt(late)
             self.state.capture()
 
@@ -145,7 +139,8 @@ def make_profiler(wanted: Profiler | str | None) -> Profiler:
         raise MisconfigurationException(
             f"trainer.profiler={wanted!r} must be one of {[*PROFILERS]}, a Profiler of Lightning, or null."
         )
-    return PROFILERS[wanted.lower()]()
+    profiler: Profiler = PROFILERS[wanted.lower()]()
+    return profiler
 
 
 # Lightning's PyTorchProfiler counts actions of this name: its schedule (wait, warm up, record) is one of rounds here.
@@ -153,13 +148,9 @@ _ACTIONS = {"train": "clients.training_step"}
 
 
 class RoundClock:
-    """Seconds of a round's parts, each also an action of the profiler.
+    """Seconds of a round's parts, each also an action of the profiler, which is told when it begins and ends.
 
     A part that trains or evaluates on a CUDA device ends when the device has done its work.
-
-    Args:
-        profiler: told when each part begins and ends.
-        device: where the work is done.
     """
 
     def __init__(self, profiler: Profiler, device: torch.device) -> None:
@@ -255,8 +246,6 @@ def _example(run: RunContext) -> ClientTask:
 def _say(findings: Findings, policy: str) -> None:
     some = [", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for n in vars(findings).values()]
     if findings.moving:
-        rank_zero_info(
-            f"model: {some[0]} change without a gradient: they follow trainer.buffers={policy}, as buffers do."
-        )
+        rank_zero_info(f"model: {some[0]} change without a gradient: they follow trainer.buffers={policy}, as buffers.")
     if findings.changed:
         rank_zero_info(f"model: steps change {some[2]}: every client finds them as they were when the round began.")

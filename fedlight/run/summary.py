@@ -74,12 +74,9 @@ def say_start(run: RunContext) -> None:
 
 
 def say_end(run: RunContext, seconds: float, logged: list[str]) -> None:
-    """Write ``summary.json`` and say what came of the run, and what to type next.
+    """Write ``summary.json`` and say what came of a fit that took so long, and what to type next.
 
-    Args:
-        run: a fit that has ended.
-        seconds: that it took.
-        logged: what the module logs in validation.
+    ``logged`` is what the module logs in validation.
     """
     assert run.folder is not None
     finished_before = run.trainer.current_round == run.first_round and (run.folder.path / "summary.json").exists()
@@ -131,10 +128,8 @@ def results(folder: Path) -> dict[str, str]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     final, best = summary["final"], summary["best"]
     shown = [name for name in best if name in final and not name.endswith(("_all", "_swa"))][:3]
-    found = {
-        name: f"{final[name]:.4f}, best {best[name]['value']:.4f} after round {best[name]['round'] + 1}"
-        for name in shown
-    }
+    tops = {name: f"best {best[name]['value']:.4f} after round {best[name]['round'] + 1}" for name in shown}
+    found = {name: f"{final[name]:.4f}, {top}" for name, top in tops.items()}
     if not shown and "train/loss" in final:
         found["train/loss"] = f"{final['train/loss']:.4f}"
     return found | {"rounds": f"{summary['rounds']} in {summary['seconds']:.0f} s", "folder": str(folder)}
@@ -154,10 +149,7 @@ def next_commands(run: RunContext) -> dict[str, str]:
 
 
 class RunSummary:
-    """A run as text, and in a notebook as a table with the curves.
-
-    Args:
-        trainer: that has trained.
+    """What a trainer has trained, as text, and in a notebook as a table with the curves.
 
     Attributes:
         found: phrases by what they are about.

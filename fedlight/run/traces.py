@@ -35,13 +35,9 @@ def watch(module: nn.Module) -> ModuleState:
 
 
 def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Sequence[str]) -> None:
-    """Say what an evaluation in a fit has changed and no checkpoint has.
+    """Say what an evaluation in a fit has changed of the module that was ``kept``, and no checkpoint has.
 
-    Args:
-        module: as it is afterwards.
-        stage: which evaluation it was.
-        kept: the module before.
-        anew: what the first hooks of every evaluation change.
+    What the first hooks of every evaluation change is found ``anew``.
     """
     names = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
     groups = tuple(f"self.{name}._" for name, m in module.named_modules() if isinstance(m, MetricCollection))

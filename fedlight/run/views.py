@@ -22,10 +22,7 @@ Row = dict[str, Tensor | float]
 
 
 class Views:
-    """Evaluates the views of a run's federation with its evaluator.
-
-    Args:
-        run: whose module the views are loaded into.
+    """Evaluates the views of a run's federation, loaded into its module, with its evaluator.
 
     Attributes:
         logged: what the module logs in validation, in its order; empty before the first one.

@@ -1,16 +1,14 @@
 """What takes the place of the mean of a round's updates, so that a few hostile clients cannot steer it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fedlight.algorithms.base import Algorithm
 from fedlight.checks import check_at_least_one, check_number
 from fedlight.perturbations.base import Perturbation, State
-from fedlight.transforms.base import Transform
 
 _COLUMNS = 2**18
 _KEY = "trainer.aggregator"
@@ -135,19 +133,19 @@ class Krum(Aggregator):
         return values[scores.sort(stable=True).indices[: self.keep].sort().values].mean(0)
 
 
-def check_aggregator(
-    aggregator: Any, algorithm: Algorithm, perturbation: Perturbation | None, transforms: Sequence[Transform]
-) -> None:
-    """Refuse what an aggregator cannot stand in for."""
+def check_aggregator(settings: Mapping[str, Any], perturbation: Perturbation | None) -> None:
+    """Refuse what a trainer's aggregator cannot stand in for."""
+    aggregator, algorithm = settings["aggregator"], settings["algorithm"]
     name = f"{_KEY}: {type(aggregator).__name__}"
     sends = perturbation is not None and type(perturbation).client_update is not Perturbation.client_update
+    private = any(t.stage == 3 for t in settings["transforms"])
     reasons = (
         not isinstance(aggregator, Aggregator) and f"{name} is no Aggregator.",
         not algorithm.sums_updates
         and f"{name} takes the place of the mean of the updates, and {type(algorithm).__name__} makes more than that of"
         " what clients send. Use another, as FedAvg, FedProx, FedDyn, FedOpt.",
         sends and f"{name} would leave what clients send for {type(perturbation).__name__} to a mean. Use SAM, say.",
-        any(t.stage == 3 for t in transforms) and f"{name} is no sum, as DifferentialPrivacy needs. Leave one of them.",
+        private and f"{name} is no sum, as DifferentialPrivacy needs. Leave one of them.",
     )
     if aggregator is not None and any(reasons):
         raise MisconfigurationException(next(filter(None, reasons)))

@@ -28,23 +28,14 @@ Training = tuple[Receive, Iterator[ClientTask]]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client answers in a round.
+    """What a client answers in a round."""
 
-    Attributes:
-        message: what the algorithm sends, as the server receives it.
-        beside: what the perturbation sends.
-        rows: the client's own state after the round, by part; it counts only if the server uses the message.
-        steps_apart: steps that the client took for itself.
-        part: the client's personal entries, which do not cross, ``[P_own]``.
-        packed: the algorithm's message as it crosses.
-    """
-
-    message: dict[str, Tensor]
-    beside: dict[str, Tensor]
-    rows: dict[str, dict[str, Tensor]]
-    steps_apart: int
-    part: Tensor
-    packed: Packed
+    message: State  # what the algorithm sends, as the server receives it
+    beside: State  # what the perturbation sends
+    rows: dict[str, State]  # the client's own state after the round, by part; void if the server cannot use the message
+    steps_apart: int  # that the client took for itself
+    part: Tensor  # the client's personal entries, which do not cross, [P_own]
+    packed: Packed  # the algorithm's message as it crosses
 
     @property
     def num_bytes(self) -> int:
@@ -56,13 +47,7 @@ class ClientSide(ClientStates):
     """Makes tasks of what clients receive, and messages of what they have trained."""
 
     def trainings(self, clients: Sequence[int], lrs: tuple[float, ...] | None, receive: Receive) -> Iterator[Training]:
-        """What clients do in this round, one training after the other, each with what takes its results.
-
-        Args:
-            clients: those of this process.
-            lrs: learning rates of the round.
-            receive: takes the results of the shared training.
-        """
+        """What clients of this process do, one training after the other, each with what takes its results."""
         if self.personal.trains_apart:
             yield self._keep, (self._before(client, lrs) for client in clients)
             self._drop_unsound()
@@ -204,8 +189,8 @@ class ClientSide(ClientStates):
         params = self._server.algorithm["params"]
         own = self.algorithm.init_client(params)
         start = self.algorithm.objective(self._received, own, 1.0).start
-        zeros = {"step": start.new_zeros(())}  # all others are vectors
-        optimizer = {name: zeros.get(name, torch.zeros_like(start)) for name in self.algorithm.optimizer_state}
+        # All but the number of steps are vectors.
+        optimizer = {k: start.new_zeros(() if k == "step" else len(start)) for k in self.algorithm.optimizer_state}
         result = ClientResult(0, 1, 1.0, 1, 1.0, start=start, params=start, optimizer=optimizer)
         _, sent = self.algorithm.client_update(self._received, own, result)
         if self.perturbation is None:

@@ -25,30 +25,7 @@ NOTHING: tuple[State, State, int] = {}, {}, 0
 
 @dataclass(eq=False)
 class ClientStates:
-    """What each client has in a round, which :class:`ClientSide` works with.
-
-    Args:
-        algorithm: how clients are corrected and aggregated.
-        perturbation: where gradients are taken, or None.
-        personal: what clients have for themselves; set up.
-        layout: the order of the parameters.
-        data: the clients' data, set up.
-        store: the clients' rows.
-        buffer_policy: what happens to the module's buffers.
-        transforms: what a message goes through before it is sent.
-        seed: of the transforms' random draws.
-
-    Attributes:
-        sizes: samples of every client, ``[N]``.
-        split: which part of the model they share: all that the algorithm sees.
-        initial_buffers: the buffers before the first round.
-        initial: the personal entries before the first round, ``[P_own]``.
-        read: whether datasets are read into memory, for an engine that takes no others.
-        compared: names of the models that penalties compare the clients' with.
-        losses: of the models that clients start from in this round, if the algorithm needs them.
-        mean_size: mean(n) over all clients.
-        shows_parts: whether the mean of what stays with clients is known, for evaluation alone.
-    """
+    """What each client has in a round, which :class:`ClientSide` works with. Data and ``personal`` are set up."""
 
     algorithm: Algorithm
     perturbation: Perturbation | None
@@ -58,16 +35,17 @@ class ClientStates:
     store: ClientStore
     buffer_policy: BufferPolicy
     transforms: Sequence[Transform]
-    seed: int
+    seed: int  # of the transforms' random draws
 
-    shows_parts: ClassVar[bool] = True
-    initial: Tensor = field(init=False)
-    initial_buffers: State = field(default_factory=dict, init=False)
-    read: bool = field(default=False, init=False)
-    compared: Sequence[str] = field(default=(), init=False)
-    losses: dict[int, float] | None = field(default=None, init=False)
+    shows_parts: ClassVar[bool] = True  # whether the mean of what stays with clients is known, for evaluation alone
+    initial: Tensor = field(init=False)  # the personal entries before the first round, [P_own]
+    initial_buffers: State = field(default_factory=dict, init=False)  # before the first round
+    read: bool = field(default=False, init=False)  # are datasets read into memory, for an engine that takes no others?
+    compared: Sequence[str] = field(default=(), init=False)  # the models that penalties compare the clients' with
+    losses: dict[int, float] | None = field(default=None, init=False)  # where training starts, if they are needed
 
     def __post_init__(self, layout: ParameterLayout) -> None:
+        # The samples of every client, [N], their mean, and the part of the model that all share: what algorithms see.
         self.sizes = torch.tensor([self.data.client_size(i) for i in range(self.data.num_clients)])
         self._sizes = self.sizes.numpy()  # reads one entry in a fraction of the time
         self.mean_size = float(self.sizes.double().mean())

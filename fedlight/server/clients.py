@@ -3,6 +3,7 @@
 import os
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,7 @@ Where = Literal["auto", "device", "cpu", "disk"]
 class ClientStore:
     """Rows of state for those clients that have trained: nothing is kept for the others.
 
-    Args:
-        device: where states are handed out, and kept with ``where="device"``.
-        where: ``device``, ``cpu``, or ``auto``: on the device while ``limit_bytes`` suffices, then on the CPU.
-        limit_bytes: what ``auto`` may use of the device.
+    States are handed out on a device. They are kept there, on the CPU, or (``auto``) there while ``limit_bytes`` do.
     """
 
     def __init__(self, device: torch.device | str = "cpu", where: Where = "auto", limit_bytes: float = 8e9) -> None:
@@ -93,6 +91,21 @@ class ClientStore:
         """A checkpoint that refers to the present rows is safely on disk."""
 
 
+@dataclass
+class _Files:
+    """Rows of one part with tensors of the same names and shapes."""
+
+    shapes: dict[str, tuple[str, list[int]]]  # data type and shape of each tensor
+    slots: dict[int, int] = field(default_factory=dict)  # where each client's row is
+    sums: dict[int, int] = field(default_factory=dict)  # its checksum
+    free: list[int] = field(default_factory=list)
+    retired: list[int] = field(default_factory=list)  # free once the next checkpoint is on disk
+
+    def retire(self, client: int) -> None:
+        self.retired.append(self.slots.pop(client))
+        del self.sums[client]
+
+
 class DiskClientStore(ClientStore):
     """Rows in files: memory holds only what is being read.
 
@@ -101,84 +114,71 @@ class DiskClientStore(ClientStore):
     A row is never overwritten while a checkpoint may refer to it: a put goes to a free slot, and the slot that it
     replaces is free again once the next checkpoint is on disk. So a run that is killed at any time resumes from its
     last checkpoint. A checkpoint holds the checksum of each row, by which rows are refused that have been overwritten
-    since, or damaged.
-
-    Args:
-        folder: where the files lie; part of the run's checkpoint.
-        device: where states are handed out.
+    since, or damaged. The files' folder is part of the run's checkpoint.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         super().__init__(device, "cpu")
         self._folder = folder
-        self._slots: dict[str, dict[int, int]] = {}
-        self._free: dict[str, list[int]] = {}
-        self._retired: dict[str, list[int]] = {}
-        self._shapes: dict[str, dict[str, tuple[str, list[int]]]] = {}
-        self._sums: dict[str, dict[int, int]] = {}
+        # By part, and a number for those with other tensors, of buffers that came late: "buffers", "buffers#1".
+        self._files: dict[str, _Files] = {}
 
     def get(self, client: int, part: str) -> State | None:
         """Read a client's rows of one part."""
-        for layout in self._layouts(part):
-            if (slot := self._slots[layout].get(client)) is not None:
-                return {name: value.to(self.device) for name, value in self._read(layout, slot).items()}
+        for name, files in self._of(part).items():
+            if client in files.slots:
+                return {key: value.to(self.device) for key, value in self._read(name, files.slots[client]).items()}
         return None
 
-    def _layouts(self, part: str) -> list[str]:
-        """The names under which a part is kept: another one for rows with other tensors, of buffers that came late."""
-        return [layout for layout in self._shapes if layout.partition("#")[0] == part]
+    def _of(self, part: str) -> dict[str, _Files]:
+        return {name: files for name, files in self._files.items() if name.partition("#")[0] == part}
 
     def put(self, client: int, part: str, state: State) -> None:
         """Write a client's rows of one part to a free slot."""
         if not state:
             return
-        layouts = self._layouts(part)
-        for layout in layouts:
-            if self._shapes[layout].keys() != state.keys() and client in self._slots[layout]:
-                self._retire(layout, client)
-        fitting = [layout for layout in layouts if self._shapes[layout].keys() == state.keys()]
-        part = fitting[0] if fitting else f"{part}#{len(layouts)}" if layouts else part
-        slots, free = self._slots.setdefault(part, {}), self._free.setdefault(part, [])
+        before = self._of(part)
+        fitting = [name for name, files in before.items() if files.shapes.keys() == state.keys()]
+        for files in (files for name, files in before.items() if name not in fitting and client in files.slots):
+            files.retire(client)
+        part = fitting[0] if fitting else f"{part}#{len(before)}" if before else part
         # Later on the files are there, or their rows are lost: a new file would read as zeros for the other clients.
-        mode = "r+b" if part in self._shapes else "wb"
-        if part not in self._shapes:
-            self._shapes[part] = {k: (str(v.dtype).split(".")[1], list(v.shape)) for k, v in state.items()}
-        retired = self._retired.setdefault(part, [])
-        slot = free.pop() if free else len(slots) + len(retired)
-        if client in slots:
-            retired.append(slots[client])
-        slots[client] = slot
-        rows = {name: tensor_bytes(state[name]) for name in self._shapes[part]}
+        mode = "r+b" if fitting else "wb"
+        shapes = {k: (str(v.dtype).split(".")[1], list(v.shape)) for k, v in state.items()}
+        files = self._files.setdefault(part, _Files(shapes))
+        slot = files.free.pop() if files.free else len(files.slots) + len(files.retired)
+        if client in files.slots:
+            files.retire(client)
+        files.slots[client] = slot
+        rows = {name: tensor_bytes(state[name]) for name in files.shapes}
         with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, row in rows.items():
                 with self._file(part, name).open(mode) as file:
                     file.seek(slot * len(row))
                     file.write(row.data)
-        self._sums.setdefault(part, {})[client] = _checksum(client, rows.values())
-
-    def _retire(self, layout: str, client: int) -> None:
-        self._retired.setdefault(layout, []).append(self._slots[layout].pop(client))
-        del self._sums[layout][client]
+        files.sums[client] = _checksum(client, rows.values())
 
     def take(self, client: int) -> Row:
         """A client's states by part; their slots are free once the next checkpoint is on disk."""
         row: Row = {}
-        for layout in [layout for layout, slots in self._slots.items() if client in slots]:
-            row[layout.partition("#")[0]] = self._read(layout, self._slots[layout][client])
-            self._retire(layout, client)
+        for name, files in self._files.items():
+            if client in files.slots:
+                row[name.partition("#")[0]] = self._read(name, files.slots[client])
+                files.retire(client)
         return row
 
     def clients(self) -> list[int]:
         """Clients that have state, in order."""
-        return sorted({i for slots in self._slots.values() for i in slots})
+        return sorted({client for files in self._files.values() for client in files.slots})
 
     def _file(self, part: str, name: str) -> Path:
         return self._folder / f"{part}.{name.replace('/', '%2F')}.bin"  # transforms keep `params/0/error`
 
     def _read(self, part: str, slot: int) -> State:
         """What a slot holds, in main memory."""
-        state = {name: torch.empty(shape, dtype=getattr(torch, d)) for name, (d, shape) in self._shapes[part].items()}
+        shapes = self._files[part].shapes
+        state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
         with writing(self._folder):
             for name, value in state.items():
                 with self._file(part, name).open("rb") as file:
@@ -190,23 +190,22 @@ class DiskClientStore(ClientStore):
     def state_dict(self) -> dict[str, Any]:
         """Which slot holds which client; the rows themselves stay in the files, which are synced."""
         with writing(self._folder):
-            for path in (self._file(part, name) for part, shapes in self._shapes.items() for name in shapes):
+            for path in (self._file(part, name) for part, files in self._files.items() for name in files.shapes):
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
+        every = self._files.items()
         return {
             "where": "disk",
-            "slots": {part: dict(sorted(s.items())) for part, s in self._slots.items()},
-            "checksums": {part: dict(sorted(s.items())) for part, s in self._sums.items()},
-            "free": {part: sorted([*free, *self._retired.get(part, [])]) for part, free in self._free.items()},
-            "shapes": {p: {n: [d, list(s)] for n, (d, s) in v.items()} for p, v in self._shapes.items()},
+            "slots": {part: dict(sorted(files.slots.items())) for part, files in every},
+            "checksums": {part: dict(sorted(files.sums.items())) for part, files in every},
+            "free": {part: sorted([*files.free, *files.retired]) for part, files in every},
+            "shapes": {part: {n: [d, list(s)] for n, (d, s) in files.shapes.items()} for part, files in every},
         }
 
     def load_state_dict(self, state: dict[str, Any], rank: int | None = None) -> None:
         """Take over the rows of a :meth:`state_dict`; those that the checkpoint holds itself are written to disk.
 
-        Args:
-            state: of the process ``rank``, in whose folder the files are.
-            rank: by default this store's own process; the rows of another one are copied.
+        Files are in the folder of the process ``rank``, by default this store's own; rows of another one are copied.
 
         Raises:
             ValueError: if rows are missing, damaged, or have been overwritten since.
@@ -220,19 +219,18 @@ class DiskClientStore(ClientStore):
             for client in other.clients():
                 self.put_row(client, other.take(client))
             return None
-        self._shapes = {p: {n: (d, list(s)) for n, (d, s) in v.items()} for p, v in state["shapes"].items()}
-        self._slots = {part: {int(i): int(s) for i, s in slots.items()} for part, slots in state["slots"].items()}
-        self._sums = {part: {int(i): int(c) for i, c in sums.items()} for part, sums in state["checksums"].items()}
-        self._free = {part: [int(s) for s in free] for part, free in state["free"].items()}
-        self._retired = {}
-        for part in self._shapes:
+        self._files = {}
+        for part, shapes in state["shapes"].items():
+            slots, sums = ({int(i): int(n) for i, n in state[key][part].items()} for key in ("slots", "checksums"))
+            kinds = {name: (dtype, list(shape)) for name, (dtype, shape) in shapes.items()}
+            self._files[part] = _Files(kinds, slots, sums, [int(slot) for slot in state["free"][part]])
             self._verify(part)
         return None
 
     def _verify(self, part: str) -> None:
-        rows = ((i, map(tensor_bytes, self._read(part, slot).values())) for i, slot in self._slots[part].items())
-        changed = [i for i, row in rows if _checksum(i, row) != self._sums[part][i]]
-        if changed:
+        files = self._files[part]
+        rows = ((i, map(tensor_bytes, self._read(part, slot).values())) for i, slot in files.slots.items())
+        if changed := [i for i, row in rows if _checksum(i, row) != files.sums[i]]:
             raise ValueError(
                 f"ckpt_path: the state of clients {changed[:5]} on disk is not what this checkpoint was written with:"
                 " it has been overwritten as the run went on, or the files are damaged. Continue from `last`."
@@ -240,9 +238,9 @@ class DiskClientStore(ClientStore):
 
     def committed(self) -> None:
         """Slots that only older checkpoints refer to are free again."""
-        for part, retired in self._retired.items():
-            self._free.setdefault(part, []).extend(retired)
-            retired.clear()
+        for files in self._files.values():
+            files.free += files.retired
+            files.retired = []
 
 
 def tensor_bytes(value: Tensor) -> Any:

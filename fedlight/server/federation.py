@@ -22,24 +22,18 @@ from fedlight.server.clients import reweighed
 from fedlight.server.incoming import Entry, Incoming, Report, check_enough, round_costs, round_metrics
 from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
+from fedlight.server.state import BUFFERS, buffer_moves, like, moved, moved_buffers, num_bytes, summed_rounds
 from fedlight.server.state import ServerState as ServerState
-from fedlight.server.state import buffer_moves, like, moved, moved_buffers, num_bytes, summed_rounds
 
 View = Literal["server", "selected", "all", "swa"]
-_PERTURBATION, _BUFFERS = "perturbation/", "buffers/"
+_PERTURBATION = "perturbation/"
 
 
 class Federation:
     """Turns clients into tasks, and their results into the next server state.
 
-    Every process holds the same federation: it computes the same from the same results.
-
-    Args:
-        clients: what clients do, here or elsewhere, and by which methods.
-        rows: what is kept of the clients.
-        views: which weights are evaluated.
-        unmoved: gives a parameter without a gradient as it was when the round began.
-        swa: ``begin`` and ``every`` of view ``swa``.
+    Every process holds the same federation: it computes the same from the same results. ``unmoved`` gives a parameter
+    without a gradient as it was when the round began; ``swa`` is ``begin`` and ``every`` of view ``swa``.
     """
 
     privacy: Privacy | None = None  # bounds what is summed, and adds noise to it
@@ -127,7 +121,7 @@ class Federation:
             latest = self.split.model(reply.message["params"], reply.part)
             before = self.store.get(result.client, "latest") or {"params": self.state.latest_mean["initial"]}
             terms["latest"], rows["latest"] = weight * (latest.double() - before["params"]), {"params": latest}
-        moves, counters = buffer_moves(result.buffers, self._buffer, _BUFFERS, self._infinite)
+        moves, counters = buffer_moves(result.buffers, self._buffer, self._infinite)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
         report = Report.of(result, weight, square, reply.num_bytes, reply.steps_apart)
@@ -156,7 +150,7 @@ class Federation:
 
     def late(self) -> list[str]:
         """What clients have moved in this round, and none before."""
-        names = [name.removeprefix(_BUFFERS) for name in self._incoming.sums.parts if name.startswith(_BUFFERS)]
+        names = [name.removeprefix(BUFFERS) for name in self._incoming.sums.parts if name.startswith(BUFFERS)]
         return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
 
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
@@ -170,10 +164,7 @@ class Federation:
         return self._incoming.finish(fabric, stop)
 
     def aggregate(self) -> dict[str, Tensor | float]:
-        """Make the server's next state of what was received.
-
-        Returns:
-            What the clients logged, reduced over them, and the figures of the round.
+        """Make the server's next state; what the clients logged, reduced over them, and the figures of the round.
 
         Raises:
             FloatingPointError: if no client's message could be used.
@@ -215,7 +206,7 @@ class Federation:
             global_step=old.global_step + sum(report.num_steps for report in used),
             algorithm=algorithm,
             perturbation=perturbation,
-            buffers=like({**moved_buffers(old.buffers, total, _BUFFERS), **incoming.maxima}, old.buffers),
+            buffers=like({**moved_buffers(old.buffers, total), **incoming.maxima}, old.buffers),
             views=views,
             latest_mean=latest,
             swa=swa,
@@ -259,12 +250,9 @@ class Federation:
         }
 
     def load_state_dict(self, saved: dict[str, Any], clients: bool = True, anew: bool = False) -> None:
-        """Continue from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`, without the rows of ``clients`` in an evaluation.
 
-        Args:
-            saved: the state.
-            clients: whether the clients' rows are needed; evaluation needs none.
-            anew: count rounds and steps from there, and leave the rest as it has been initialised.
+        If ``anew``, rounds and steps count from there, and the rest stays as it has been initialised.
 
         Raises:
             MisconfigurationException: if the algorithm keeps something else.

@@ -25,33 +25,19 @@ _AT_ONCE = 2**16
 
 @dataclass(frozen=True)
 class Report:
-    """What one client's training amounts to, in figures.
-
-    Attributes:
-        client: its index.
-        used: whether its message was added; otherwise something in it was NaN, infinite or huge.
-        weight: its weight in the mean of the round.
-        square: ‖Δ_i‖².
-        num_samples: n_i.
-        num_steps: local steps that it took.
-        steps_apart: those of a training for itself, before.
-        up_bytes: size of its message.
-        loss_scale: the scale that 16-bit mixed precision ended with.
-        metrics: logged sums, as ``name -> (weighted sum, weight)``.
-        reductions: how each logged name is combined.
-    """
+    """What one client's training amounts to, in figures."""
 
     client: int
-    used: bool
-    weight: float
-    square: Any
-    num_samples: int
-    num_steps: int
-    steps_apart: int
-    up_bytes: int
-    loss_scale: Any
-    metrics: Mapping[str, tuple[Any, Any]]
-    reductions: Mapping[str, str]
+    used: bool  # whether its message was added; otherwise something in it was NaN, infinite or huge
+    weight: float  # in the mean of the round
+    square: Any  # ‖Δ_i‖²
+    num_samples: int  # n_i
+    num_steps: int  # local steps that it took
+    steps_apart: int  # those of a training for itself, before
+    up_bytes: int  # size of its message
+    loss_scale: Any  # that 16-bit mixed precision ended with
+    metrics: Mapping[str, tuple[Any, Any]]  # logged sums, as name -> (weighted sum, weight)
+    reductions: Mapping[str, str]  # how each logged name is combined
 
     @classmethod
     def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int, apart: int = 0) -> "Report":
@@ -67,39 +53,24 @@ class Report:
 
 @dataclass(frozen=True)
 class Entry:
-    """A client's message on its way into the sums.
-
-    Attributes:
-        report: its figures.
-        terms: what is added up, by name.
-        maxima: integers of which the server keeps the largest, by name.
-        rows: the client's state after the round, by part; kept only if the message is used.
-        kept: what the server needs of each client by itself, if anything.
-    """
+    """A client's message on its way into the sums."""
 
     report: Report
-    terms: State
-    maxima: State
-    rows: dict[str, State]
-    kept: State | None = None
+    terms: State  # what is added up
+    maxima: State  # integers of which the server keeps the largest
+    rows: dict[str, State]  # the client's state after the round, by part; kept only if the message is used
+    kept: State | None  # what the server needs of each client by itself, if anything
 
 
 @dataclass
 class Incoming:
-    """The sums of one round.
+    """The sums of one round."""
 
-    Args:
-        keep: keeps a client's new state.
-
-    Attributes:
-        kept: what was kept of each client by itself.
-    """
-
-    keep: Callable[[int, dict[str, State]], None]
+    keep: Callable[[int, dict[str, State]], None]  # keeps a client's new state
     sums: ExactSums = field(default_factory=ExactSums)
     maxima: State = field(default_factory=dict)
     reports: list[Report] = field(default_factory=list)
-    kept: dict[int, State] = field(default_factory=dict)
+    kept: dict[int, State] = field(default_factory=dict)  # of each client by itself
     _beyond: set[str] = field(default_factory=set)  # names of what could not be added
     _waiting: list[Entry] = field(default_factory=list)
     _entries: int = 0
@@ -142,13 +113,11 @@ class Incoming:
     def name_left_out(self, round: int) -> None:
         """Warn of clients whose message cannot be used; a FloatingPointError if there is no other."""
         bad = [report.client for report in self.reports if not report.used]
-        what, instead = "update", "Lower the learning rate, or set trainer.gradient_clip_val"
+        what, instead = "update", "Lower the learning rate, or set trainer.gradient_clip_val."
         if self._beyond and "update" not in self._beyond:  # `buffers/...`, say
-            what, instead = min(self._beyond), "Let what is kept there begin and stay finite"
+            what, instead = min(self._beyond), "Let what is kept there begin and stay finite."
         if bad and len(bad) == len(self.reports):
-            raise FloatingPointError(
-                f"round {round}: the {what} of every client ({bad}) is NaN or infinite. {instead}."
-            )
+            raise FloatingPointError(f"round {round}: the {what} of every client ({bad}) is NaN or infinite. {instead}")
         if bad:
             rank_zero_warn(f"round {round}: left out clients {bad}, whose {what} is NaN or infinite.")
 
@@ -206,11 +175,8 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
     """What the clients logged, reduced over them by samples seen, how many trained, and their drift.
 
     ``clients/drift`` is how far the clients' models lie from their mean, as a root mean square over the clients:
-    sqrt(mean‖Δ_i‖² − ‖mean Δ‖²), with the weights of the algorithm's own mean.
-
-    Args:
-        reports: of every client of the round.
-        mean_update: the mean of Δ_i, ``[P]`` float64; None where it is not known, and so no drift.
+    sqrt(mean‖Δ_i‖² − ‖mean Δ‖²), with the weights of the algorithm's own mean. Where this mean ``[P]`` float64 is not
+    known (None), neither is the drift.
     """
     used = [report for report in reports if report.used]
     figures = {"clients/trained": float(len(used)), "clients/left_out": float(len(reports) - len(used))}
@@ -222,13 +188,7 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
 
 
 def round_costs(reports: Sequence[Report], down_bytes: int, passes: int) -> dict[str, float]:
-    """What a round has cost: megabytes in either direction, and gradients.
-
-    Args:
-        reports: of every client of the round.
-        down_bytes: what each of them received.
-        passes: gradients of a step.
-    """
+    """What a round has cost: megabytes, of which each client received ``down_bytes``, and gradients, so many a step."""
     return {
         "comm/down_mb": len(reports) * down_bytes / 1e6,
         "comm/up_mb": sum(report.up_bytes for report in reports) / 1e6,

@@ -33,12 +33,8 @@ _WITHIN = "privacy/within"
 class Privacy:
     """Bounds updates, draws the noise of a round, and knows what the rounds have spent.
 
-    Args:
-        ledger: that of the checkpoint that is continued.
-        settings: the transform.
-        sampler: who draws the clients; set up. Sums are divided by the number ``clients`` that it is expected to draw.
-        rounds: of the whole run.
-        seed: of noise that can be repeated.
+    The ``ledger`` is that of the checkpoint that is continued. Sums are divided by the number ``clients`` that the
+    sampler, which is set up, is expected to draw. From the ``seed`` is noise that can be repeated.
     """
 
     def __init__(self, ledger: Any, settings: DifferentialPrivacy, sampler: Sampler, rounds: int, seed: int) -> None:
@@ -55,10 +51,8 @@ class Privacy:
             getattr(sampler, "redraw", False)
             and "trainer.sampler.redraw: no accountant covers rounds that are drawn again. Set it to false.",
         )
-        held = {"delta": delta, "clients_per_round": self.clients, "of": n, "sampler": name}
-        self._held = {
-            k: v for k, v in vars(settings).items() if not k.startswith("clip")
-        } | held  # noise is in multiples of clip
+        held = {k: v for k, v in vars(settings).items() if not k.startswith("clip")}  # which noise is in multiples of
+        self._held = held | {"delta": delta, "clients_per_round": self.clients, "of": n, "sampler": name}
         changed = [k for k, v in self._held.items() if ledger is not None and v != ledger["settings"].get(k)]
         _refuse(changed and f"ckpt_path: its rounds had another {changed} in their ledger. Set it back, or start anew.")
         self.noise: Any = settings.noise_multiplier if ledger is None else ledger["noise_multiplier"]
@@ -169,9 +163,8 @@ def _accounted(noise: float, k: int, n: int, poisson: bool, delta: float, accoun
         step = pld.privacy_loss_distribution.from_gaussian_mechanism(noise, sampling_prob=k / n)
         return lambda rounds: float(step.self_compose(rounds).get_epsilon_for_delta(delta))
     gaussian = dp.GaussianDpEvent(noise if poisson else noise / 2)  # one for another changes the sum by twice the bound
-    event = (
-        dp.PoissonSampledDpEvent(k / n, gaussian) if poisson else dp.SampledWithoutReplacementDpEvent(n, k, gaussian)
-    )
+    without = dp.SampledWithoutReplacementDpEvent(n, k, gaussian)
+    event = dp.PoissonSampledDpEvent(k / n, gaussian) if poisson else without
     logging.getLogger("absl").setLevel(logging.ERROR)  # it names the orders that it leaves out
     relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE if poisson else dp.NeighboringRelation.REPLACE_ONE
     one = rdp.RdpAccountant(neighboring_relation=relation).compose(event)

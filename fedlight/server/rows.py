@@ -25,34 +25,19 @@ class ClientRows:
     Every process knows who keeps what without being told, as every process knows who trains where. A row whose client
     trains elsewhere goes there before the round, from one process to the other. Rows are never all in memory twice:
     they travel some megabytes at a time.
-
-    Args:
-        store: where this process keeps its rows.
-        num_clients: N.
-        fabric: the processes.
-
-    Attributes:
-        owners: the process that keeps each client's row, or would keep it.
     """
 
     def __init__(self, store: ClientStore, num_clients: int, fabric: Fabric) -> None:
         self.store = store
         self._rank, self._world = fabric.global_rank, fabric.world_size
-        self.owners = [client % self._world for client in range(num_clients)]
+        self.owners = [client % self._world for client in range(num_clients)]  # who keeps each row, or would
         # Made by all processes at once, here. Rows are in main memory, for which those of GPUs may have no way; the
         # messages of threads that write checkpoints must not meet those of the rounds.
         self._group: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
         self._background: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
 
     def bring(self, shares: Sequence[list[int]]) -> list[int]:
-        """Let the rows of those that train in each process be there; every process calls.
-
-        Args:
-            shares: the clients of each process.
-
-        Returns:
-            The clients of this process.
-        """
+        """Let the rows of those that train in each process be there; every process calls. The clients of this one."""
         moves: dict[tuple[int, int], list[int]] = {}
         for rank, clients in enumerate(shares):
             for client in clients:

@@ -10,50 +10,36 @@ from torch import Tensor
 
 from fedlight.perturbations.base import State
 
-_BEGUN = "begun "
+BUFFERS = "buffers/"
+_BEGUN = "begun buffers/"
 """Before the names of what tells which entries of a buffer were infinite and are not any more."""
 
 
 @dataclass
 class ServerState:
-    """All that the server knows after some rounds, besides the clients' rows.
+    """All that the server knows after some rounds, besides the clients' rows."""
 
-    Attributes:
-        round: rounds that are complete.
-        global_step: local steps of all clients so far.
-        algorithm: the algorithm's state; ``params`` is the server's model.
-        perturbation: the perturbation's state.
-        buffers: the model's buffers.
-        views: the weights that are evaluated, by name, ``[P]`` each.
-        latest_mean: ``params``, the mean over every client's latest model, ``[P]`` float64, and ``initial``, the model
-            before the first round, ``[P]``; empty unless view ``all`` is kept.
-        personal: ``initial``, the personal entries of a client that has not trained yet, and ``mean``, of those that
-            trained in the last round, for evaluation, ``[P_own]`` each.
-        swa: what :func:`summed_rounds` keeps for view ``swa``; empty before its first round.
-        loss_scale: where 16-bit mixed precision starts in the next round.
-    """
-
-    round: int = 0
-    global_step: int = 0
-    algorithm: State = field(default_factory=dict)
+    round: int = 0  # rounds that are complete
+    global_step: int = 0  # local steps of all clients so far
+    algorithm: State = field(default_factory=dict)  # its `params` are the server's model
     perturbation: State = field(default_factory=dict)
     buffers: State = field(default_factory=dict)
-    views: State = field(default_factory=dict)
+    views: State = field(default_factory=dict)  # the weights that are evaluated, [P] each
+    # Of view `all`, if it is kept: `params`, the mean over every client's latest model, [P] float64, and `initial`, the
+    # model before the first round, [P].
     latest_mean: State = field(default_factory=dict)
+    # `initial`, the personal entries of a client that has not trained yet, and `mean`, of those that trained in the
+    # last round, for evaluation, [P_own] each.
     personal: State = field(default_factory=dict)
-    swa: State = field(default_factory=dict)
-    loss_scale: float = 65536.0
+    swa: State = field(default_factory=dict)  # what `summed_rounds` keeps; empty before its first round
+    loss_scale: float = 65536.0  # where 16-bit mixed precision starts in the next round
 
 
 def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int) -> State:
     """The sum of the server's models after the last rounds: ``sum`` ``[P]`` float64, their ``count``, the ``first``.
 
-    Args:
-        old: the same before this round; void if it holds models of before ``begin``, as ``max_rounds`` was another.
-        params: the server's model after the round, ``[P]``.
-        round: rounds that are complete.
-        begin: after so many rounds no model counts yet.
-        every: after so many more one does, and so on.
+    After ``begin`` rounds no model counts yet, and after ``every`` further ones it does: ``params`` if one is due. What
+    was before, ``old``, is void if it holds models of before ``begin``, as ``max_rounds`` was another.
 
     Source: Caldarola et al., "Improving Generalization in Federated Learning by Seeking Flat Minima", ECCV 2022.
     """
@@ -66,9 +52,7 @@ def summed_rounds(old: State, params: Tensor, round: int, begin: int, every: int
     return {"first": torch.tensor(round), **old, "sum": total + params.double(), "count": count + 1}
 
 
-def buffer_moves(
-    after: State, before: Callable[[str], Tensor], prefix: str, begin: Iterable[str] = ()
-) -> tuple[State, State]:
+def buffer_moves(after: State, before: Callable[[str], Tensor], begin: Iterable[str]) -> tuple[State, State]:
     """How far buffers that are averaged over clients have moved, in float64 and by longer names, and the others.
 
     Of these (counters of batches) the largest is kept. What is infinite and stays so, as in a mask, has not moved. Of
@@ -79,30 +63,24 @@ def buffer_moves(
     begun = {k: pairs[k][0].isfinite() & pairs[k][1].isinf() for k in begin if k in pairs}
     old = {k: was.masked_fill(begun[k], 0.0) if k in begun else was for k, (_, was) in pairs.items()}
     still = {k: (new == old[k]) | new.isinf() if k in begun else new == old[k] for k, (new, _) in pairs.items()}
-    moves = {prefix + k: (new - old[k]).masked_fill_(still[k], 0.0) for k, (new, _) in pairs.items()}
-    moves |= {_BEGUN + prefix + k: found.double() for k, found in begun.items()}
+    moves = {BUFFERS + k: (new - old[k]).masked_fill_(still[k], 0.0) for k, (new, _) in pairs.items()}
+    moves |= {_BEGUN + k: found.double() for k, found in begun.items()}
     return moves, {k: v for k, v in after.items() if k not in averaged}
 
 
-def moved_buffers(old: State, total: State, prefix: str) -> State:
+def moved_buffers(old: State, total: State) -> State:
     """Buffers after a round in which they have moved by ``total`` over its weight."""
     found = State()
-    for k in (k for k in old if prefix + k in total):
-        was, step = real(old[k]), total[prefix + k] / total["weight"]
-        found[k] = was + step
-        if (begun := total.get(_BEGUN + prefix + k)) is not None:  # the mean over those who had a number
-            found[k] = torch.where(begun > 0, total[prefix + k] / begun, found[k])
-    return old | {k: like_real(v, old[k]) for k, v in found.items()}
+    for k in (k for k in old if BUFFERS + k in total):
+        found[k] = real(old[k]) + total[BUFFERS + k] / total["weight"]
+        if (begun := total.get(_BEGUN + k)) is not None:  # the mean over those who had a number
+            found[k] = torch.where(begun > 0, total[BUFFERS + k] / begun, found[k])
+    return old | {k: torch.view_as_complex(v) if old[k].is_complex() else v for k, v in found.items()}
 
 
 def real(buffer: Tensor) -> Tensor:
     """A buffer in real numbers."""
     return torch.view_as_real(buffer) if buffer.is_complex() else buffer
-
-
-def like_real(value: Tensor, buffer: Tensor) -> Tensor:
-    """The inverse."""
-    return torch.view_as_complex(value) if buffer.is_complex() else value
 
 
 def like(state: State, old: State) -> State:

@@ -38,9 +38,7 @@ class ExactSums:
     def add(self, stacked: Mapping[str, Tensor], bounds: Mapping[str, float] | None = None) -> None:
         """Add terms to each name: ``[k, ...]`` float64 for k terms, in range.
 
-        Args:
-            stacked: the terms.
-            bounds: no entry of a name is larger; what is known to have no multiples of a unit need not be looked at.
+        No entry of a name exceeds its bound: what is known to have no multiples of a unit need not be looked at.
 
         Raises:
             ValueError: if a name has another shape than before.
