@@ -37,7 +37,7 @@ _SHOWN = ("on_before_zero_grad", "on_before_optimizer_step")
 
 
 class ClientLoop:
-    """Trains one client at a time on a module whose parameters and gradients are flat, until :meth:`release`.
+    """Trains one client at a time on a module whose parameters and gradients are flat, until ``flat`` is released.
 
     Where something is ``compiled`` it gives the gradient of full batches.
     """
@@ -69,10 +69,6 @@ class ClientLoop:
         self._flat_step: FlatStep | None = None
         watched = getattr(training.call, "overridden", lambda name: ())
         self._seen = bool(self._own_step or training.optimizer_state or any(map(watched, _SHOWN)))
-
-    def release(self) -> None:
-        """Give the module's parameters storage of their own."""
-        self.flat.release()
 
     def train(self, round: int, task: ClientTask) -> ClientResult:
         """Train one client for one round, step by step."""

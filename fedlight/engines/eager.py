@@ -42,5 +42,5 @@ class Eager(Engine):
     def teardown(self) -> None:
         """Give the module's parameters storage of their own."""
         if self._slot is not None:
-            self._slot.release()
+            self._slot.flat.release()
             self._slot = None

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlight.engines.base import Findings, LocalTraining
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.outside import seen_outside
 from fedlight.local import LocalObjective
+from fedlight.module.logs import with_attributes
 from fedlight.module.state import attributes_of, untouched
 from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
@@ -58,7 +59,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
         finally:
-            slot.release()
+            slot.flat.release()
         ids = {id(tensor) for tensor in before.moved()}
         frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
         return Findings(
@@ -111,15 +112,11 @@ def _generators(device: torch.device) -> dict[str, Any]:
 @contextmanager
 def watched(module: LightningModule, read: set[str]) -> Iterator[None]:
     """Note in ``read`` which counters of the trainer the module reads; loggers receive nothing."""
-    modules = [m for m in module.modules() if isinstance(m, LightningModule)]
-    before = [m._trainer for m in modules]
-    for m, trainer in zip(modules, before, strict=True):
-        m._trainer = None if trainer is None else _WatchedTrainer(trainer, read)  # type: ignore[assignment]
-    try:
+    with ExitStack() as stack:
+        for m in module.modules():
+            if (trainer := getattr(m, "_trainer", None)) is not None:
+                stack.enter_context(with_attributes([m], {"_trainer": _WatchedTrainer(trainer, read)}))
         yield
-    finally:
-        for m, trainer in zip(modules, before, strict=True):
-            m._trainer = trainer
 
 
 class _WatchedTrainer:

@@ -271,12 +271,4 @@ class Hooks:
         return bound
 
     def _profiled(self, call: Callable[..., Any], action: str) -> Callable[..., Any]:
-        if self._profiler is None:
-            return call
-        profile = self._profiler.profile
-
-        def profiled(*args: Any) -> Any:
-            with profile(action):
-                return call(*args)
-
-        return profiled
+        return call if self._profiler is None else self._profiler.profile(action)(call)

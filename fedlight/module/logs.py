@@ -175,6 +175,6 @@ def with_attributes(objects: Sequence[Any], values: dict[str, Any]) -> Iterator[
         yield
     finally:
         for o, old in zip(objects, before, strict=True):
-            for key in values:
+            for key in values.keys() - old.keys():
                 vars(o).pop(key, None)
             vars(o).update(old)

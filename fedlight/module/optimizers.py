@@ -12,8 +12,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import LBFGS, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._pytree import tree_leaves
 
 from fedlight.module.hooks import overrides
+from fedlight.module.logs import with_attributes
 
 _INTERVALS = ("step", "epoch", "round")
 
@@ -61,11 +63,8 @@ def about(module: LightningModule, client: int, slot: Any = None) -> Iterator[No
     if not hasattr(trainer, "now"):
         yield
         return
-    before, trainer.now, module._trainer = trainer.now, (client, slot), trainer
-    try:
+    with with_attributes([trainer], {"now": (client, slot)}), with_attributes([module], {"_trainer": trainer}):
         yield
-    finally:
-        trainer.now, module._trainer = before, given
 
 
 def configure_optimizers(module: LightningModule) -> Optimization:
@@ -241,9 +240,5 @@ class RoundSchedule(Optimization):
                 group["lr"] = lr
 
 
-def _is_plain(value: Any) -> bool:
-    if type(value) in (list, tuple):
-        return all(_is_plain(v) for v in value)
-    if type(value) is dict:  # of the schedulers that a SequentialLR or ChainedScheduler holds
-        return all(_is_plain(v) for v in value.values())
-    return value is None or isinstance(value, bool | int | float | str)
+def _is_plain(value: Any) -> bool:  # a SequentialLR or ChainedScheduler holds what others do
+    return all(leaf is None or isinstance(leaf, bool | int | float | str) for leaf in tree_leaves(value))

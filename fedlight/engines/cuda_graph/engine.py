@@ -96,7 +96,7 @@ class CudaGraph(Engine):
         """Let go of slots and graphs."""
         self._slots.clear()
         if self._plain is not None:
-            self._plain.release()
+            self._plain.flat.release()
             self._plain = None
 
     def _drop_slots(self) -> None:
