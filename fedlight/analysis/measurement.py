@@ -72,9 +72,10 @@ class Measurement:
         except ValueError as error:
             raise MisconfigurationException(f"{self.who}: {error}".replace("`layers`", "`layerwise`")) from error
         for view in self.views:
-            if subject.weights and view not in subject.weights:
+            if view not in (subject.weights or ("server",)):
                 raise MisconfigurationException(
-                    f"{self.who}: `views` has {view!r}, which is not known here. Add it to trainer.views."
+                    f"{self.who}: `views` has {view!r}, which is not known here. Add it to trainer.views, which only"
+                    " FederatedTrainer has."
                 )
         if self.data == "clients" and subject.clients is None:
             raise MisconfigurationException(

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fedlight.analysis.hessian import hessian_operator
 from fedlight.analysis.memory import free_memory
@@ -142,8 +142,14 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
         loader = loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(f"`data: {key}` needs one DataLoader, found {type(loader).__name__}.")
-        found: Dataset[Any] = loader.dataset
-        return found
+        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            raise MisconfigurationException(
+                f"`data: {key}` needs a dataset of numbered samples of which its DataLoader makes batches, found"
+                f" {type(loader.dataset).__name__}. Give measure_hessian a list of batches after training instead."
+            )
+        order: Any = getattr(getattr(loader.sampler, "dataset", None), "_sampler", loader.sampler)  # in DDP
+        rows = getattr(order, "indices", None)
+        return loader.dataset if rows is None else Subset(loader.dataset, sorted({int(row) for row in rows}))
 
     train: Any = trainer.train_dataloader
     return Subject(

@@ -63,8 +63,9 @@ class Survey:
         Raises:
             MisconfigurationException: naming the setting.
         """
-        if subject.weights and view not in subject.weights:
-            raise MisconfigurationException(f"{self.who}: view {view!r} is not known here. Add it to trainer.views.")
+        if view not in (subject.weights or ("server",)):
+            known = "trainer.views, which only FederatedTrainer has"
+            raise MisconfigurationException(f"{self.who}: view {view!r} is not known here. Add it to {known}.")
         if subject.operator is not None:
             raise MisconfigurationException(f"{self.who}: the loss is not drawn where data are at sites. Leave it out.")
         if subject.data(self.data) is None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlight.analysis.layers import differentiable_once, explain
+from fedlight.engines.trial import watched
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step, unwrapped
@@ -113,6 +114,7 @@ class TaskLoss:
                 torch.autocast(device, enabled=False),
                 sdpa_kernel(SDPBackend.MATH),
                 collecting_logs(self.module, self._log),
+                watched(self.module, set()),  # loggers receive nothing
                 float32_products("ieee"),
             ):
                 stack.enter_context(context)
@@ -130,6 +132,9 @@ def _copied(module: nn.Module) -> LightningModule:
     module = unwrapped(module)
     if not isinstance(module, LightningModule):
         raise TypeError(f"Only a LightningModule can be analysed, found {type(module).__name__}.")
+    if not module.automatic_optimization:
+        name = type(module).__name__
+        raise TypeError(f"{name} optimises manually: its training_step takes steps, and is no loss to be analysed.")
     clone = copy.deepcopy(module, _shared_attributes(module))
     clone._trainer, clone._fabric = module._trainer, module._fabric  # what training_step may ask for
     step = penalized_step(clone)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
 from fedlight.analysis import records
@@ -417,9 +417,9 @@ class Plain(Regression):
         return DataLoader(self.data, 10)
 
 
-def stock(tmp_path, *callbacks, **settings):
+def stock(tmp_path, *callbacks, model=None, **settings):
     torch.manual_seed(3)
-    model = Plain()
+    model = model or Plain()
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     quiet |= {"enable_checkpointing": False, "max_epochs": 3, "log_every_n_steps": 1, "default_root_dir": tmp_path}
     trainer = Trainer(callbacks=list(callbacks), **{**quiet, **settings})
@@ -435,6 +435,50 @@ def test_in_a_stock_trainer(tmp_path):
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(values[0], rel=1e-5)
     assert {p.name for p in Path(logger.log_dir).glob("*/*.png")} == {"density_epoch1.png", "density_epoch2.png"}
     assert torch.equal(weights(model), weights(stock(tmp_path)[1]))
+
+
+class Unusual(Plain):
+    """Reads some rows of its data, and logs by itself."""
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 5, sampler=SubsetRandomSampler(range(10)))
+
+    def training_step(self, batch, batch_idx):
+        self.logger.log_metrics({"own": 1.0})
+        return super().training_step(batch, batch_idx)
+
+
+def test_in_a_stock_trainer_the_rows_of_the_sampler_are_measured_and_the_loggers_left_alone(tmp_path):
+    logger = Seen()
+    trainer, model = stock(tmp_path, spectrum(), logger=logger, limit_val_batches=0, model=Unusual())
+    largest = by_hand(model.data.x[:10])[0][0]
+    assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)
+    assert sum("own" in row for row in logger.metrics) == 6  # steps of training
+
+
+class Manual(Plain):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Streamed(Plain):
+    def train_dataloader(self):
+        return DataLoader(self.data, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("model", "callback", "message"),
+    [
+        (Plain, spectrum(views=["selected"]), "`views` has 'selected'.*which only FederatedTrainer has"),
+        (Plain, LossLandscape(view="all"), "view 'all'.*which only FederatedTrainer has"),
+        (Manual, spectrum(), "HessianSpectrum: Manual optimises manually"),
+        (Streamed, spectrum(), "`data: train` needs a dataset of numbered samples"),
+    ],
+)
+def test_what_a_stock_trainer_has_not_is_refused(tmp_path, model, callback, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        stock(tmp_path, callback, model=model(), limit_val_batches=0)
 
 
 @pytest.mark.parametrize("settings", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 5}, {"max_steps": 12}])
