@@ -302,6 +302,15 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize("args", [["--algorithm", "part.yaml"], ["--algorithm=part.yaml"], ["-c", "main.yaml"]])
+def test_a_key_that_a_part_has_twice_is_refused(capsys, args):
+    Path("part.yaml").write_text("class_path: FedProx\ninit_args: {mu: 0.1, mu: 0.2}\n")
+    Path("main.yaml").write_text("algorithm: part.yaml\n")
+    code, error = fails(capsys, "fit", *TINY, *args)
+    assert code == 2
+    assert "part.yaml: init_args.mu is there twice" in " ".join(error.split())
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

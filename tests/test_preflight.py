@@ -72,6 +72,25 @@ def test_a_loss_that_nothing_can_be_trained_by_is_found(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_softmax_before_cross_entropy_is_said(tmp_path, recwarn):
+    class Probabilities(Regression):
+        softmax = True
+
+        def training_step(self, batch, batch_idx):
+            logits = self.net(batch[0]) * torch.tensor([1.0, -1.0])
+            logits = logits.softmax(1) if self.softmax else logits
+            return nn.CrossEntropyLoss()(logits, (batch[1] > 0).long())
+
+    before = F.cross_entropy
+    with pytest.warns(UserWarning, match="training_step gives cross_entropy probabilities"):
+        quiet_trainer(tmp_path, max_rounds=1).fit(Probabilities(), Clients())
+    assert F.cross_entropy is before
+    recwarn.clear()
+    Probabilities.softmax = False
+    quiet_trainer(tmp_path, max_rounds=1).fit(Probabilities(), Clients())
+    assert not recwarn.list
+
+
 def test_a_batch_is_tried_in_the_mode_of_training(tmp_path):
     quiet_trainer(tmp_path, max_rounds=1).fit(LossInTraining().eval(), Clients())
     broken = LossInTraining()

@@ -15,6 +15,7 @@ from jsonargparse import Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.utils._pytree import tree_leaves
 from yaml import YAMLError
 
 import fedlight
@@ -49,7 +50,9 @@ class FederatedArgumentParser(LightningArgumentParser):
             print(listed)
             self.exit(0)
         try:
-            return super().parse_args(resolve_arguments([yaml_argument(a) for a in given]), *others, **kwargs)
+            resolved = resolve_arguments([yaml_argument(a) for a in given])
+            self._refuse_mistakes_in_parts([a.partition("=")[2] if a.startswith("-") else a for a in resolved])
+            return super().parse_args(resolved, *others, **kwargs)
         except UnicodeDecodeError as error:
             self.error(
                 f"a configuration that begins with {error.object[:60]!r} is not UTF-8: {error}. Write it anew so."
@@ -58,16 +61,26 @@ class FederatedArgumentParser(LightningArgumentParser):
     def parse_string(self, content: str, path: Any = "", *others: Any, **kwargs: Any) -> Any:
         """Parse a configuration, in which packaged ones may be named."""
         try:
-            if found := mistakes(content):
-                self.error(f"{path}: {'; '.join(found)}.")
+            self._refuse_mistakes(content, path)
             config = get_loader("yaml")(content)
             if not isinstance(config, dict):
                 self.error(f"{path} holds no keys, as `trainer: {{max_rounds: 30}}`, but {content[:60]!r}")
-            if (resolved := resolve_config(config)) != config:
+            self._refuse_mistakes_in_parts(tree_leaves(resolved := resolve_config(config)))
+            if resolved != config:
                 content = json.dumps(resolved)
         except YAMLError as error:
             self.error(str(error).replace("<unicode string>", str(path)))
         return super().parse_string(content, path, *others, **kwargs)
+
+    def _refuse_mistakes(self, content: str, path: Any) -> None:
+        if found := mistakes(content):
+            self.error(f"{path}: {'; '.join(found)}.")
+
+    def _refuse_mistakes_in_parts(self, values: list[Any]) -> None:
+        for value in values:
+            if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+                with suppress(Exception):  # what cannot be read is explained where it is parsed
+                    self._refuse_mistakes(Path(value).read_text(), value)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with 2."""

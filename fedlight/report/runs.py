@@ -144,10 +144,15 @@ def _filled_in(run: Run) -> tuple[Status, str]:
     if not isinstance(config, dict) or not {"trainer", "algorithm", "data"} <= set(config):
         return "foreign", "its config.yaml was not written by fedlight"
     run.config = dotted(config)
+    for key in ("algorithm", "perturbation", "model", "data", "trainer.aggregator"):
+        if isinstance(name := run.config.get(key), str):  # a class alone, as it may be written
+            run.config[f"{key}.class_path"] = name
     try:
         run.rows = read_metrics(run.path / "metrics.csv", strict=True)
-    except (OSError, ValueError, UnicodeDecodeError):
-        return "torn", "metrics.csv cannot be read"
+    except OSError as error:
+        return "torn", f"metrics.csv cannot be read: {error.strerror}"
+    except ValueError as error:
+        return "torn", str(error)
     run.summary = _json(run.path / "summary.json")
     if "final" in run.summary:
         if not run.rows:

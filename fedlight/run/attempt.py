@@ -1,14 +1,14 @@
 """A step that is tried before training, and leaves no trace."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlight.engines.moving import Moving
 from fedlight.engines.trial import watched
@@ -55,6 +55,28 @@ def prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
             except Exception:  # a hook that cannot be tried says nothing of the batch
                 raise error from None
             return attempt()
+
+
+@contextmanager
+def softmaxes_said() -> Iterator[None]:
+    """Say where ``cross_entropy`` is given what a softmax puts out: rows of [0, 1] that sum to 1."""
+    original = nn.functional.cross_entropy
+
+    def cross_entropy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        looks = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
+        sums = input.sum(1) if looks and input.ndim > 1 and len(input) else input.new_zeros(1)
+        if looks and bool(((sums - 1).abs() < 1e-3).all() and (input >= 0).all()):
+            rank_zero_warn(
+                "model: training_step gives cross_entropy probabilities, as of a softmax: each row sums to 1. It takes"
+                " logits, and has a softmax of its own; with two, little is learned. Remove the model's."
+            )
+        return original(input, *args, **kwargs)
+
+    nn.functional.cross_entropy = cross_entropy
+    try:
+        yield
+    finally:
+        nn.functional.cross_entropy = original
 
 
 def check_gradient(module: LightningModule, output: Any) -> None:

@@ -128,10 +128,10 @@ def read_metrics(path: Path, strict: bool = False) -> list[dict[str, float]]:
         except (ValueError, KeyError, csv.Error):
             bad.append(number)
     if bad:
-        what = f"{path}: lines {str(bad[:10])[1:-1]} cannot be read"
+        what = f"lines {str(bad[:10])[1:-1]} cannot be read"
         if strict:
-            raise ValueError(what)
-        rank_zero_warn(f"{what}, and are left out.")
+            raise ValueError(f"{path.name}: {what}")
+        rank_zero_warn(f"{path}: {what}, and are left out.")
     return list(rows.values())
 
 

@@ -18,7 +18,7 @@ from fedlight.data.held_out import given_data
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.penalties.numbers import follow
-from fedlight.run.attempt import check_gradient, prepared, trial_step
+from fedlight.run.attempt import check_gradient, prepared, softmaxes_said, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
 from fedlight.seeding import generator
@@ -72,7 +72,8 @@ def check_data(run: RunContext) -> None:
     if run.settings["limit_train_batches"] is None:
         _try_batch_of_one(run, sizes)
     _try_evaluation_of_one(run, data[1])
-    _try_one_batch(run, client, 0, lambda output: check_gradient(module, output))
+    with softmaxes_said():
+        _try_one_batch(run, client, 0, lambda output: check_gradient(module, output))
     for _, client, row in labels:
         _try_one_batch(run, client, row)
     _try_validation(run, data[1])

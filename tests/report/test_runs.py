@@ -8,6 +8,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.report.groups import group_runs
+from fedlight.report.naming import Method
 from fedlight.report.runs import find_runs, read_run
 from tests.report.folders import config, write_run
 
@@ -48,7 +49,7 @@ def _torn_summary(path):
     ("damage", "status", "detail"),
     [
         (_torn_config, "torn", "config.yaml cannot be read"),
-        (_torn_metrics, "torn", "metrics.csv cannot be read"),
+        (_torn_metrics, "torn", "metrics.csv: lines 2 cannot be read"),
         (_torn_summary, "torn", "summary.json cannot be read"),
         (lambda path: (path / "config.yaml").unlink(), "torn", "config.yaml is missing"),
         (lambda path: (path / "metrics.csv").unlink(), "torn", "metrics.csv has no rows"),
@@ -67,6 +68,11 @@ def test_what_is_not_whole_is_shown_as_such(tmp_path, damage, status, detail):
     run = read_run(path)
     assert run.status == status
     assert detail in run.detail
+
+
+def test_a_class_alone_is_one_without_settings(tmp_path):
+    run = read_run(write_run(tmp_path / "version_0", [0.1], config() | {"algorithm": "FedAvg"}))
+    assert Method(run.config).name == "FedAvg"
 
 
 def test_a_torn_last_line_of_the_metrics_is_left_out(tmp_path):
