@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlight.callbacks._rounds import RoundCallback
 
-_SHOWN = (("accuracy", "val/accuracy", "{:.4f}"), ("val loss", "val/loss", "{:.4f}"), ("loss", "train/loss", "{:.4f}"))
+_SHOWN = {"val/accuracy": "accuracy", "val/loss": "val loss", "train/loss": "loss"}
 
 
 class RoundProgress(RoundCallback):
@@ -22,7 +22,7 @@ class RoundProgress(RoundCallback):
         self.every_n_seconds = every_n_seconds
         self._bar: Any = None
         self._line: Any = None
-        self._shown: tuple[tuple[str, str, str], ...] = _SHOWN
+        self._shown = list(_SHOWN)
         self._printed = float("-inf")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -35,7 +35,7 @@ class RoundProgress(RoundCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console()
-        self._shown = _SHOWN if (wide := console.width >= 80) else _SHOWN[:1]  # round and time have to be seen whole
+        self._shown = list(_SHOWN)[: 3 if (wide := console.width >= 80) else 1]  # round and time have to be seen whole
         columns = (TextColumn("round"), BarColumn(40 if wide else 6), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console)
         self._task = self._bar.add_task("round", total=trainer.max_rounds, completed=trainer.current_round, metrics="")
@@ -46,11 +46,8 @@ class RoundProgress(RoundCallback):
         if not trainer.is_global_zero:
             return
         done, total = trainer.current_round, trainer.max_rounds
-        text = "  ".join(
-            f"{label} {form.format(float(trainer.callback_metrics[name]))}"
-            for label, name, form in self._shown
-            if name in trainer.callback_metrics
-        )
+        known = trainer.callback_metrics
+        text = "  ".join(f"{_SHOWN[name]} {float(known[name]):.4f}" for name in self._shown if name in known)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, metrics=text)
             return

@@ -96,11 +96,8 @@ class ShortHelp(DefaultHelpFormatter):
 def _folded(known: re.Match[str]) -> str:
     names = known[1].split(", ")
     own = [name for name in names if name.startswith("fedlight.")]
-    if len(names) <= _SHOWN:
-        return known[0]
-    return (
-        f"known subclasses: {', '.join(own)}{' and ' * bool(own)}{len(names) - len(own)} of torch, Lightning and others"
-    )
+    others = f"{len(names) - len(own)} of torch, Lightning and others"
+    return known[0] if len(names) <= _SHOWN else f"known subclasses: {', '.join(own)}{' and ' * bool(own)}{others}"
 
 
 def _known(base: type) -> list[type]:
@@ -111,15 +108,7 @@ def _known(base: type) -> list[type]:
 
 
 def completion(args: Sequence[str], parsers: Mapping[str, argparse.ArgumentParser]) -> str:
-    """The script of ``fedlight --print_completion SHELL``: it completes commands, keys, classes, configurations.
-
-    Args:
-        args: the shell: bash, zsh or tcsh.
-        parsers: those of the commands that take a configuration.
-
-    Raises:
-        MisconfigurationException: for another shell, or without shtab.
-    """
+    """The script of ``fedlight --print_completion SHELL``: it completes commands, keys, classes, configurations."""
     try:
         import shtab
     except ModuleNotFoundError as error:

@@ -54,9 +54,7 @@ class FederatedArgumentParser(LightningArgumentParser):
             self._refuse_mistakes_in_parts([a.partition("=")[2] if a.startswith("-") else a for a in resolved])
             return super().parse_args(resolved, *others, **kwargs)
         except UnicodeDecodeError as error:
-            self.error(
-                f"a configuration that begins with {error.object[:60]!r} is not UTF-8: {error}. Write it anew so."
-            )
+            self.error(f"a configuration that begins with {error.object[:60]!r} is not UTF-8: {error}; save it so")
 
     def parse_string(self, content: str, path: Any = "", *others: Any, **kwargs: Any) -> Any:
         """Parse a configuration, in which packaged ones may be named."""
@@ -160,9 +158,8 @@ class FederatedCLI(LightningCLI):
             raise MisconfigurationException(f"{', '.join(wrong)} is null: give a value, or leave the key out.")
         if self.subcommand not in (None, "fit") and config.get("ckpt_path") is None and not config.trainer.fast_dev_run:
             files = [Path(str(file)) for file in config.get("config") or []]
-            config.ckpt_path = usual_checkpoint(
-                files, Path(config.trainer.default_root_dir).expanduser(), config.trainer.name
-            )
+            root = Path(config.trainer.default_root_dir).expanduser()
+            config.ckpt_path = usual_checkpoint(files, root, config.trainer.name)
 
     def _parse_ckpt_path(self) -> None:
         """The model comes from the configuration; a checkpoint of another model is refused by the trainer."""

@@ -39,9 +39,7 @@ def part_names() -> dict[str, str]:
 def resolve(value: Any, key: str) -> Any:
     """The path of the packaged configuration that a value names, or a list with such; any other value as it is.
 
-    Args:
-        value: a name, if no file has it.
-        key: what it is given for: ``config``, ``algorithm``, ``trainer.callbacks``.
+    A ``key`` is ``config``, ``algorithm``, ``trainer.callbacks`` ...; a name that a file has is that file.
     """
     if isinstance(value, list):
         return [resolve(item, key) for item in value]

@@ -12,12 +12,8 @@ from fedlight.cli import configs
 
 TRAINERS = ("fit", "validate", "test", "predict", "export", "analyze")
 """The commands that take a configuration."""
-COMMANDS = {
-    "study": "fedlight.studies.command",
-    "report": "fedlight.report.command",
-    "check-fidelity": "fedlight.cli.fidelity",
-    "deploy": "fedlight.flower.deploy",
-}
+COMMANDS = {"study": "fedlight.studies.command", "report": "fedlight.report.command"}
+COMMANDS |= {"check-fidelity": "fedlight.cli.fidelity", "deploy": "fedlight.flower.deploy"}
 """Commands of their own, which read their arguments themselves."""
 
 
@@ -31,11 +27,9 @@ def light(args: Sequence[str]) -> int | None:
         print(f"fedlight {__version__}")
         return 0
     if name in TRAINERS and not rest:
-        print(
-            f"fedlight {name} needs a configuration. To begin with: fedlight {name} -c quickstart\n"
-            "`fedlight configs` lists those that are packaged; `fedlight new my_project` writes one of your own.",
-            file=sys.stderr,
-        )
+        print(f"fedlight {name} needs a configuration. To begin with: fedlight {name} -c quickstart", file=sys.stderr)
+        more = "`fedlight configs` lists those that are packaged; `fedlight new my_project` writes one of your own."
+        print(more, file=sys.stderr)
         return 2
     known = (*TRAINERS, *COMMANDS, "configs", "new")
     if not name.startswith("-") and name not in known:

@@ -80,9 +80,8 @@ _TRAINER = {
     **{"gpus": "accelerator=gpu' with 'trainer.devices", "weights_save_path": "default_root_dir"},
 }
 _ELSEWHERE = {f"trainer.{key}": f"trainer.{here}" for key, here in _TRAINER.items()}
-_ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")} | dict.fromkeys(
-    ("seed", "trainer.seed"), "seed_everything"
-)
+_ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")}
+_ELSEWHERE |= dict.fromkeys(("seed", "trainer.seed"), "seed_everything")
 """What Lightning's users write, and what it is here; a key may go on with a dot."""
 _LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "csv": "CSVLogger"}
 

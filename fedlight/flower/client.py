@@ -47,12 +47,7 @@ class SiteState:
 
     A reply may be lost, so that the server goes on without it; or the server may be started again from an earlier
     checkpoint. So nothing is overwritten: the server says with every message after which round the client's state is
-    the one that counts, and which rounds it can no longer go back to.
-
-    Args:
-        folder: the site's.
-        experiment: the run's id.
-        client: its index.
+    the one that counts, and which rounds it can no longer go back to. ``experiment`` is the run's id.
     """
 
     def __init__(self, folder: Path, experiment: str, client: int) -> None:
@@ -64,18 +59,12 @@ class SiteState:
         return self._folder / f"round_{round}.pt"
 
     def load(self, round: int) -> Row:
-        """The rows after a round; none before the first one, -1.
-
-        Raises:
-            FileNotFoundError: if they are not there.
-        """
+        """The rows after a round, or a FileNotFoundError; none before the first one, -1."""
         if round < 0:
             return {}
         if not self._file(round).exists():
-            raise FileNotFoundError(
-                f"client {self._client}: its state after round {round + 1} is not in {self._folder}. Start the"
-                " node with the `state` folder that it had, or the run anew."
-            )
+            said = f"client {self._client}: its state after round {round + 1} is not in {self._folder}"
+            raise FileNotFoundError(f"{said}. Start the node with the `state` folder that it had, or the run anew.")
         found: dict[str, Any] = torch.load(self._file(round), weights_only=True)
         return found
 
@@ -98,30 +87,16 @@ class _AtSite(ClientSide):
 
 
 def clients_of(node: Mapping[str, Any]) -> list[int]:
-    """The clients that live at a node, by its ``partition-ids`` or ``partition-id``.
-
-    Raises:
-        MisconfigurationException: if there are none.
-    """
+    """The clients that live at a node, by its ``partition-ids`` or ``partition-id``; an error if there are none."""
     given = str(node.get("partition-ids", node.get("partition-id", ""))).replace(",", " ").split()
     if not given or not all(number.isdecimal() for number in given) or len({*given}) < len(given):
-        raise MisconfigurationException(
-            f"node-config: partition-ids={' '.join(given)!r} must be the clients that live here, as '0 3'."
-        )
+        found = f"partition-ids={' '.join(given)!r}"
+        raise MisconfigurationException(f"node-config: {found} must be the clients that live here, as '0 3'.")
     return [int(number) for number in given]
 
 
 def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
-    """Do what a message asks for.
-
-    Args:
-        job: the message.
-        config: the app's ``config.yaml``.
-        node: the node-config.
-
-    Returns:
-        The answer; of kind ``refused`` with the reason where there is none.
-    """
+    """Do what a message asks for: the answer, of kind ``refused`` with the reason where there is none."""
     started = time.perf_counter()
     try:
         check_allowed(yaml.safe_load(config.read_text()), str(node.get("allow", "")))
@@ -162,11 +137,7 @@ def facts(run: RunContext) -> dict[str, Any]:
 
 
 def check_memory(run: RunContext, client: int) -> None:
-    """Refuse a site whose memory cannot hold a training: start, gradient and result, and the graph of one batch.
-
-    Raises:
-        MisconfigurationException: saying how much there is, and how much it takes at least.
-    """
+    """Refuse a site whose memory cannot hold a training: start, gradient and result, and the graph of one batch."""
     precision, size = run.fabric.strategy.precision, min(2, run.datamodule.client_size(client))
     batch = run.evaluator.prepare(first_samples(run.datamodule, client, size))
     params, step = list(run.module.parameters()), 0

@@ -21,14 +21,8 @@ _QUIET = {"logger": False, "enable_progress_bar": False, "enable_plots": False, 
 def check_allowed(config: Any, allowed: str = "") -> None:
     """Refuse a configuration that names classes or functions outside the packages that a site allows.
 
-    A class path is code: it is imported and called with what the configuration gives it.
-
-    Args:
-        config: the configuration, as YAML has it.
-        allowed: import paths that are allowed besides fedlight's, torch's and Lightning's.
-
-    Raises:
-        MisconfigurationException: naming what is refused.
+    A class path is code: it is imported and called with what the configuration gives it. ``allowed`` are import paths
+    besides fedlight's, torch's and Lightning's.
     """
     known = (*ALLOWED, *allowed.split())
     paths = {path for path in import_paths(config) if not any(path == k or path.startswith(f"{k}.") for k in known)}
@@ -67,14 +61,7 @@ class Parts(FederatedCLI):
 
 
 def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[str, Any], site: bool) -> Parts:
-    """Read an app's configuration as options say.
-
-    Args:
-        config: ``config.yaml``.
-        trainer_class: the trainer.
-        options: the run's options, and the node's.
-        site: whether a site runs it, which writes nothing and shows nothing.
-    """
+    """Read an app's configuration as the options of run and node say; a site writes nothing and shows nothing."""
     given: dict[str, Any] = {"trainer.devices": 1, "trainer.num_nodes": 1, "trainer.strategy": "auto"}
     if site:
         given |= {f"trainer.{key}": value for key, value in _QUIET.items()}

@@ -14,12 +14,7 @@ class _Nothing(Dataset[Any]):
 
 
 class RemoteData(FederatedDataModule):
-    """What the server knows of data that are at the sites: how many samples each client has.
-
-    Args:
-        sizes: n_i of every client.
-        batch_size: samples of a batch.
-    """
+    """What the server knows of data that are at the sites: n_i of every client, and the size of a batch."""
 
     def __init__(self, sizes: list[int], batch_size: int) -> None:
         super().__init__(batch_size)
@@ -35,24 +30,14 @@ class RemoteData(FederatedDataModule):
 
 
 class OwnData(Wrapping):
-    """A site's own data, as those of one client among others, of whom the site has nothing.
-
-    Args:
-        data: a datamodule of one client.
-        client: which client that is.
-        num_clients: N.
-    """
+    """A site's own data, as those of one ``client`` among others, of whom the site has nothing."""
 
     def __init__(self, data: FederatedDataModule, client: int, num_clients: int) -> None:
         super().__init__(data)
         self._client, self.num_clients = client, num_clients
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the site's data.
-
-        Raises:
-            ValueError: if they are not those of one client.
-        """
+        """Load the site's data, which must be those of one client."""
         super().setup(stage)
         if self.data.num_clients != 1:
             raise ValueError(f"`data` of a site must have one client, and has {self.data.num_clients}.")

@@ -124,11 +124,9 @@ class LocalFederation:
         return done.stdout
 
     def run(self, config: str = "", said: Callable[[str], Any] = print) -> bool:
-        """Run the app, and return whether it came to its end.
+        """Run the app, and return whether it came to its end; ``said`` is called with each line of the run's log.
 
-        Args:
-            config: what changes of the run configuration, as ``rounds=3 resume="last"``.
-            said: is called with each line of the run's log.
+        ``config`` is what changes of the run configuration, as ``rounds=3 resume="last"``.
         """
         begun = self.call("flwr", "run", str(self.app), "local", *(["-c", config] if config else []))
         [run] = re.findall(r"started run (\d+)", begun)

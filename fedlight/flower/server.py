@@ -177,12 +177,7 @@ class ServerSession(Session):
 
 
 class ServerTrainer(FederatedTrainer):
-    """A trainer whose clients live at sites.
-
-    Attributes:
-        sites: the sites.
-        measures_at_sites: whether Hessians are those of the sites' data.
-    """
+    """A trainer whose clients live at sites, by whose data Hessians may be measured."""
 
     session_class = ServerSession
     sites: Sites
@@ -195,39 +190,25 @@ class ServerTrainer(FederatedTrainer):
 
 
 def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule) -> None:
-    """Refuse what only a simulation can do.
-
-    Raises:
-        MisconfigurationException: naming the key.
-    """
+    """Refuse what only a simulation can do, by its key."""
     settings = trainer.settings
     colluding = [type(attack).__name__ for attack in attacks_by(settings["transforms"]) if attack.colludes]
     for key in (key for key in ("centralized", "fast_dev_run") if settings[key]):
         raise MisconfigurationException(f"trainer.{key}=true has no clients at sites. Set it to false.")
     if colluding:
-        raise MisconfigurationException(
-            f"trainer.transforms: attackers of {colluding[0]} know one another's updates, which sites do not. Leave it"
-            " to simulations."
-        )
+        why = "attackers know one another's updates, which sites do not. Leave it to simulations."
+        raise MisconfigurationException(f"trainer.transforms: {colluding[0]}: {why}")
     if datamodule.held_out_clients:
-        raise MisconfigurationException(
-            "data.held_out_clients: clients that never train have no site. Set it to 0; new sites may come at any time."
-        )
+        why = "clients that never train have no site. Set it to 0; new sites may come at any time."
+        raise MisconfigurationException(f"data.held_out_clients: {why}")
 
 
 def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> ServerTrainer:
     """Run the server of an app.
 
-    Args:
-        config: the app's ``config.yaml``.
-        options: the run's: ``rounds``, ``seed``, ``folder``, ``resume``, ``timeout``, ``wait``, ``min-results``;
-            ``data``, which is ``experiment`` where clients are parts of the configuration's data, and ``sites`` where
-            sites have their own, of so many ``clients``; ``spectrum``: ``sites`` lets HessianSpectrum measure there.
-        transport: the way to the sites.
-
-    Raises:
-        MisconfigurationException: for what cannot be honoured, before training.
-        ConnectionError: if too few sites answer.
+    Options are ``rounds``, ``seed``, ``folder``, ``resume``, ``timeout``, ``wait``, ``min-results``; ``data``, which is
+    ``experiment`` where clients are parts of the configuration's data, and ``sites`` where sites have their own, of so
+    many ``clients``; ``spectrum``: ``sites`` lets HessianSpectrum measure there.
     """
     cli = build(config, ServerTrainer, options, site=False)
     trainer: ServerTrainer = cli.trainer  # type: ignore[assignment]

@@ -26,9 +26,7 @@ _PART = "site"
 class Sites:
     """Finds the clients' nodes, asks them, and names those that do not answer.
 
-    Args:
-        transport: the way to the nodes.
-        options: the run's: ``timeout`` of a round and ``wait`` for the sites in seconds, ``min-results``.
+    Of the run's ``options`` it follows ``timeout`` of a round and ``wait`` for the sites, in seconds, ``min-results``.
 
     Attributes:
         homes: the node of each client.
@@ -49,12 +47,7 @@ class Sites:
         self.down_bytes = self.up_bytes = 0
 
     def gather(self) -> None:
-        """Wait until every client has a home.
-
-        Raises:
-            ConnectionError: if some have none in time.
-            MisconfigurationException: if two nodes have the same client, or a node cannot take part.
-        """
+        """Wait until every client has a home; an error if some have none in time, or two."""
         wait, began, said = float(self._options.get("wait") or 600), time.monotonic(), False
         given = self._passed_on["num_clients"]
         while True:
@@ -67,17 +60,14 @@ class Sites:
                 said = True
             if time.monotonic() - began > wait:
                 absent = sorted(set(range(total)) - self.homes.keys()) if self.homes else "all"
-                raise ConnectionError(
-                    f"after {wait:g} s these clients have no node: {absent}. Start their SuperNodes with their"
-                    " partition-ids, or raise `wait`."
-                )
+                way_out = "Start their SuperNodes with their partition-ids, or raise `wait`."
+                raise ConnectionError(f"after {wait:g} s these clients have no node: {absent}. {way_out}")
             time.sleep(min(_EVERY_S, wait / 10))
 
     def look(self, strict: bool = False) -> bool:
         """Find out who has come and gone; False if nobody is there.
 
-        Args:
-            strict: whether it is an error that a client has two nodes, or a node an answer that is of no use.
+        With ``strict`` it is an error that a client has two nodes, or a node an answer that is of no use.
         """
         present = set(self._transport.nodes())
         for node in self._known.keys() - present:
@@ -113,21 +103,12 @@ class Sites:
         tensors: Mapping[str, Tensor],
         own: Callable[[list[int]], dict[str, Any]] = lambda clients: {},
     ) -> Iterator[Parcel]:
-        """Ask the nodes of some clients, and hand out each answer as it comes.
-
-        Args:
-            kind: what is asked for.
-            clients: whose nodes are asked.
-            info: figures for all of them.
-            tensors: tensors for all of them.
-            own: figures for the clients of one node.
-        """
+        """Ask the nodes of some clients, and hand out each answer as it comes; ``own`` gives a node's own figures."""
         self.look()
         self.missing = {client: "it has no node" for client in clients if client not in self.homes}
         jobs: dict[int, list[int]] = {}
-        for client in clients:
-            if client in self.homes:
-                jobs.setdefault(self.homes[client], []).append(client)
+        for client in (client for client in clients if client in self.homes):
+            jobs.setdefault(self.homes[client], []).append(client)
         given = {**info, **self._passed_on}
         parcels = {n: Parcel(kind, {**given, "clients": some, **own(some)}, dict(tensors)) for n, some in jobs.items()}
         self.down_bytes += sum(parcel.num_bytes for parcel in parcels.values())
@@ -140,16 +121,7 @@ class Sites:
             yield found
 
     def name_missing(self, round: int, asked: int = 0, required: bool = False) -> None:
-        """Warn of clients that did not answer.
-
-        Args:
-            round: in which round.
-            asked: how many were asked.
-            required: whether ``min-results`` of them are needed.
-
-        Raises:
-            ConnectionError: if fewer answered than are needed.
-        """
+        """Warn of clients that did not answer; an error if ``min-results`` of so many are ``required``, and did not."""
         reasons: dict[str, list[int]] = {}
         for client, why in sorted(self.missing.items()):
             reasons.setdefault(why, []).append(client)
@@ -207,11 +179,7 @@ class RemoteClients(ClientSide):
         return part("received", self._received) | part("server", server) | part("buffers", buffers)
 
     def result(self, client: int, figures: Mapping[str, Any], parcel: Parcel, device: torch.device) -> SiteResult:
-        """What a site has sent of a client.
-
-        Raises:
-            ValueError: if it is not what this server expects.
-        """
+        """What a site has sent of a client; an error if it is not what this server expects."""
         n = int(self._sizes[client])
         tensors = {name: moved(parcel.part(f"{client}/{name}"), device) for name in ("message", "beside", "buffers")}
         packed = Packed(tensors["message"], dict(figures["lengths"]))

@@ -20,14 +20,7 @@ class SiteHessian(HessianOperator):
 
     A product costs one message to every site, with the model and the vectors, and one back, with a vector for each:
     ``sites/down_mb`` and ``sites/up_mb`` count them. What a site sends is the sum over its samples; these are added up
-    exactly, so that no figure depends on the order of arrival.
-
-    Args:
-        run: the server's session.
-        loss: the task loss of the server's module, for names and sizes of its parameters.
-        view: which weights.
-        max_samples: of all sites together, each with its share; None for all.
-        seed: of the draw.
+    exactly, so that no figure depends on the order of arrival. Of ``max_samples`` each site draws its share.
     """
 
     def __init__(self, run: Any, loss: TaskLoss, view: str, max_samples: int | None, seed: int) -> None:

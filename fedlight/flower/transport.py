@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedlight.flower.messages import Parcel
 
-_TYPES = {"train": "train", "evaluate": "evaluate"}
 _NUMPY = {torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8}
 _NUMPY |= {torch.uint8, torch.bool, torch.complex64, torch.complex128}
 _POLL_S = 0.1
@@ -30,17 +29,13 @@ def _records(parcel: Parcel) -> RecordDict:
     return RecordDict({"tensors": ArrayRecord(arrays), "parcel": ConfigRecord({"json": text})})
 
 
-def _parcel(records: RecordDict) -> Parcel:
-    found = json.loads(str(records["parcel"]["json"]))
-    tensors: dict[str, Tensor] = dict(records["tensors"].to_torch_state_dict())
+def from_message(message: Any) -> Parcel:
+    """The parcel that a message brought."""
+    found = json.loads(str(message.content["parcel"]["json"]))
+    tensors: dict[str, Tensor] = dict(message.content["tensors"].to_torch_state_dict())
     for name, (dtype, shape) in found["other"].items():
         tensors[name] = tensors[name].view(getattr(torch, dtype)).reshape(shape)
     return Parcel(found["kind"], found["info"], tensors)
-
-
-def from_message(message: Any) -> Parcel:
-    """The parcel that a node received."""
-    return _parcel(message.content)
 
 
 def to_reply(parcel: Parcel, message: Any) -> Message:
@@ -49,11 +44,7 @@ def to_reply(parcel: Parcel, message: Any) -> Message:
 
 
 class FlowerTransport:
-    """The nodes of a run on a SuperLink.
-
-    Args:
-        grid: Flower's.
-    """
+    """The nodes of a run on a SuperLink, by Flower's grid."""
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
@@ -64,17 +55,15 @@ class FlowerTransport:
 
     def exchange(self, parcels: Mapping[int, Parcel], timeout: float) -> Iterator[tuple[int, Parcel | str]]:
         """Send one parcel to each node, and hand out each answer as it comes, or why there is none."""
-        end, waiting = time.monotonic() + timeout, dict[str, int]()
-        messages = [
-            Message(_records(p), dst_node_id=node, message_type=_TYPES.get(p.kind, "query"), ttl=timeout + 60)
-            for node, p in parcels.items()
-        ]
-        for message_id, node in zip(self._grid.push_messages(messages), parcels, strict=True):
-            waiting[message_id] = node
+        end, messages = time.monotonic() + timeout, []
+        for node, parcel in parcels.items():
+            kind = parcel.kind if parcel.kind in ("train", "evaluate") else "query"
+            messages.append(Message(_records(parcel), dst_node_id=node, message_type=kind, ttl=timeout + 60))
+        waiting = dict(zip(self._grid.push_messages(messages), parcels, strict=True))
         while waiting and time.monotonic() < end:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
-                yield node, f"{reply.error.code}: {reply.error.reason}" if reply.has_error() else _parcel(reply.content)
+                yield node, f"{reply.error.code}: {reply.error.reason}" if reply.has_error() else from_message(reply)
             time.sleep(_POLL_S if waiting else 0)
         for node in waiting.values():
             yield node, f"no answer within {timeout:g} s"

@@ -1,6 +1,7 @@
 """What crosses, what a site allows, and what it keeps."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def test_a_run_cannot_write_elsewhere(tmp_path, run):
 def test_tensors_of_all_types_cross_flower_unchanged():
     kinds = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
     tensors = {f"x/{kind}": (torch.randn(2, 3) * 5).to(kind) for kind in kinds} | {"x/0": torch.tensor(3)}
-    back = transport._parcel(transport._records(Parcel("train", {"a": [1, None]}, tensors)))
+    parcel = Parcel("train", {"a": [1, None]}, tensors)
+    back = transport.from_message(SimpleNamespace(content=transport._records(parcel)))
     assert (back.kind, back.info) == ("train", {"a": [1, None]})
     for name, value in tensors.items():
         assert back.tensors[name].dtype == value.dtype
