@@ -68,13 +68,12 @@ def hessian_operator(
     parameters = list(loss.parameters.values())
     if not parameters:
         raise ValueError(f"The Hessian needs at least one trainable parameter; {type(loss.module).__name__} has none.")
-    read = partial(
-        analysis_batches, data, device=parameters[0].device, seed=seed, transfer=transfer, collate_fn=collate_fn
-    )
+    how: dict[str, Any] = {"device": (here := parameters[0].device), "transfer": transfer, "collate_fn": collate_fn}
+    read = partial(analysis_batches, data, seed=seed, **how)
     build = partial(HessianOperator, loss, parameters, settings=loss.settings, explain=loss.explain)
     if batch_size is None and isinstance(data, Dataset):
         probe = read(max_samples=_PROBE, batch_size=_PROBE)
-        target = _CPU_GRAPH if parameters[0].device.type == "cpu" else _DEVICE_GRAPH
+        target = _CPU_GRAPH if here.type == "cpu" else _DEVICE_GRAPH
         batch_size = max(1, min(4096, int(target / build(probe, sizes=probe.sizes).graph_bytes_per_sample())))
     batches = read(max_samples=max_samples, batch_size=batch_size, rank=rank, world_size=world_size)
     weights = loss.denominators(batches)
@@ -126,10 +125,9 @@ def measure_hessian(
         loss, gradient = operator.loss_and_gradient()
         norm = float(gradient.norm())
         sharpness = operator.loss_at(operator.flat() + (rho / norm) * gradient) - loss if norm > 0 else 0.0
+    limits: dict[str, Any] = {"tolerance": tolerance, "max_products": max_products}
     with timed("eigenvalues"):
-        pairs = top_eigenvalues(
-            operator, top_k, generator=rng("hessian eigenvalues"), tolerance=tolerance, max_products=max_products
-        )
+        pairs = top_eigenvalues(operator, top_k, generator=rng("hessian eigenvalues"), **limits)
     known, estimate, spectrum = {"known": (pairs.values, pairs.vectors)}, None, None
     if trace:
         draws: dict[str, Any] = {"generator": rng("hessian trace"), "max_probes": trace_probes, **known}
@@ -190,17 +188,15 @@ def clients_lambda_max(
         options: further arguments of :func:`hessian_operator`.
     """
     values = torch.zeros(len(clients), dtype=torch.float64)
-    loss = TaskLoss(
-        module, torch.float64 if options.pop("double", False) else torch.float32, options.pop("device", None)
-    )
+    dtype = torch.float64 if options.pop("double", False) else torch.float32
+    loss = TaskLoss(module, dtype, options.pop("device", None))
     device = next(iter(loss.parameters.values())).device
     for index in range(rank, len(clients), world_size):
         operator = hessian_operator(module, clients[index], seed=seed, loss=loss, **options)
+        rng = generator(seed, "hessian eigenvalues")
         try:
             operator.loss_and_gradient()  # says so if the loss is not finite
-            pairs = top_eigenvalues(
-                operator, generator=generator(seed, "hessian eigenvalues"), smallest=False, tolerance=tolerance
-            )
+            pairs = top_eigenvalues(operator, generator=rng, smallest=False, tolerance=tolerance)
             values[index] = pairs.values[0]
         except NonFiniteLossError:  # of this client alone: the other processes wait for what the rest add up to
             values[index] = math.nan

@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,13 +143,10 @@ def lanczos(
         margin = max(tolerance * abs(float(pairs.values[-1])), space.rounding)
         if not other.converged or float(other.values[0]) <= float(pairs.values[-1]) + margin:
             break
-        order = torch.cat([pairs.values, other.values]).argsort(descending=True)[:k]
-        pairs = replace(
-            pairs,
-            values=torch.cat([pairs.values, other.values])[order],
-            vectors=torch.cat([pairs.vectors, other.vectors])[order.to(operator.device)],
-            residuals=torch.cat([pairs.residuals, other.residuals])[order],
-        )
+        names = ("values", "vectors", "residuals")
+        both: dict[str, Any] = {name: torch.cat([getattr(pairs, name), getattr(other, name)]) for name in names}
+        order = both["values"].argsort(descending=True)[:k]
+        pairs = replace(pairs, **{name: found[order.to(found.device)] for name, found in both.items()})
     return replace(pairs, products=space.products)
 
 
@@ -157,11 +155,7 @@ def eigenvalue_errors(values: Tensor, residuals: Tensor) -> Tensor:
 
     With r = ‖Hv − λv‖, an eigenvalue is within r of λ, and within r²/gap if the others are at least ``gap`` away
     (Parlett, 1980, "The Symmetric Eigenvalue Problem", chapter 11). The gap is the distance to the next value, less
-    that one's residual.
-
-    Args:
-        values: all eigenvalues of the projection ``[j]``.
-        residuals: theirs.
+    that one's residual. Both are those of all eigenvalues of the projection, ``[j]``.
     """
     distances = (values[:, None] - values).abs() - residuals
     distances.fill_diagonal_(math.inf)

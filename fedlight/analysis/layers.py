@@ -65,9 +65,7 @@ def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> N
     """The error of automatic differentiation with the names of the layers that cause it, which ``run`` leads to."""
     calls, in_place = _recorded(module, run)
     failing = [name for name, (args, kwargs) in calls.items() if not _twice(module.get_submodule(name), args, kwargs)]
-    deepest = [
-        name for name in failing if not any(o != name and f"{o}.".startswith(f"{name}." * bool(name)) for o in failing)
-    ]
+    deepest = [n for n in failing if not any(o != n and f"{o}.".startswith(f"{n}." * bool(n)) for o in failing)]
     leaves = [name for name in deepest if next(module.get_submodule(name).children(), None) is None]
     reason = str(error).splitlines()[0].split(" Hint:")[0].rstrip(". ")
     # A container may fail because of what one of its layers does to another.
@@ -81,9 +79,8 @@ def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> N
     else:
         where = f"training_step or forward of {type(module).__name__} has none"
         advice = "Use operations that PyTorch can differentiate twice, and none in place."
-    return NoSecondDerivativeError(
-        f"The Hessian needs second derivatives of the loss, but {where} ({reason}). {advice}"
-    )
+    text = f"The Hessian needs second derivatives of the loss, but {where} ({reason}). {advice}"
+    return NoSecondDerivativeError(text)
 
 
 def _listed(module: nn.Module, names: list[str]) -> str:

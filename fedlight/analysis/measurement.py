@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import nan
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -57,40 +57,30 @@ class Measurement:
             raise ValueError(f"{self.who}: `views` must be of {', '.join(get_args(ViewName))}, got {list(self.views)}.")
 
     def check(self, subject: Subject) -> None:
-        """Refuse what could not be measured, before any time is spent on training.
-
-        Raises:
-            MisconfigurationException: naming the setting or the layer.
-        """
+        """Refuse what could not be measured, by the setting or the layer, before any time is spent on training."""
         size = sum(p.numel() for p in subject.module.parameters() if p.requires_grad)
         if self.top_k > size:
-            raise MisconfigurationException(
-                f"{self.who}: `top_k: {self.top_k}`, but the model has {size} parameters, and as many eigenvalues."
-            )
+            self._refuse(f"`top_k: {self.top_k}`, but the model has {size} parameters, and as many eigenvalues.")
         try:
             self.blocks(subject)
         except ValueError as error:
             raise MisconfigurationException(f"{self.who}: {error}".replace("`layers`", "`layerwise`")) from error
         for view in self.views:
             if view not in (subject.weights or ("server",)):
-                raise MisconfigurationException(
-                    f"{self.who}: `views` has {view!r}, which is not known here. Add it to trainer.views, which only"
-                    " FederatedTrainer has."
-                )
+                known = "trainer.views, which only FederatedTrainer has"
+                self._refuse(f"`views` has {view!r}, which is not known here. Add it to {known}.")
         if self.data == "clients" and subject.clients is None:
-            raise MisconfigurationException(
-                f"{self.who}: `data: clients`, but this trainer has none. Use `data: train`."
-            )
+            self._refuse("`data: clients`, but this trainer has none. Use `data: train`.")
         if subject.operator is not None:  # whether the loss can be differentiated twice shows where the data are
             if self.data != "train":
-                raise MisconfigurationException(f"{self.who}: `data: {self.data}` is not measured at sites. Use train.")
+                self._refuse(f"`data: {self.data}` is not measured at sites. Use train.")
             return
         if subject.data(self.data) is None:
-            raise MisconfigurationException(
-                f"{self.who}: `data: {self.data}`, but there is no validation data. Use `data: train`, or a datamodule"
-                " that has some."
-            )
+            self._refuse(f"`data: {self.data}`, but there is no validation data. Use `data: train`.")
         self._try_two_samples(subject)
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise MisconfigurationException(f"{self.who}: {why}")
 
     def _try_two_samples(self, subject: Subject) -> None:
         """One product with a tiny Hessian, to find layers without second derivatives."""
@@ -126,16 +116,9 @@ class Measurement:
         with torch.inference_mode(False), preserved_global_rng():
             loss, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
             try:
-                result = measure_hessian(
-                    operator,
-                    top_k=min(self.top_k, operator.size),
-                    tolerance=self.tolerance,
-                    trace=self.trace,
-                    density=self.density,
-                    layers=blocks or None,
-                    rho=self.sam_rho,
-                    seed=self.seed,
-                )
+                what: dict[str, Any] = {"trace": self.trace, "density": self.density, "layers": blocks or None}
+                limits: dict[str, Any] = {"top_k": min(self.top_k, operator.size), "tolerance": self.tolerance}
+                result = measure_hessian(operator, **what, **limits, rho=self.sam_rho, seed=self.seed)
             except NonFiniteLossError as error:
                 rank_zero_warn(f"{self.who}: {error} It is logged as NaN, and the run goes on.")
                 return self._undefined(operator.samples, operator.size, blocks)

@@ -39,12 +39,8 @@ def _control_group() -> int:
 def graph_bytes(build: Callable[[], object], exclude: Sequence[Tensor]) -> int:
     """Bytes of the tensors that a graph saves for its backward passes, each storage once.
 
-    Where it holds transforms of ``torch.func``, which let nobody look, a guess: eight times what exists anyway.
-
-    Args:
-        build: makes the graph. What it returns is dropped; its tensors are saved without their history, so that the
-            hooks leave no cycle behind.
-        exclude: tensors that exist anyway, as the parameters.
+    Where it holds transforms of ``torch.func``, which let nobody look, a guess: eight times what exists anyway, as the
+    parameters, and is left out. Tensors are saved without their history, so that the hooks leave no cycle behind.
     """
     known = {t.untyped_storage().data_ptr() for t in exclude}
     seen: dict[int, int] = {}

@@ -43,12 +43,7 @@ def drawn(path: str | Path, plot: Any, size: tuple[float, float], style: dict[An
 
 
 def draw_density(results: HessianResult | Mapping[str, HessianResult], path: str | Path) -> Path:
-    """The spectral density of one or several models, with their largest and smallest eigenvalues as marks below.
-
-    Args:
-        results: a result with a density, or several by the name that the legend shows.
-        path: of the PNG.
-    """
+    """The spectral density of one model, or of several by name, with their extreme eigenvalues as marks below."""
     named = results if isinstance(results, Mapping) else {"": results}
 
     def plot(figure: "Figure") -> None:
@@ -146,13 +141,7 @@ def draw_surface(surface: LossSurface, path: str | Path) -> Path:
 def draw_line(
     lines: LossLine | Mapping[str, LossLine], path: str | Path, ends: tuple[str, str] = ("w_0", "w_1")
 ) -> Path:
-    """The loss on the line between two models, for one or several losses (as training and test).
-
-    Args:
-        lines: one, or several by the name that the legend shows.
-        path: of the PNG.
-        ends: names of the models at t = 0 and t = 1.
-    """
+    """The loss on the line between two models that ``ends`` names, for one or several losses (as training and test)."""
     named = lines if isinstance(lines, Mapping) else {"": lines}
 
     def plot(figure: "Figure") -> None:
@@ -186,12 +175,9 @@ def _levels(surface: LossSurface) -> tuple[torch.Tensor, list[float]]:
 
 @dataclass(frozen=True)
 class LayerHistory:
-    """One layer over the rounds.
+    """One layer over the rounds, from 1: λ_max of its block of the Hessian, by the round after which it was measured.
 
-    Attributes:
-        name: of the layer.
-        lambda_max: of the layer's block of the Hessian, by the round after which it was measured, from 1.
-        norms: mean(a²) of the layer's output after its non-linearity; empty where there is none, as for the logits.
+    ``norms`` are mean(a²) of its output after its non-linearity; empty where there is none, as for the logits.
     """
 
     name: str

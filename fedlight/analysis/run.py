@@ -76,9 +76,8 @@ def analyze(
     Returns:
         The figures by view.
     """
-    measurement = Measurement(
-        "analyze", top_k, density, trace, layerwise, on, max_samples, views, float64, sam_rho, tolerance, seed
-    )
+    what = "analyze", top_k, density, trace, layerwise
+    measurement = Measurement(*what, on, max_samples, views, float64, sam_rho, tolerance, seed)
     looked_at: DataName = "val" if on == "val" else "train"
     where = landscape or "random", landscape_radius, landscape_points
     survey = Survey("analyze", *where, looked_at, landscape_samples, float64, seed)

@@ -58,11 +58,7 @@ class Survey:
             raise ValueError(f"{self.who}: `data` must be train or val, got {self.data!r}.")
 
     def check(self, subject: Subject, view: str) -> None:
-        """Refuse what could not be looked at.
-
-        Raises:
-            MisconfigurationException: naming the setting.
-        """
+        """Refuse what could not be looked at, by the setting."""
         if view not in (subject.weights or ("server",)):
             known = "trainer.views, which only FederatedTrainer has"
             raise MisconfigurationException(f"{self.who}: view {view!r} is not known here. Add it to {known}.")
@@ -115,11 +111,7 @@ def _mixing(module: nn.Module, others: dict[str, Tensor]) -> Callable[[float], N
 
 
 def checkpoint_weights(path: str | Path, subject: Subject, view: str, who: str) -> Weights:
-    """Parameters and buffers of a view in a checkpoint of the same model.
-
-    Raises:
-        MisconfigurationException: if the file cannot be read, is another model's, or does not hold the view.
-    """
+    """Parameters and buffers of a view in a checkpoint of the same model; other files are refused."""
     try:
         checkpoint = load_checkpoint(Path(path))
         check_state_dict(Path(path), checkpoint["state_dict"], subject.module)

@@ -33,10 +33,8 @@ def task_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(
-            f"training_step of {type(module).__name__} must return the loss, a scalar tensor (or a dict with it under"
-            f" 'loss'), to be analysed; it returned {type(output).__name__}."
-        )
+        what = "the loss, a scalar tensor (or a dict with it under 'loss'), to be analysed"
+        raise TypeError(f"training_step of {type(module).__name__} must return {what}; found {type(output).__name__}.")
     return loss.reshape(())
 
 
