@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.held_out import Wrapping
 
-
-class _Nothing(Dataset[Any]):
-    def __len__(self) -> int:
-        return 0
+_NOTHING: Dataset[Any] = Subset([], [])  # type: ignore[arg-type]
 
 
 class RemoteData(FederatedDataModule):
@@ -22,7 +19,7 @@ class RemoteData(FederatedDataModule):
 
     def client_dataset(self, client: int) -> Dataset[Any]:
         """Nothing: it is elsewhere."""
-        return _Nothing()
+        return _NOTHING
 
     def client_size(self, client: int) -> int:
         """n_i."""
@@ -44,7 +41,7 @@ class OwnData(Wrapping):
 
     def client_dataset(self, client: int) -> Dataset[Any]:
         """The site's training data; nothing for other clients."""
-        return self.data.client_dataset(0) if client == self._client else _Nothing()
+        return self.data.client_dataset(0) if client == self._client else _NOTHING
 
     def client_size(self, client: int) -> int:
         """n_i; 0 for other clients."""

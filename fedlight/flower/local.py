@@ -18,6 +18,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.studies.runner import handling
+
 HOST = "127.0.0.1"
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -180,12 +182,9 @@ def local_federation(
 
 def run_local(app: Path, nodes: int, clients: int, allow: str) -> int:
     """Run an app on this machine; the exit code is 1 where it does not come to its end, 143 for SIGTERM."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        with local_federation(app, nodes, clients, allow) as federation:
-            print(f"{nodes} SuperNodes at {federation.address} have {clients} clients.", flush=True)
-            finished = federation.run(said=partial(print, flush=True))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    stopped = handling(lambda number, frame: sys.exit(128 + number), signal.SIGTERM)
+    with stopped, local_federation(app, nodes, clients, allow) as federation:
+        print(f"{nodes} SuperNodes at {federation.address} have {clients} clients.", flush=True)
+        finished = federation.run(said=partial(print, flush=True))
     print(f"The run {'is finished' if finished else 'has failed'}; logs are in {federation.folder / 'logs'}")
     return 0 if finished else 1

@@ -56,7 +56,7 @@ class StudyRunner:
         _say(f"study {self.study.name}: {counts}, in {self.folder}")
         if self.study.early_terminate:
             _say("early_terminate is W&B's: here, every run trains to its end.")
-        with _stopping(self._on_signal):
+        with handling(self._on_signal, signal.SIGINT, signal.SIGTERM):
             while self._active or (self._slots and not self._stop):
                 self._begin_runs()
                 self._end_runs()
@@ -171,9 +171,9 @@ class StudyRunner:
 
 
 @contextmanager
-def _stopping(handler: Any) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM inside."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+def handling(handler: Any, *numbers: int) -> Iterator[None]:
+    """Handle signals inside."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
