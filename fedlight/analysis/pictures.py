@@ -85,11 +85,10 @@ def draw_eigenvalues(rounds: Sequence[int], results: Sequence[HessianResult], pa
 
     def ranks(figure: "Figure") -> None:
         axes, result = figure.subplots(), results[0]
+        look: dict[str, Any] = {"width": 0.6, "edgecolor": "black", "capsize": 4}
         k = len(result.eigenvalues)
-        axes.bar(range(1, k + 1), result.eigenvalues, width=0.6, color="0.75", edgecolor="black")
-        axes.errorbar(range(1, k + 1), result.eigenvalues, result.residuals, fmt="none", ecolor="black", capsize=4)
-        axes.bar(k + 1, result.smallest, width=0.6, color="white", edgecolor="black", hatch="//")
-        axes.errorbar(k + 1, result.smallest, result.smallest_residual, fmt="none", ecolor="black", capsize=4)
+        axes.bar(range(1, k + 1), result.eigenvalues, yerr=result.residuals, color="0.75", **look)
+        axes.bar(k + 1, result.smallest, yerr=result.smallest_residual, color="white", hatch="//", **look)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(range(1, k + 2), [*(rf"$\lambda_{{{i}}}$" for i in range(1, k + 1)), LAMBDA_MIN])
         axes.set_xlabel("eigenvalue, by rank (whiskers: ± residual ‖Hv − λv‖)")

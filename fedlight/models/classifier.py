@@ -72,11 +72,8 @@ class Classifier(LightningModule):
         if "_instantiator" in self.hparams:
             self.save_hyperparameters()
         self.net = net if isinstance(net, nn.Module) else net(num_classes=num_classes)
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
-        self.optimizer = _picklable(optimizer)
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.optimizer, self.lr_scheduler, self.lr_interval = _picklable(optimizer), lr_scheduler, lr_interval
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]``."""

@@ -122,8 +122,7 @@ class StudyRunner:
 
     def _end(self, active: _Active, code: int) -> None:
         slot, seconds = active.slot, time.monotonic() - active.began
-        when = {"began": active.began_at, "ended": now(), "seconds": round(seconds, 1)}
-        times: dict[str, Any] = {"returncode": code, **when}
+        times: Any = {"returncode": code, "began": active.began_at, "ended": now(), "seconds": round(seconds, 1)}
         summary = slot.summary()
         if code == 0 and summary is not None:
             slot.record(active.words, status="finished", **times)
