@@ -1,6 +1,6 @@
 """A heat map of aggregators against attacks, and the same as a table, of the runs of sweeps/attacks.yaml.
 
-python benchmarks/attacks.py studies/attacks docs/images/attacks.png
+python benchmarks/attacks.py runs/attacks docs/images/attacks.png
 """
 
 import argparse

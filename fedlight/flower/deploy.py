@@ -56,7 +56,7 @@ clientapp = "{package}.client_app:app"
 [tool.flwr.app.config]
 rounds = {rounds}
 seed = {seed}
-min-results = 1      # a round that fewer sites answer is an error
+min-results = 1      # a round that fewer clients answer is an error
 timeout = 3600       # seconds that a round waits
 folder = ""          # the server's trainer.default_root_dir, an absolute path; by default config.yaml's
 resume = ""          # "last", or the path of a checkpoint at the server
