@@ -1,5 +1,10 @@
 """Checks of settings that raise errors which name the YAML key."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from fedlight.penalties.numbers import Number as Number
 from fedlight.penalties.numbers import check_hyperparameter as check_hyperparameter
 from fedlight.penalties.numbers import check_number as check_number
@@ -12,3 +17,12 @@ def check_at_least_one(key: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{key} must be at least 1, got {value}.")
     return value
+
+
+def check_objects(given: Mapping[str, Any]) -> None:
+    """Raise a MisconfigurationException with the key where a class, or its name, stands for an object or among such."""
+    for key, value in given.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(one, str | type):
+                name = one if isinstance(one, str) else one.__name__
+                raise MisconfigurationException(f"{key}: {one!r} is no object. Give one of the class, as {name}().")

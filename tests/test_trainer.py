@@ -12,8 +12,10 @@ from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.fedopt import FedAdam
 from fedlight.algorithms.fedprox import FedProx
 from fedlight.algorithms.scaffold import SCAFFOLD
+from fedlight.callbacks import MAN
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.engines.client_loop import ClientLoop
+from fedlight.personal import Ditto
 from fedlight.seeding import generator
 from fedlight.server.sampling import Bernoulli, RoundRobin, draw_subset
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, Samples, quiet_trainer, weights
@@ -333,12 +335,27 @@ def test_when_all_diverge_the_run_stops_and_the_last_checkpoint_stays(tmp_path):
         ({"client_state": "moon"}, r"trainer.client_state='moon'"),
         ({"buffers": "keep"}, r"trainer.buffers='keep'"),
         ({"gradient_clip_algorithm": "mean"}, r"trainer.gradient_clip_algorithm='mean'"),
+        ({"algorithm": "FedDyn"}, r"algorithm: 'FedDyn' is no object. Give one of the class, as FedDyn\(\)"),
+        ({"callbacks": [MAN]}, r"callbacks: <class .*MAN'> is no object. Give one of the class, as MAN\(\)"),
+        ({"personal": Ditto}, r"personal: <class .*Ditto'> is no object"),
     ],
 )
 def test_impossible_settings_are_refused_by_name_and_leave_nothing(tmp_path, settings, message):
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path, **settings).fit(Regression(), Clients())
     assert not list(tmp_path.glob("default/version_*"))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Regression, "model: <class .*Regression'> is no object"),
+        (torch.nn.ReLU(), "ReLU is no LightningModule, as Cla"),
+    ],
+)
+def test_what_is_no_module_is_refused_by_name(tmp_path, model, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer(tmp_path).fit(model, Clients())
 
 
 def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):

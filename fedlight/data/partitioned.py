@@ -7,7 +7,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_at_least_one, check_objects
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import NaturalGroups, Partitioner, apportion, by_client
@@ -83,6 +83,7 @@ class PartitionedDataModule(FederatedDataModule):
             self.num_clients = check_at_least_one("`data.num_clients`", num_clients)
         elif not isinstance(partitioner, NaturalGroups):
             raise ValueError("`data.num_clients` may be null only with `data.partitioner: NaturalGroups`.")
+        check_objects({"data.partitioner": partitioner})
         self.partitioner = partitioner
         self.partition: Partition | None = None
         self.num_classes: int | None = None

@@ -67,6 +67,11 @@ class Classifier(LightningModule):
             raise ValueError(f"`model.label_smoothing` must be in [0, 1), got {label_smoothing}.")
         if lr_interval not in ("round", "epoch", "step"):
             raise ValueError(f"`model.lr_interval` must be 'round', 'epoch' or 'step', got {lr_interval!r}.")
+        for key, given in {"net": net, "optimizer": optimizer, "lr_scheduler": lr_scheduler}.items():
+            if given is not None and not callable(given):
+                raise TypeError(
+                    f"`model.{key}` must be a function that makes one, as a partial of its class, got {given!r}"
+                )
         # Objects cannot be read back with weights_only=True; what a CLI hands over is their plain configuration.
         self.save_hyperparameters(ignore=["net", "optimizer", "lr_scheduler"])
         if "_instantiator" in self.hparams:
@@ -88,7 +93,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross-entropy of a batch, a scalar."""
-        x, y = batch
+        x, y = _pair(batch)
         loss = F.cross_entropy(self(x), y, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(y))
         return loss
@@ -112,7 +117,7 @@ class Classifier(LightningModule):
         return logits.argmax(dim=1)
 
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
-        x, y = batch
+        x, y = _pair(batch)
         logits = self(x)
         classes = y.argmax(1) if y.is_floating_point() else y  # the likeliest, where y are probabilities
         count = (classes != -100).sum()  # nobody waits for it, as a tensor
@@ -132,6 +137,15 @@ class Classifier(LightningModule):
         monitor = getattr(scheduler, "monitor", None) or "val/loss"
         schedule: Any = {"scheduler": scheduler, "interval": interval, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def _pair(batch: Batch) -> Batch:
+    if isinstance(batch, dict):
+        raise TypeError(
+            f"Classifier takes batches of (inputs, labels), found a dict of {', '.join(batch)}: give the data a"
+            " collate_fn that makes pairs, or train a LightningModule that takes the dict."
+        )
+    return batch
 
 
 def _picklable(optimizer: OptimizerCallable) -> OptimizerCallable:

@@ -32,6 +32,7 @@ def matching(module: nn.Module, patterns: Iterable[str], key: str) -> set[str]:
     for pattern in patterns:
         if not (names := _meant(module, tensors, pattern)):
             there = [_plain(n) for n, m in module.named_modules() if n and any(True for _ in m.parameters())]
+            there.sort(key=lambda name: not name.endswith(f".{pattern}"))
             raise MisconfigurationException(
                 f"{key}: {pattern!r} means nothing in {type(module).__name__}: no module or parameter has such a name,"
                 f" and no module is of such a class. There are {', '.join(there[:_SHOWN])}"

@@ -16,6 +16,7 @@ from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.config_file import ConfigFile
 from fedlight.callbacks.pictures import Curves, PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
+from fedlight.checks import check_objects
 from fedlight.module.hooks import in_federated_terms
 from fedlight.penalties.base import Penalty
 from fedlight.penalties.numbers import largest, scheduled
@@ -43,6 +44,7 @@ _AT_LEAST = {
     **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0, "swa_every_n_rounds": 1},
 }
 _ADDED = ("perturbation", "personal", "aggregator")
+_OBJECTS = ("algorithm", "perturbation", "personal", "sampler", "callbacks")
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
 
 
@@ -251,6 +253,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         MisconfigurationException: naming the YAML key, what was found and what is possible.
     """
+    check_objects({k: settings[k] for k in _OBJECTS if k != "personal" or not isinstance(settings[k], str | list)})
     if settings["local_epochs"] is not None and settings["local_steps"] is not None:
         raise MisconfigurationException("trainer.local_epochs and trainer.local_steps exclude each other; set one.")
     for key, least in _AT_LEAST.items():
@@ -266,8 +269,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     check_aggregator(settings, one_perturbation(settings))
     for stage in ("train", "val", "test"):
         _check_limit(f"limit_{stage}_batches", settings[f"limit_{stage}_batches"], zero=stage == "val")
-    clip = settings["gradient_clip_val"]
-    if clip is not None and not 0 < clip < float("inf"):
+    if (clip := settings["gradient_clip_val"]) is not None and not 0 < clip < float("inf"):
         raise MisconfigurationException(f"trainer.gradient_clip_val={clip!r} must be positive; null does not clip.")
     views, known = list(settings["views"]), get_args(View)
     if "server" not in views or any(v not in known for v in views):

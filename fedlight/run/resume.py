@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
+from fedlight.checks import check_objects
 from fedlight.data.held_out import given_data
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
@@ -86,6 +87,10 @@ def of_last_call(
         MisconfigurationException: without a module, where there was no call before.
     """
     if model is not None:
+        check_objects({"model": model})
+        if not hasattr(model, "automatic_optimization"):
+            name = type(model).__name__
+            raise MisconfigurationException(f"model: {name} is no LightningModule, as Classifier({name}(), 10) is.")
         return model, datamodule, ckpt_path
     before: Any = vars(trainer).get("_session")
     if before is None:

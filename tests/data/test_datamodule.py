@@ -4,6 +4,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
@@ -51,6 +52,13 @@ class ByHand(FederatedDataModule):
 def ready(data):
     data.setup()
     return data
+
+
+def test_a_partitioner_is_an_object():
+    with pytest.raises(
+        MisconfigurationException, match=r"data.partitioner: <class .* is no object. Give .* as IID\(\)"
+    ):
+        DatasetPartition(TensorDataset(torch.zeros(4)), num_clients=2, partitioner=IID)
 
 
 def test_the_smallest_subclass():

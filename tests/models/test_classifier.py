@@ -102,6 +102,13 @@ def test_net_is_a_module_or_a_class():
     assert Classifier(CifarCNN, num_classes=7)(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
 
 
+def test_what_makes_no_optimizer_and_a_dict_as_batch_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"`model.optimizer` must be a function that makes one.*got SGD"):
+        Classifier(MLP(4, 2), 2, SGD([torch.zeros(1)], lr=0.1))
+    with pytest.raises(TypeError, match=r"batches of \(inputs, labels\), found a dict of image, label: give"):
+        Classifier(MLP(4, 2), 2).training_step({"image": torch.zeros(1, 4), "label": torch.zeros(1)}, 0)
+
+
 def test_number_of_classes_and_logits_must_agree():
     with pytest.raises(MisconfigurationException, match=r"\[1, 7\].*model\.num_classes: 10"):
         Classifier(CifarCNN(num_classes=7), num_classes=10)(torch.zeros(1, 3, 32, 32))

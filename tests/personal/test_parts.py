@@ -360,6 +360,7 @@ def test_names_of_compiled_modules():
     ("settings", "model", "message"),
     [
         ({"personal": "nett"}, Decayed, "'nett' means nothing in Decayed: .* There are net, net.0, net.2"),
+        ({"personal": "2"}, Decayed, "'2' means nothing in Decayed: .* There are net.2, net, net.0"),
         ({"personal": ["net.0", "[a"]}, Decayed, r"'\[a' means nothing"),
         ({"personal": "torch.nn.Conv9d"}, Decayed, "means nothing"),
         ({"personal": "net"}, Decayed, "takes all 4 trained parameters, and nothing is left"),
