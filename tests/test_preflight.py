@@ -19,6 +19,7 @@ from fedlight.data import DatasetPartition, DirichletClients
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.dataset_partition import find_targets
 from fedlight.models import MLP, Classifier
+from fedlight.personal import PersonalParts
 from fedlight.run import labels
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
@@ -474,10 +475,15 @@ def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_thei
 
 def test_settings_that_change_nothing_are_said(tmp_path, caplog):
     idle = {"swa_start": 0.5, "swa_every_n_rounds": 2, "gradient_clip_algorithm": "value"}
-    quiet_trainer(tmp_path, max_rounds=1, **idle).fit(Regression(), Clients())
-    assert [key for key in idle if f"trainer.{key}={idle[key]!r} changes nothing, as trainer." in caplog.text] == [
-        *idle
-    ]
+    others = {"tf32": True, "buffers": "local", "channels_last": True, "client_val_every_n_rounds": 2}
+    without = {"limit_val_batches": 0, "personal": PersonalParts(["net.bias"], epochs=2)}
+    quiet_trainer(tmp_path, max_rounds=1, **idle, **others, **without).fit(Regression(), Clients())
+    said = [f"trainer.{key}={value!r} changes nothing, as " for key, value in (idle | others).items()]
+    said += ["trainer.personal.epochs=2 changes nothing, as no part alternates"]
+    assert [text for text in said if text not in caplog.text] == []
+    caplog.clear()
+    quiet_trainer(tmp_path, algorithm=SCAFFOLD(), max_rounds=1, centralized=True).fit(Regression(), Clients())
+    assert "trainer.centralized: algorithm, clients_per_round play no part, as there are no clients." in caplog.text
     caplog.clear()
     quiet_trainer(tmp_path, max_rounds=1, views=["server", "swa"], gradient_clip_val=1.0, **idle).fit(
         Regression(), Clients()

@@ -66,6 +66,7 @@ class TrainerInterface(LightningNames):
 
     Attributes:
         should_stop: set it to stop after the current round.
+        idle: settings that were given and play no part, as training is centralized.
         federation: the server's and the clients' state.
         resumed: whether that comes from a checkpoint.
         views: which weights are evaluated, what they log, and whether this round is due.
@@ -83,16 +84,18 @@ class TrainerInterface(LightningNames):
     seed: int
     fast_dev_run: bool
 
+    idle: Sequence[str] = ()
     barebones = False  # what Lightning's own callbacks and LightningModule.log read
 
     def __init__(self, settings: dict[str, Any]) -> None:
         check_settings(settings)
-        if settings["local_epochs"] is None and settings["local_steps"] is None:
-            settings["local_epochs"] = 1
+        settings["local_epochs"] = settings["local_epochs"] or (None if settings["local_steps"] else 1)
         if settings["fast_dev_run"]:
             one = {f"limit_{stage}_batches": 1 for stage in ("train", "val", "test")}
             settings |= one | {"max_rounds": 1, "local_epochs": 1, "local_steps": None, "enable_checkpointing": False}
         if settings["centralized"]:
+            usual = {"algorithm": FedAvg, "aggregator": None, "sampler": Uniform, "clients_per_round": 0.1}
+            self.idle = [key for key, value in usual.items() if value not in (settings[key], type(settings[key]))]
             settings |= {"algorithm": FedAvg(), "aggregator": None, "sampler": Uniform(), "clients_per_round": 1}
         callbacks = settings.pop("callbacks")
         given = callbacks if isinstance(callbacks, list | tuple) else [callbacks]
@@ -107,9 +110,8 @@ class TrainerInterface(LightningNames):
         self.perturbation: Perturbation | None = one_perturbation(settings)
         self._personal = one_personalization(settings)
         self.settings = settings
-        for key in ("algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"):
-            setattr(self, key, settings[key])
-        for key in ("default_root_dir", "name", "seed", "fast_dev_run", "precision", "num_nodes"):
+        names = "algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"
+        for key in (*names, "default_root_dir", "name", "seed", "fast_dev_run", "precision", "num_nodes"):
             setattr(self, key, settings[key])
         self._session: Call
         self.state = TrainerState()

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
@@ -18,6 +19,7 @@ from fedlight.data.held_out import given_data
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.penalties.numbers import follow
+from fedlight.personal.parts import PersonalParts
 from fedlight.run.attempt import check_gradient, prepared, softmaxes_said, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
@@ -44,12 +46,22 @@ def check_methods(run: RunContext) -> None:
         if (last := tensor.schedule.get("after", 0) + tensor.schedule["rounds"]) > trainer.max_rounds:
             rank_zero_info(f"{tensor.key}: its schedule ends after {last} rounds, and training before.")
     _check_enough(trainer, federation)
-    settings, swa = run.settings, ("swa" in run.settings["views"], "trainer.views has no `swa`")
-    clips = settings["gradient_clip_val"] is not None, "trainer.gradient_clip_val is null"
-    usual = {"swa_start": (0.75, swa), "swa_every_n_rounds": (1, swa), "gradient_clip_algorithm": ("norm", clips)}
-    for key, (default, (acts, why)) in usual.items():
-        if settings[key] != default and not acts:
-            rank_zero_info(f"trainer.{key}={settings[key]!r} changes nothing, as {why}.")
+    settings, personal, swa = run.settings, trainer.personal, ("swa" in run.settings["views"], "views has no `swa`")
+    _say_idle(settings, "swa_start", 0.75, *swa)
+    _say_idle(settings, "swa_every_n_rounds", 1, *swa)
+    clips = settings["gradient_clip_val"] is not None
+    _say_idle(settings, "gradient_clip_algorithm", "norm", clips, "gradient_clip_val is null")
+    evaluates = settings["limit_val_batches"] != 0
+    _say_idle(settings, "client_val_every_n_rounds", None, evaluates, "limit_val_batches is 0")
+    if isinstance(personal, PersonalParts) and personal.epochs != 1 and not personal.trains_apart:
+        rank_zero_info(f"trainer.personal.epochs={personal.epochs} changes nothing, as no part alternates.")
+    if trainer.idle:
+        rank_zero_info(f"trainer.centralized: {', '.join(trainer.idle)} play no part, as there are no clients.")
+
+
+def _say_idle(settings: Mapping[str, Any], key: str, default: Any, acts: bool, why: str) -> None:
+    if settings[key] != default and not acts:
+        rank_zero_info(f"trainer.{key}={settings[key]!r} changes nothing, as {why}.")
 
 
 def check_data(run: RunContext) -> None:
@@ -65,6 +77,11 @@ def check_data(run: RunContext) -> None:
     client = int(sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
     data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
+    _say_idle(run.settings, "tf32", None, run.fabric.device.type == "cuda", f"the device is {run.fabric.device}")
+    kept = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
+    _say_idle(run.settings, "buffers", "average", bool(kept), "the model has none")
+    images = any(getattr(leaf, "ndim", 0) == 4 for leaf in tree_leaves(first_samples(datamodule, client, 1)))
+    _say_idle(run.settings, "channels_last", False, images, "no batch has images [B, C, H, W]")
     check_finite(sets)
     check_vocabulary(module, sets)
     if not module.training:  # as in training: some modules give losses only there
