@@ -104,7 +104,6 @@ def _arguments(cls: type) -> set[str]:
 
 
 def _path(value: Any, key: str, lost: Lost) -> str:
-    """The import path of a class or function."""
     module, name = getattr(value, "__module__", None) or "", getattr(value, "__qualname__", type(value).__name__)
     there: Any = sys.modules.get(module)
     for part in name.split("."):

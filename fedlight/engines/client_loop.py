@@ -179,7 +179,6 @@ class ClientLoop:
         return state, False
 
     def _set_gradient(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> State:
-        """Let the parameters have the gradient of a step."""
         call, optimizer, self._models = self.training.call, self.optimizer, objective.references
         self._frozen, self._idle = objective.frozen, []
         call("on_before_zero_grad", optimizer)

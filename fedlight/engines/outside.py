@@ -67,7 +67,6 @@ def differ(before: dict[_Variable, tuple[Any, dict[Any, Any]]]) -> bool:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    """The names in a function's code, and in functions inside of it."""
     yield from code.co_names
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -19,6 +19,7 @@ from fedlight.module.step import TRANSFER_HOOKS
 from fedlight.penalties.numbers import scheduled
 from fedlight.penalties.step import penalized_step
 
+_LIBRARIES = ("/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/penalties/")
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
 
 
@@ -103,15 +104,11 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
         )
     elif "in-place" in text or "inplace" in text:
         reason = "changes a tensor in place that the clients share"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_library(f.filename)]
+    traced = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traced if not any(place in frame.filename for place in _LIBRARIES)]
     where = f", at {frames[-1].filename}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
     first = f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
     return f"training_step of {type(module).__name__} {reason} ({first}){where}"
-
-
-def _is_library(filename: str) -> bool:
-    places = "/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/penalties/"
-    return any(place in filename for place in places)
 
 
 def values_of_step(training: LocalTraining) -> tuple[ModuleState, list[Any]]:

@@ -94,7 +94,6 @@ def _acts(module: torch.nn.Module) -> bool:
 
 
 def _joined(clients: Sequence[ArrayDataset], device: torch.device) -> Any:
-    """The samples of all as one batch."""
     first = clients[0]
     if all(same_storage(data, first) for data in clients):
         rows = torch.cat([data.positions(torch.arange(len(data), device=first.device)) for data in clients])

@@ -108,7 +108,7 @@ class TrainerInterface(LightningNames):
         settings["default_root_dir"] = Path(settings["default_root_dir"]).expanduser()
         settings["precision"] = _PRECISIONS.get(str(settings["precision"]), settings["precision"])
         self.perturbation: Perturbation | None = one_perturbation(settings)
-        self._personal = one_personalization(settings)
+        self._personal = one_personalization(settings)  # what was given stays in `settings`
         self.settings = settings
         names = "algorithm", "sampler", "max_rounds", "local_epochs", "local_steps", "accumulate_grad_batches"
         for key in (*names, "default_root_dir", "name", "seed", "fast_dev_run", "precision", "num_nodes"):

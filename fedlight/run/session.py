@@ -283,7 +283,6 @@ class Session(RunContext):
         return checkpoint
 
     def _take_folder(self) -> Path:
-        """Make the run's folder if there is none yet, and lock it."""
         self._created = self.folder is None
         self.folder = self.folder or RunFolder.create(self.trainer.default_root_dir, self.trainer.name)
         self.folder.lock()

@@ -102,10 +102,6 @@ class Movers:
             self.state.restore()
             load_tensors(self._run.module, self._run.federation.state.buffers)
 
-    def capture_anew(self) -> None:
-        """Training begins: what clients find is the module as it is now, not as an evaluation before has seen it."""
-        vars(self).pop("state", None)
-
     def adopt(self, names: Iterable[str]) -> None:
         """Treat these parameters, which have not moved yet, as buffers."""
         federation = self._run.federation
@@ -200,7 +196,7 @@ def start_profiler(profiler: Profiler, folder: Path | None, rank: int, cleanup: 
 
 def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     """What all local trainings of the run have in common."""
-    movers.capture_anew()
+    vars(movers).pop("state", None)  # clients find the module as it is now, not as an evaluation before has seen it
     trainer, settings, data, federation = run.trainer, run.settings, run.datamodule, run.federation
     clip, engine, per_round = settings["gradient_clip_val"], settings["engine"], expected_clients(trainer.sampler)
     federation.clients.read = settings["compile"] or not (engine in ("auto", "eager") or isinstance(engine, Eager))

@@ -87,7 +87,6 @@ def say_end(run: RunContext, seconds: float, logged: list[str]) -> None:
 
 
 def _summary(run: RunContext, folder: Path, seconds: float, logged: list[str]) -> dict[str, Any]:
-    """Final and best metrics, rounds, seconds, seed, versions."""
     trainer, rows, final = run.trainer, read_metrics(folder / "metrics.csv"), dict[str, float]()
     for row in rows:
         final.update(row)

@@ -56,7 +56,6 @@ class ClientStore:
         return row
 
     def _place(self, old: State, new: State) -> torch.device:
-        """Where a state goes that replaces another."""
         if self._where != "auto" or self.device.type == "cpu":
             return self.device if self._where == "device" else torch.device("cpu")
         self._bytes -= self._device_bytes(old)
@@ -176,7 +175,6 @@ class DiskClientStore(ClientStore):
         return self._folder / f"{part}.{name.replace('/', '%2F')}.bin"  # transforms keep `params/0/error`
 
     def _read(self, part: str, slot: int) -> State:
-        """What a slot holds, in main memory."""
         shapes = self._files[part].shapes
         state = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in shapes.items()}
         with writing(self._folder):

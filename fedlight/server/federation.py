@@ -124,7 +124,9 @@ class Federation:
         moves, counters = buffer_moves(result.buffers, self._buffer, self._infinite)
         moves |= {"personal": reply.part.double()} if len(reply.part) and not private else {}
         terms |= {k: weight * v for k, v in moves.items()}
-        report = Report.of(result, weight, square, reply.num_bytes, reply.steps_apart)
+        counts = result.num_samples, result.num_steps, reply.steps_apart, reply.num_bytes
+        logged = result.loss_scale, result.metrics, result.reductions
+        report = Report(result.client, True, weight, square, *counts, *logged)
         kept = {"params": reply.message["params"]} if algorithm.collects else None
         kept = kept if self.aggregator is None else {"update": update, **moves}
         self._incoming.add(Entry(report, terms, counters, rows, kept))

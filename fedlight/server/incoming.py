@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
-from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.aggregators import Aggregator
 from fedlight.server.rows import from_all
@@ -38,12 +37,6 @@ class Report:
     loss_scale: Any  # that 16-bit mixed precision ended with
     metrics: Mapping[str, tuple[Any, Any]]  # logged sums, as name -> (weighted sum, weight)
     reductions: Mapping[str, str]  # how each logged name is combined
-
-    @classmethod
-    def of(cls, result: ClientResult, weight: float, square: Tensor, up_bytes: int, apart: int = 0) -> "Report":
-        """The report of a result."""
-        counts = result.client, True, weight, square, result.num_samples, result.num_steps, apart, up_bytes
-        return cls(*counts, result.loss_scale, result.metrics, result.reductions)
 
     @property
     def values(self) -> dict[str, float]:
@@ -207,7 +200,6 @@ def check_enough(clients: int, algorithm: Algorithm, aggregator: Aggregator | No
 
 
 def _reduced(reports: Sequence[Report]) -> dict[str, float]:
-    """What the clients logged, over all of them."""
     logged: dict[str, list[tuple[float, float]]] = {}
     reductions: dict[str, str] = {}
     for report in reports:
@@ -221,8 +213,7 @@ def _reduced(reports: Sequence[Report]) -> dict[str, float]:
         if reduction in ("min", "max"):
             out[name] = min(values) if reduction == "min" else max(values)
         else:
-            total = _sum(values)
-            seen = _sum(weights)
+            total, seen = _sum(values), _sum(weights)
             out[name] = total if reduction == "sum" else total / seen if seen else math.nan
     return out
 

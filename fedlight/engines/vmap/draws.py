@@ -30,7 +30,8 @@ class ClientDropout(TorchFunctionMode):
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func is torch.dropout:
-            return self._dropout(args[0] if args else kwargs["input"], *args[1:], **_renamed(kwargs))
+            named = {"training" if key == "train" else key: value for key, value in kwargs.items() if key != "input"}
+            return self._dropout(args[0] if args else kwargs["input"], *args[1:], **named)
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -45,10 +46,6 @@ class ClientDropout(TorchFunctionMode):
         kept = (numbers >= round(p * 2**_BITS)).view(input.shape).to(input.dtype)
         scaled = kept * (1 / (1 - p) if p < 1 else 0.0)
         return input.mul_(scaled) if inplace else input * scaled
-
-
-def _renamed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"training" if key == "train" else key: value for key, value in kwargs.items() if key != "input"}
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -169,7 +169,6 @@ class StackedClients:
         return self._keep(out, count, rows)
 
     def _run_one(self, sizes: tuple[int, ...], batch: Tensors, row: int) -> dict[str, Tensor]:
-        """Run a program of one client's own."""
         # Copies, whose addresses are alike: products may round by how far a matrix is from a multiple of 64 bytes.
         named = {name: value[row].clone() for name, value in self._rows.items()} | self._shared
         named |= numbered(leaf.clone() for leaf in batch)
