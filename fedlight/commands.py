@@ -50,8 +50,7 @@ class Commands(TrainerInterface):
         """Evaluate the views of a checkpoint, or a module as it is, on the test data.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
-                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
+            model: the module, or None, as for :meth:`validate`; it holds the server's model afterwards.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             verbose: print the metrics.
@@ -68,8 +67,7 @@ class Commands(TrainerInterface):
         """Measure the curvature of a checkpoint's views, or of a module as it is: Hessian, density, landscape.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
-                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
+            model: the module, or None, as for :meth:`validate`; it holds the server's model afterwards.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             options: what to measure; see :func:`fedlight.analysis.run.analyze`.
@@ -91,8 +89,7 @@ class Commands(TrainerInterface):
         """Predict from the data's ``predict_dataloader``, which by default is the test data, and write it to a file.
 
         Args:
-            model: the module; it holds the server's model of the checkpoint afterwards. Without one, as in Lightning,
-                that of the last call is meant, with its data and, if none is named, the best checkpoint of its run.
+            model: the module, or None, as for :meth:`validate`; it holds the server's model afterwards.
             datamodule: the data.
             ckpt_path: a file, or ``last`` or ``best`` of the newest run of this name; the module as it is by default.
             return_predictions: whether to return them.
