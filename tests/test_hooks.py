@@ -9,9 +9,20 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelSumm
 from lightning.pytorch.core.hooks import CheckpointHooks, ModelHooks
 
 from fedlight.callbacks.progress import RoundProgress
-from fedlight.module.hooks import _REFUSED_MODULE, BATCH_HOOKS, SUPPORTED
+from fedlight.module.hooks import _REFUSED_MODULE, BATCH_HOOKS, EPOCH_HOOKS
 from fedlight.perturbations import SAM
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
+
+# Hooks that are called with the arguments that Lightning gives them (and the round hooks, which are fedlight's).
+SUPPORTED = {
+    *(*EPOCH_HOOKS, *BATCH_HOOKS, "on_fit_start", "on_train_start", "on_train_end", "on_fit_end"),
+    *("on_round_start", "on_client_start", "on_client_end", "on_round_metrics", "on_round_end"),
+    *("setup", "teardown", "configure_model", "configure_callbacks", "on_exception"),
+    *("on_save_checkpoint", "on_load_checkpoint"),
+}
+for stage in ("validation", "test", "predict"):
+    SUPPORTED |= {f"on_{stage}_{when}_{end}" for when in ("epoch", "batch") for end in ("start", "end")}
+    SUPPORTED |= {f"on_{stage}_start", f"on_{stage}_end"}
 
 
 def recorder(base, name, calls, hooks=SUPPORTED):

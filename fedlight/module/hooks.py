@@ -18,7 +18,6 @@ from fedlight.module.looking import Looking, once_known
 from fedlight.penalties.base import Penalty
 from fedlight.run.folder import optional
 
-FIT_HOOKS = ("on_fit_start", "on_train_start", "on_train_end", "on_fit_end")
 EPOCH_HOOKS = ("on_train_epoch_start", "on_train_epoch_end")
 BATCH_HOOKS = (
     "on_train_batch_start",
@@ -28,19 +27,6 @@ BATCH_HOOKS = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
-ROUND_HOOKS = ("on_round_start", "on_client_start", "on_client_end", "on_round_metrics", "on_round_end")
-EVALUATION_HOOKS = tuple(
-    f"on_{stage}_{when}"
-    for stage in ("validation", "test", "predict")
-    for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
-)
-CHECKPOINT_HOOKS = ("on_save_checkpoint", "on_load_checkpoint")
-SUPPORTED = {
-    *(*FIT_HOOKS, *EPOCH_HOOKS, *BATCH_HOOKS, *ROUND_HOOKS, *EVALUATION_HOOKS, *CHECKPOINT_HOOKS),
-    *("setup", "teardown", "configure_model", "configure_callbacks", "on_exception"),
-}
-"""Hooks that are called with the arguments that Lightning gives them (and the round hooks, which are ours)."""
-
 _REFUSED_MODULE = {
     "optimizer_zero_grad": "gradients are views of one vector that the engine clears",
     "backward": "the engine runs the backward pass, once or twice per step",
