@@ -157,10 +157,7 @@ class FederatedTrainer(Commands):
         super().__init__(settings)
 
     def fit(
-        self,
-        model: LightningModule,
-        datamodule: FederatedDataModule | None = None,
-        ckpt_path: str | Path | None = None,
+        self, model: LightningModule, datamodule: FederatedDataModule | None = None, ckpt_path: str | Path | None = None
     ) -> None:
         """Train a module federatedly.
 

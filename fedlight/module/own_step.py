@@ -13,26 +13,22 @@ from torch.optim import Optimizer
 class OwnStep:
     """Calls a module's ``optimizer_step``, which has to end in ``optimizer.step(closure)``, for one client.
 
-    ``update`` lets the optimizer take a step; ``shown`` is called before somebody gets to see it. ``lrs`` are the
+    ``update`` lets the optimizer take a step; ``show`` is called before somebody gets to see it. ``lrs`` are the
     learning rates of the steps that were taken.
     """
 
     def __init__(
-        self,
-        module: LightningModule,
-        optimizer: Optimizer,
-        update: Callable[[], None],
-        shown: Callable[[], None] | None = None,
+        self, module: LightningModule, optimizer: Optimizer, update: Callable[[], None], show: Callable[[], None] | None
     ) -> None:
-        self._module, self._optimizer, self._update, self._shown = module, optimizer, update, shown
+        self._module, self._optimizer, self._update, self._show = module, optimizer, update, show
         self._closure: Callable[[], Any] | None = None
         self.lrs: list[float] = []
 
     @cached_property
     def optimizer(self) -> LightningOptimizer:
         """What ``self.optimizers()`` gives, and ``optimizer_step`` gets."""
-        if self._shown is not None:
-            self._shown()
+        if self._show is not None:
+            self._show()
         wrapped: Any = LightningOptimizer(self._optimizer)
         wrapped.zero_grad = self._optimizer.zero_grad  # it has one of its own, by its class
         wrapped._strategy = self

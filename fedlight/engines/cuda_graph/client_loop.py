@@ -1,7 +1,7 @@
 """A slot whose local steps are recorded, and replayed on other batches."""
 
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -181,11 +181,8 @@ class RecordedLoop(ClientLoop):
             for room, leaf in zip(self.pool.storage.leaves, own.storage.leaves, strict=True):
                 room[: len(leaf)].copy_(leaf)
         self.flat.params.copy_(task.objective.start)
-        for held, values in (
-            (self.buffers, task.buffers),
-            (self._objective, task.objective.parts()),
-            (self._state, task.perturbation),
-        ):
+        given: tuple[Mapping[str, Tensor | float], ...] = task.buffers, task.objective.parts(), task.perturbation
+        for held, values in zip((self.buffers, self._objective, self._state), given, strict=True):
             for name, value in values.items():
                 if isinstance(value, Tensor):
                     held[name].copy_(value)
