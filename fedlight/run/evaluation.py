@@ -124,10 +124,7 @@ class Evaluator:
         return self._separable[stage]
 
     def attempt(self, dataset: Dataset[Any], stage: Stage) -> bool:
-        """Evaluate a dataset's first batch without a trace; whether it left nothing that a later one could read.
-
-        So may a hook; torchmetrics, of which each process computes its own part, do not count.
-        """
+        """Evaluate the first batch without a trace; whether it left nothing, but in torchmetrics, for later ones."""
         dataset = in_memory(dataset, self._datamodule.collate_fn)
         module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
         with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():

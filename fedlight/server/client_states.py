@@ -40,9 +40,9 @@ class ClientStates:
     shows_parts: ClassVar[bool] = True  # whether the mean of what stays with clients is known, for evaluation alone
     initial: Tensor = field(init=False)  # the personal entries before the first round, [P_own]
     initial_buffers: State = field(default_factory=dict, init=False)  # before the first round
-    read: bool = field(default=False, init=False)  # are datasets read into memory, for an engine that takes no others?
+    read: bool = field(default=False, init=False)  # whether datasets are read into memory, as an engine may need
     compared: Sequence[str] = field(default=(), init=False)  # the models that penalties compare the clients' with
-    losses: dict[int, float] | None = field(default=None, init=False)  # where training starts, if they are needed
+    losses: dict[int, float] | None = field(default=None, init=False)  # of the models that clients start from
 
     def __post_init__(self, layout: ParameterLayout) -> None:
         # The samples of every client, [N], their mean, and the part of the model that all share: what algorithms see.

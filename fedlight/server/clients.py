@@ -22,7 +22,7 @@ Where = Literal["auto", "device", "cpu", "disk"]
 class ClientStore:
     """Rows of state for those clients that have trained: nothing is kept for the others.
 
-    States are handed out on a device. They are kept there, on the CPU, or (``auto``) there while ``limit_bytes`` do.
+    States are handed out on a device. They are kept there, on the CPU, or (``auto``) there up to ``limit_bytes``.
     """
 
     def __init__(self, device: torch.device | str = "cpu", where: Where = "auto", limit_bytes: float = 8e9) -> None:

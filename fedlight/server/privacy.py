@@ -51,7 +51,7 @@ class Privacy:
             getattr(sampler, "redraw", False)
             and "trainer.sampler.redraw: no accountant covers rounds that are drawn again. Set it to false.",
         )
-        held = {k: v for k, v in vars(settings).items() if not k.startswith("clip")}  # which noise is in multiples of
+        held = {k: v for k, v in vars(settings).items() if not k.startswith("clip")}  # noise is in multiples of it
         self._held = held | {"delta": delta, "clients_per_round": self.clients, "of": n, "sampler": name}
         changed = [k for k, v in self._held.items() if ledger is not None and v != ledger["settings"].get(k)]
         _refuse(changed and f"ckpt_path: its rounds had another {changed} in their ledger. Set it back, or start anew.")

@@ -37,7 +37,7 @@ class ClientRows:
         self._background: Any = distributed.new_group(backend="gloo") if self._world > 1 else None
 
     def bring(self, shares: Sequence[list[int]]) -> list[int]:
-        """Let the rows of those that train in each process be there; every process calls. The clients of this one."""
+        """Let the rows of those that train in each process be there, and return this one's; every process calls."""
         moves: dict[tuple[int, int], list[int]] = {}
         for rank, clients in enumerate(shares):
             for client in clients:
