@@ -3,6 +3,7 @@
 import math
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 
 from fedlight.checks import check_number
 from fedlight.data.arrays import ArrayDataset
@@ -156,5 +157,7 @@ class ImageData(PartitionedDataModule):
         if len(mean) != channels:
             raise ValueError(f"`data.normalize` is for {len(mean)} channels, but the images have {channels}.")
         augment = channels == 3 and self.source != "svhn" if self.augment is None else self.augment
+        if self.crop_padding != 4 and not augment:
+            rank_zero_info(f"data.crop_padding={self.crop_padding} changes nothing, as data.augment is false.")
         training = {"flip": 0.5, "crop_padding": self.crop_padding} if augment else {}
         return BatchTransform(mean, std), BatchTransform(mean, std, **training)  # type: ignore[arg-type]

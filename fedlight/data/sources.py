@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.data.files import has_idx, load_idx, load_npz
@@ -63,6 +64,8 @@ def load_source(
     for key, value in (("image_size", image_size), ("test_domains", test_domains)):
         if value and not (is_tree or listed):
             raise ValueError(f"`data.{key}` is for a `data.source` that is a folder of images, not for {source!r}.")
+    if test_fraction != 0.2 and (source in SOURCE_NAMES or (path.is_dir() and not (is_tree or listed))):
+        rank_zero_info(f"data.test_fraction={test_fraction:g} changes nothing, as {source} has a test set.")
     if source == "digits":
         arrays = _digits()
     elif source in _TORCHVISION:

@@ -45,6 +45,12 @@ def npz(tmp_path):
     return str(tmp_path / "images.npz")
 
 
+def test_what_changes_nothing_is_said(caplog):
+    ready(crop_padding=3, test_fraction=0.5)
+    assert "data.crop_padding=3 changes nothing, as data.augment is false." in caplog.text
+    assert "data.test_fraction=0.5 changes nothing, as digits has a test set." in caplog.text
+
+
 def test_the_default_works_offline():
     data = ready()
     assert data.num_clients == 20
