@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -72,6 +73,8 @@ class Classifier(LightningModule):
                 raise TypeError(
                     f"`model.{key}` must be a function that makes one, as a partial of its class, got {given!r}"
                 )
+        if lr_interval != "round" and lr_scheduler is None:
+            rank_zero_info(f"model.lr_interval={lr_interval} changes nothing, as model.lr_scheduler is null.")
         # Objects cannot be read back with weights_only=True; what a CLI hands over is their plain configuration.
         self.save_hyperparameters(ignore=["net", "optimizer", "lr_scheduler"])
         if "_instantiator" in self.hparams:

@@ -112,7 +112,7 @@ class Penalty(_CallbackBase, Term):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Detach."""
-        self.detach(pl_module)
+        self._end(pl_module)
 
     teardown = on_fit_end
 
@@ -124,6 +124,10 @@ class Penalty(_CallbackBase, Term):
                 " a Dropout(inplace=True) that follows an activation (docs/man.md)."
             )
         self.detach(pl_module)
+
+    def _end(self, module: nn.Module) -> None:
+        if (step := penalized_step(module)) is not None:
+            step.remove(self, over=True)
 
     def _check(self, module: nn.Module) -> None:
         name, owner = type(self).__name__, type(module).__name__

@@ -31,6 +31,7 @@ class _Findings:
 
     doubts: dict[Source, str] | None = None  # what speaks against each source's being a layer, or ""
     takes: dict[tuple[Source, str], bool] = field(default_factory=dict)  # by source and name
+    over: bool = False  # whether the fit that it was attached for has ended
 
 
 class Observation(TorchFunctionMode):
@@ -44,7 +45,7 @@ class Observation(TorchFunctionMode):
         super().__init__()
         self.penalty, self.names = penalty, list(observed)
         self.looking = self.choosing = penalty.sees_functions
-        self._findings, self._settled = _Findings(), not self.looking
+        self.findings, self._settled = _Findings(), not self.looking
         self._doubts: dict[Source, str] = {}
         self._with_grad, self._recording, self._level = True, False, 0
         self._told = WarningCache()
@@ -61,7 +62,7 @@ class Observation(TorchFunctionMode):
         """A step begins."""
         self.forget()
         self._with_grad, self._recording, self._level = torch.is_grad_enabled(), True, _level()
-        self.choosing = self.penalty.sees_functions and self._findings.doubts is None
+        self.choosing = self.penalty.sees_functions and self.findings.doubts is None
         if not (self.choosing or self._settled or torch.compiler.is_compiling()):
             self._settle()
 
@@ -78,8 +79,9 @@ class Observation(TorchFunctionMode):
         self._late: set[Source] = set()  # functions of training_step that nothing learns after
         self._within: set[Source] = set()  # and those that something does
 
-    def remove(self) -> None:
-        """Take the hooks away."""
+    def remove(self, over: bool) -> None:
+        """Take the hooks away; with ``over`` copies stop as well, which keep theirs."""
+        self.findings.over = over
         for frame in self._frames:
             frame.remove(all=True)
 
@@ -98,7 +100,7 @@ class Observation(TorchFunctionMode):
     def _take_function(self, function: str, out: Any) -> None:
         top = self._stack[-1] if self._stack else None
         kind, path = ("training_step", "") if top is None else (top.kind, top.name)
-        source, seen = (kind, function), self._findings.doubts
+        source, seen = (kind, function), self.findings.doubts
         if (top is not None and top.opaque) or not (self.choosing or seen is None or source in seen):
             return
         if top is None and self._with_grad and not torch.is_grad_enabled():
@@ -150,7 +152,7 @@ class Observation(TorchFunctionMode):
             self._called[key] = (source, name)
 
     def _wants(self, source: Source, name: str) -> bool:
-        takes, doubts = self._findings.takes, self._findings.doubts
+        takes, doubts = self.findings.takes, self.findings.doubts
         if (source, name) not in takes:
             takes[source, name] = self.penalty.takes(name, (doubts or {}).get(source, ""), bool(source[0]))
         return takes[source, name]
@@ -159,7 +161,7 @@ class Observation(TorchFunctionMode):
         """The penalty of the step."""
         if self.choosing and self._with_grad:
             self._choose()
-        if not self.measured and self._findings.doubts:
+        if not self.measured and self.findings.doubts:
             return torch.zeros(())  # a later step that calls no layer
         if self.names and not self.measured:
             raise MisconfigurationException(
@@ -181,13 +183,13 @@ class Observation(TorchFunctionMode):
         }
         self.measured = {key: value for key, value in self.measured.items() if takes[called[key]]}
         if self.measured and not torch.compiler.is_compiling():
-            self._findings.doubts, self._findings.takes = doubts, takes
+            self.findings.doubts, self.findings.takes = doubts, takes
             self._settle()
             left_out = {name: doubts[source] for (source, name), taken in takes.items() if doubts[source] and not taken}
             rank_zero_info(line(type(self.penalty).__name__, list(self.measured), left_out))
 
     def _settle(self) -> None:
-        self._settled, takes = True, self._findings.takes
+        self._settled, takes = True, self.findings.takes
         self.looking = any(taken for (source, _), taken in takes.items() if source[0])
         kinds = {source[0] for source, _ in takes}
         for frame in self._frames:
@@ -198,7 +200,7 @@ class Observation(TorchFunctionMode):
         return self.__dict__ | {"measured": {}, "_called": {}, "_squashed": [], "_stack": [], "_recording": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
-        memo |= {id(shared): shared for shared in (self.penalty, self._findings)}
+        memo |= {id(shared): shared for shared in (self.penalty, self.findings)}
         clone = object.__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))

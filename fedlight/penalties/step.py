@@ -59,10 +59,13 @@ class PenalizedStep:
         """Attach a penalty that observes these submodules."""
         self._observations.append((penalty.watch or Observation)(penalty, observed, self.module))
 
-    def remove(self, penalty: Term) -> None:
-        """Detach a penalty; with the last one the module gets its own ``training_step`` back."""
+    def remove(self, penalty: Term, over: bool = False) -> None:
+        """Detach a penalty, with ``over`` from copies of the module, too.
+
+        With the last one the module gets its own ``training_step`` back.
+        """
         for observation in [o for o in self._observations if o.penalty is penalty]:
-            observation.remove()
+            observation.remove(over)
             self._observations.remove(observation)
         if not self._observations:
             self._restore()
@@ -93,7 +96,7 @@ class PenalizedStep:
         return self._run(dataloader_iter)
 
     def _run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        seeing = [o for o in self._observations if self.model in (None, *o.penalty.compares)]
+        seeing = [o for o in self._observations if self.model in (None, *o.penalty.compares) and not o.findings.over]
         if not seeing or (self.model is None and _is_evaluating(self.module)):
             return self._call(batch, *args, **kwargs)
         for observation in seeing:

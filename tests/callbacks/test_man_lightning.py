@@ -1,5 +1,6 @@
 """MAN in Lightning's Trainer: every optimizer step gets the formula's gradient, and nothing is left behind."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -289,6 +290,18 @@ def test_several_fits_and_several_callbacks():
         ours, _ = fit(module, data, *callbacks)
         assert_same(ours, expected)
     assert is_untouched(module)
+
+
+def test_a_copy_that_is_kept_is_trained_plainly_after_the_fit():
+    class Best(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.copy = copy.deepcopy(pl_module)
+
+    best, data = Best(), batches(1)
+    fit(Lit(lr=0.0), data, MAN(ZETA), best)
+    for callbacks, zeta in (([], 0.0), ([MAN(ZETA)], ZETA)):
+        ours, _ = fit(best.copy, data, *callbacks)
+        assert_same(ours, formula_gradients(Lit(lr=0.0), [data], zeta))
 
 
 def test_barebones_trains_and_does_not_log():

@@ -128,6 +128,11 @@ def test_arguments_out_of_range_are_named(kwargs, key):
         Classifier(nn.Linear(3, 3), **kwargs)
 
 
+def test_an_interval_without_a_scheduler_is_said(caplog):
+    identity_classifier(lr_interval="step")
+    assert "model.lr_interval=step changes nothing, as model.lr_scheduler is null." in caplog.text
+
+
 def test_predict_gives_classes_with_or_without_labels():
     model, x = identity_classifier(), torch.eye(3)[[2, 0]]
     assert model.predict_step(x, 0).tolist() == [2, 0]
