@@ -99,7 +99,8 @@ class Penalty(_CallbackBase, Term):
         """Attach."""
         self.follow(trainer.current_epoch, pl_module.device)
         step = self.attach(pl_module)
-        step.totals = {} if trainer.world_size > 1 and not hasattr(trainer, "current_round") else None
+        several = trainer.world_size > 1 and torch.distributed.is_initialized()
+        step.totals = {} if several and not hasattr(trainer, "current_round") else None  # which shares logs by itself
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow schedules; ``FederatedTrainer``, which has rounds, does so itself."""
