@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import nn
 
 from fedlight import FederatedTrainer
-from fedlight.engines.trial import _COUNTERS
+from fedlight.module.looking import _COUNTERS
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SENTENCES = ("has no meaning in a federated run. ", "is known only from when fit, validate or test is called")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedlight.analysis.layers import differentiable_once, explain
-from fedlight.engines.trial import watched
 from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step, unwrapped
 from fedlight.run.float32 import float32_products

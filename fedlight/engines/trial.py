@@ -1,34 +1,25 @@
 """A few local steps before training, on the module that trains: what they do besides changing its parameters."""
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from fedlight.engines.base import Findings, LocalTraining
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.outside import seen_outside
 from fedlight.local import LocalObjective
-from fedlight.module.logs import with_attributes
+from fedlight.module.looking import watched
 from fedlight.module.state import attributes_of, untouched
 from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
 
 STEPS = 3
 """Local steps of the trial: what happens in every second step is seen, too."""
-_COUNTERS = {
-    *("current_round", "current_epoch", "global_step", "fit_loop", "is_last_batch", "optimizers", "strategy"),
-    *("train_dataloader", "num_training_batches", "estimated_stepping_batches", "max_steps", "lr_scheduler_configs"),
-    *("callback_metrics", "logged_metrics", "progress_bar_metrics", "logger", "loggers", "should_stop"),
-}
-"""What differs between steps, clients or rounds, or is to be done anew in each."""
 
 
 def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
@@ -107,30 +98,6 @@ def _generators(device: torch.device) -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     found = {"random": random.getstate(), "numpy.random": (kind, np.asarray(keys).tobytes(), *rest)}
     return found if device.type == "cpu" else found | {"torch's CPU generator": torch.get_rng_state().tolist()}
-
-
-@contextmanager
-def watched(module: LightningModule, read: set[str]) -> Iterator[None]:
-    """Note in ``read`` which counters of the trainer the module reads; loggers receive nothing."""
-    with ExitStack() as stack:
-        for m in module.modules():
-            if (trainer := getattr(m, "_trainer", None)) is not None:
-                stack.enter_context(with_attributes([m], {"_trainer": _WatchedTrainer(trainer, read)}))
-        yield
-
-
-class _WatchedTrainer:
-    """Passes everything on except to loggers, and notes whether a counter was read."""
-
-    def __init__(self, trainer: Any, read: set[str]) -> None:
-        self.watched, self._read = trainer, read
-
-    def __getattr__(self, name: str) -> Any:
-        if name in _COUNTERS:
-            self._read.add(f"trainer.{name}")
-        if name in ("logger", "loggers"):
-            return DummyLogger() if name == "logger" else [DummyLogger()]
-        return getattr(self.watched, name)
 
 
 class WatchedIndex(int):

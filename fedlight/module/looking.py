@@ -1,10 +1,21 @@
-"""What Lightning's callbacks that look at a run see of a round."""
+"""What of the trainer is seen by Lightning's callbacks that look at a run, and by modules that are watched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from fedlight.module.logs import with_attributes
+
+_COUNTERS = {
+    *("current_round", "current_epoch", "global_step", "fit_loop", "is_last_batch", "optimizers", "strategy"),
+    *("train_dataloader", "num_training_batches", "estimated_stepping_batches", "max_steps", "lr_scheduler_configs"),
+    *("callback_metrics", "logged_metrics", "progress_bar_metrics", "logger", "loggers", "should_stop"),
+}
+"""What differs between steps, clients or rounds, or is to be done anew in each."""
 
 
 class Looking:
@@ -51,3 +62,27 @@ def once_known(
         return call(*args)
 
     return ask
+
+
+@contextmanager
+def watched(module: LightningModule, read: set[str]) -> Iterator[None]:
+    """Note in ``read`` which counters of the trainer the module reads; loggers receive nothing."""
+    with ExitStack() as stack:
+        for m in module.modules():
+            if (trainer := getattr(m, "_trainer", None)) is not None:
+                stack.enter_context(with_attributes([m], {"_trainer": _WatchedTrainer(trainer, read)}))
+        yield
+
+
+class _WatchedTrainer:
+    """Passes everything on except to loggers, and notes whether a counter was read."""
+
+    def __init__(self, trainer: Any, read: set[str]) -> None:
+        self.watched, self._read = trainer, read
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _COUNTERS:
+            self._read.add(f"trainer.{name}")
+        if name in ("logger", "loggers"):
+            return DummyLogger() if name == "logger" else [DummyLogger()]
+        return getattr(self.watched, name)

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from fedlight.engines.moving import Moving
-from fedlight.engines.trial import watched
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.looking import watched
 from fedlight.module.state import untouched
 from fedlight.module.step import call_step
 

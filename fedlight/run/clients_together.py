@@ -13,9 +13,10 @@ from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.batch_order import same_storage
-from fedlight.engines.trial import WatchedIndex, watched
+from fedlight.engines.trial import WatchedIndex
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs
+from fedlight.module.looking import watched
 from fedlight.module.step import TRANSFER_HOOKS
 
 _HOOKS = [f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")]
