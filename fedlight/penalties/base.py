@@ -115,16 +115,7 @@ class Penalty(_CallbackBase, Term):
         """Detach."""
         self._end(pl_module)
 
-    teardown = on_fit_end
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Detach, and say where to look for what autograd does not name."""
-        if "modified by an inplace operation" in str(exception):
-            exception.add_note(
-                f"{type(self).__name__} needs what a layer puts out as it was: give what changes it `inplace=False`, as"
-                " a Dropout(inplace=True) that follows an activation (docs/man.md)."
-            )
-        self.detach(pl_module)
+    on_exception = teardown = on_fit_end
 
     def _end(self, module: nn.Module) -> None:
         if (step := penalized_step(module)) is not None:

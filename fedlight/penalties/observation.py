@@ -1,6 +1,7 @@
 """What a penalty sees of a module in a step: the outputs of submodules, and of the functions that these call."""
 
 import copy
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ _PRODUCTS = {"mul", "mul_", "multiply", "multiply_"}
 _SHAPES = {"expand_as", "view_as", "reshape_as", "type_as"}
 _LINKS = {"sigmoid", "logsigmoid", "softplus"}  # what losses and metrics apply to logits
 GATE, LOSS = "as gates, which multiply something", "as parts of the loss"
+_WRITES = re.compile(r"[a-z]\w*_|__i\w+__|__setitem__")  # names of functions that change something in place
 Source = tuple[str, str]
 """What is a layer or none as one: a function in all modules of a class, or a submodule ("", its name)."""
 
@@ -31,6 +33,7 @@ class _Findings:
 
     doubts: dict[Source, str] | None = None  # what speaks against each source's being a layer, or ""
     takes: dict[tuple[Source, str], bool] = field(default_factory=dict)  # by source and name
+    copied: set[tuple[Source, str]] = field(default_factory=set)  # what is changed in place after it is measured
     over: bool = False  # whether the fit that it was attached for has ended
 
 
@@ -74,6 +77,7 @@ class Observation(TorchFunctionMode):
         """Let go of the step's tensors."""
         self.measured: dict[str, Tensor] = {}
         self._called: dict[str, tuple[Source, str]] = {}  # source and name of each measurement
+        self._outputs: dict[str, Tensor] = {}  # and in the first step what was measured
         self._squashed: list[tuple[Tensor, Source]] = []  # values in [-1, 1], or what is made of one of them alone
         self._stack: list[_Frame] = []
         self._late: set[Source] = set()  # functions of training_step that nothing learns after
@@ -89,8 +93,10 @@ class Observation(TorchFunctionMode):
         """Run the function. The mode is off meanwhile: what that calls in turn is not seen."""
         if self._late and any(isinstance(tensor, nn.Parameter) for tensor in tree_leaves((args, kwargs))):
             self.learn()
-        out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if self._outputs and (_WRITES.fullmatch(name) or (kwargs or {}).get("inplace")):
+            self._copy_written(args)
+        out = func(*args, **(kwargs or {}))
         if name in NAMES:
             self._take_function(NAMES[name], out)
         elif self._squashed:
@@ -113,6 +119,13 @@ class Observation(TorchFunctionMode):
             self._late.add(source)
         self.take(f"{path}.{function}" if path else function, out, source)
 
+    def _copy_written(self, args: Any) -> None:
+        """Measure on a copy what is about to be changed in place, now and in all steps: autograd needs it as it was."""
+        for key, output in self._outputs.items():
+            if args and isinstance(args[0], Tensor) and _owner(args[0]) is _owner(output):
+                self.findings.copied.add(self._called[key])
+                self.measured[key] = self.penalty.measure(output.clone())
+
     def learn(self) -> None:
         """Something that learns comes after what has been called."""
         self._within |= self._late
@@ -132,6 +145,7 @@ class Observation(TorchFunctionMode):
         """Measure what a submodule or a function has put out, if that is wanted."""
         if not self.choosing and not self._wants(source, name):
             return
+        output = output.clone() if (source, name) in self.findings.copied else output
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass during backward, and expects the same tensors to be saved.
             self.penalty.measure(output)
@@ -150,6 +164,8 @@ class Observation(TorchFunctionMode):
             with _unrepeated() if source[0] else nullcontext():
                 self.measured[key] = self.penalty.measure(output)
             self._called[key] = (source, name)
+            if self.choosing and isinstance(output, Tensor):
+                self._outputs[key] = output
 
     def _wants(self, source: Source, name: str) -> bool:
         takes, doubts = self.findings.takes, self.findings.doubts
@@ -197,7 +213,14 @@ class Observation(TorchFunctionMode):
                 frame.remove(all=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"measured": {}, "_called": {}, "_squashed": [], "_stack": [], "_recording": False}
+        return self.__dict__ | {
+            "measured": {},
+            "_called": {},
+            "_outputs": {},
+            "_squashed": [],
+            "_stack": [],
+            "_recording": False,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
         memo |= {id(shared): shared for shared in (self.penalty, self.findings)}
@@ -243,6 +266,10 @@ class _Frame:
         """Remove the hooks, or all but the one that measures."""
         for handle in self._handles if all or self.label is None else self._handles[:-1]:
             handle.remove()
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    return tensor if tensor._base is None else tensor._base
 
 
 def _unrepeated() -> AbstractContextManager[Any]:

@@ -154,6 +154,48 @@ def test_functions_with_parameters_of_their_own_and_all_spellings():
     assert list(norms) == ["net.prelu", "net.rrelu", "net.threshold", "net.sigmoid", "net.sigmoid_2"]
 
 
+class Changing(nn.Module):
+    """Changes what an activation has put out."""
+
+    def __init__(self, change, activation):
+        super().__init__()
+        self.change, self.act = change, activation
+        self.fc1, self.fc2 = nn.Linear(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, batch):
+        return self.fc2(self.change(self.act(self.fc1(batch[0])))).square().mean()
+
+
+def _add(a):
+    a += 1
+    return a
+
+
+def _set(a):
+    a[0] = 2
+    return a
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), F.silu])
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        (lambda a: a.mul_(2), lambda a: 2 * a),
+        (_add, lambda a: a + 1),
+        (_set, lambda a: torch.cat([torch.full_like(a[:1], 2), a[1:]])),
+        (lambda a: a.flatten().neg_().view_as(a), lambda a: -a),
+        (nn.Dropout(1.0, inplace=True), lambda a: 0 * a),
+    ],
+)
+def test_what_is_changed_in_place_after_it_was_measured_counts_as_it_was(change, alike, activation):
+    module, twin = Wrapped(Changing(change, activation)), Wrapped(Changing(alike, activation))
+    twin.load_state_dict(module.state_dict())
+    found, expected = step(module, BATCH), step(twin, BATCH)
+    torch.testing.assert_close([*found[0].values(), *found[1:]], [*expected[0].values(), *expected[1:]], **TOLERANCE)
+    for ours, right in zip(gradient(found[2], module), gradient(expected[2], twin), strict=True):
+        torch.testing.assert_close(ours, right, **TOLERANCE)
+
+
 def test_softmax_attention_and_what_a_function_calls_itself_are_no_layers():
     class Block(nn.Module):
         def __init__(self):
