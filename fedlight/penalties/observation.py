@@ -190,7 +190,7 @@ class Observation(TorchFunctionMode):
 
     def _choose(self) -> None:
         """After the first step: what is measured from now on, and of it."""
-        called = self._called
+        called, self._outputs = self._called, {}
         self._doubts |= dict.fromkeys(self._late - self._within, LOSS)
         doubts = {source: self._doubts.get(source, "") for source, _ in called.values()}
         takes = {
@@ -213,14 +213,8 @@ class Observation(TorchFunctionMode):
                 frame.remove(all=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "measured": {},
-            "_called": {},
-            "_outputs": {},
-            "_squashed": [],
-            "_stack": [],
-            "_recording": False,
-        }
+        cleared = {"measured": {}, "_called": {}, "_outputs": {}, "_squashed": [], "_stack": [], "_recording": False}
+        return self.__dict__ | cleared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
         memo |= {id(shared): shared for shared in (self.penalty, self.findings)}
