@@ -253,6 +253,23 @@ def test_samples_that_make_no_batch(tmp_path):
     refused(tmp_path, said, data=DatasetPartition(ragged, num_clients=2))
 
 
+def test_samples_that_are_batches_come_alone(tmp_path):
+    class Batches(Samples):
+        def __getitem__(self, index):
+            return seeded(2, 3, seed=index), seeded(2)
+
+    def first(batch):
+        return batch[0]
+
+    batches = Batches(seeded(8), seeded(8))
+    wrong = "collate_fn gives one of the samples that it gets, so that 31 of 32 are lost. .* set data.{}: 1"
+    for sizes, key in (({}, "batch_size"), ({"batch_size": 1, "eval_batch_size": 32}, "eval_batch_size")):
+        data = DatasetPartition(batches, val=batches, num_clients=2, collate_fn=first, **sizes)
+        refused(tmp_path, wrong.format(key), data=data)
+    right = DatasetPartition(batches, num_clients=2, collate_fn=first, batch_size=1)
+    quiet_trainer(tmp_path, max_rounds=1).fit(Regression(), right)
+
+
 def test_a_step_of_validation_is_tried(tmp_path):
     """It may come many rounds after the first."""
     train, val = (torch.utils.data.TensorDataset(seeded(8, n), seeded(8)) for n in (3, 5))

@@ -13,8 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fedlight.checks import check_at_least_one
 from fedlight.data.arrays import ArrayDataset
-from fedlight.data.reading import read_batches
-from fedlight.penalties.batches import batch_size
+from fedlight.data.reading import picks_one, read_batches
+from fedlight.penalties.batches import batch_size as size_of
 from fedlight.seeding import derive_seed, generator
 
 
@@ -81,7 +81,8 @@ def analysis_batches(
     rows = torch.arange(total)
     if max_samples is not None and max_samples < total:
         rows = torch.randperm(total, generator=generator(seed, "hessian"))[:max_samples].sort().values
-    every = torch.split(rows, max(1, min(batch_size or 64, math.ceil(len(rows) / world_size))))
+    alone = picks_one(data, collate_fn)  # each sample is a batch
+    every = torch.split(rows, 1 if alone else max(1, min(batch_size or 64, math.ceil(len(rows) / world_size))))
     mine = range(rank, len(every), world_size)
     parts = [every[i] for i in mine]
     if isinstance(data, ArrayDataset):
@@ -89,7 +90,7 @@ def analysis_batches(
     seeds = [derive_seed(seed, "hessian", i) for i in mine]
     read = read_batches(data, [part.tolist() for part in parts], seeds, collate_fn=collate_fn)
     kept = [move(batch) for batch in read]
-    return Batches(kept.__getitem__, [len(part) for part in parts])
+    return Batches(kept.__getitem__, [size_of(batch) for batch in kept] if alone else [len(part) for part in parts])
 
 
 def _of_arrays(data: ArrayDataset, parts: list[Tensor], device: torch.device, move: Callable[[Any], Any]) -> Batches:
@@ -109,10 +110,10 @@ def _of_iterable(
     for number, batch in enumerate(data):
         if left <= 0:
             break
-        size = batch_size(batch)
+        size = size_of(batch)
         if size > left:
             batch = apply_to_collection(batch, Tensor, partial(_first, size=size, left=int(left)))
-            size = batch_size(batch)  # graphs stay together
+            size = size_of(batch)  # graphs stay together
         left -= size
         if number % world_size == rank:
             kept.append(move(batch))

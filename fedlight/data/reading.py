@@ -1,6 +1,7 @@
 """Datasets and loaders of other projects: read sample by sample, and taken apart."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -63,6 +64,17 @@ class Loaded(NamedTuple):
     num_workers: int | None = None
     collate_fn: Collate | None = None
     sizes: list[int] | None = None
+
+
+def picks_one(data: Any, collate_fn: Any) -> bool:
+    """Whether a collate function gives one of the samples that it gets, as where each sample is a batch by itself."""
+    if collate_fn in (None, default_collate):
+        return False
+    with preserved_global_rng(), suppress(Exception):  # what it cannot take is said where batches are made
+        samples = [data[0], data[1]]
+        made = {id(leaf) for leaf in tree_leaves(collate_fn(samples)) if not isinstance(leaf, str | int | float)}
+        return bool(made) and any(made <= {id(leaf) for leaf in tree_leaves(sample)} for sample in samples)
+    return False
 
 
 def is_hf(data: Any) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
+from fedlight.data.reading import picks_one
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.penalties.numbers import follow
@@ -82,6 +83,9 @@ def check_data(run: RunContext) -> None:
     _say_idle(run.settings, "buffers", "average", bool(kept), "the model has none")
     images = any(getattr(leaf, "ndim", 0) == 4 for leaf in tree_leaves(first_samples(datamodule, client, 1)))
     _say_idle(run.settings, "channels_last", False, images, "no batch has images [B, C, H, W]")
+    own, size = datamodule.collate_fn, datamodule.eval_batch_size_on(run.fabric.device)
+    _refuse_picking("batch_size", datamodule.batch_size, data[0], own)
+    _refuse_picking("eval_batch_size", size, data[1], datamodule.eval_collate_fn)
     check_finite(sets)
     check_vocabulary(module, sets)
     if not module.training:  # as in training: some modules give losses only there
@@ -94,6 +98,12 @@ def check_data(run: RunContext) -> None:
     for _, client, row in labels:
         _try_one_batch(run, client, row)
     _try_validation(run, data[1])
+
+
+def _refuse_picking(key: str, size: int, dataset: Any, collate_fn: Any) -> None:
+    if size > 1 and dataset is not None and picks_one(dataset, collate_fn):
+        what = f"gives one of the samples that it gets, so that {size - 1} of {size} are lost"
+        raise MisconfigurationException(f"data: collate_fn {what}. Where each sample is a batch, set data.{key}: 1.")
 
 
 def _check_client_data(run: RunContext) -> None:

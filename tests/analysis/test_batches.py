@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fedlight.analysis.batches import analysis_batches
 from fedlight.data.arrays import ArrayDataset
@@ -58,6 +58,22 @@ def test_an_iterable_of_batches_is_kept_and_cut():
     assert rows(cut) == list(range(30))
     halves = [analysis_batches(loader, device=CPU, rank=r, world_size=2) for r in range(2)]
     assert [h.sizes for h in halves] == [[20, 10], [20]]
+
+
+@pytest.mark.parametrize("pick", [lambda batch: batch[0], lambda batch: {"x": batch[-1][0], "y": batch[-1][1]}])
+def test_samples_that_are_batches_are_not_joined(pick):
+    pairs = [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 50, 4)]
+
+    class Pairs(Dataset):
+        def __len__(self):
+            return len(pairs)
+
+        def __getitem__(self, index):
+            return pairs[index]
+
+    batches = analysis_batches(Pairs(), device=CPU, collate_fn=pick)
+    assert batches.sizes == [4] * 12 + [2]
+    assert torch.cat([batch["y"] if isinstance(batch, dict) else batch[1] for batch in batches]).equal(Y)
 
 
 def test_a_transfer_function_is_applied_to_every_batch():
