@@ -133,7 +133,8 @@ class Measurement:
         return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})
 
     def _undefined(self, samples: int, size: int, blocks: Mapping[str, Block]) -> HessianResult:
-        nans = [nan] * self.top_k
-        none = HessianResult(nan, nan, nan, self.sam_rho, nans, nans, nan, nan, False, samples=samples, parameters=size)
-        estimate, clients = TraceEstimate(nan, nan, 0) if self.trace else None, [nan] * (self.data == "clients")
-        return replace(none, trace=estimate, layers=dict.fromkeys(blocks, nan), clients=clients)
+        unknown: Any = dict.fromkeys(("loss", "gradient_norm", "sharpness", "smallest", "smallest_residual"), nan)
+        unknown |= {"eigenvalues": [nan] * self.top_k, "residuals": [nan] * self.top_k, "converged": False}
+        unknown |= {"layers": dict.fromkeys(blocks, nan), "clients": [nan] if self.data == "clients" else []}
+        estimate = TraceEstimate(nan, nan, 0) if self.trace else None
+        return HessianResult(**unknown, trace=estimate, rho=self.sam_rho, samples=samples, parameters=size)
