@@ -91,8 +91,10 @@ def batch_reader(
     dataset: Dataset[Any] = task.dataset
     if isinstance(dataset, ArrayDataset):
         dataset, order = dataset.near(training.fabric.device), plan.order.to(training.fabric.device)
-        drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
-        draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
+        draws: dict[str, Tensor] = {}
+        if dataset.transform is not None:
+            drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
+            draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
 
     def read(epoch: int) -> Iterator[Any]:
         if isinstance(dataset, ArrayDataset):

@@ -81,10 +81,11 @@ def check_data(run: RunContext) -> None:
     _say_idle(run.settings, "tf32", None, run.fabric.device.type == "cuda", f"the device is {run.fabric.device}")
     kept = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     _say_idle(run.settings, "buffers", "average", bool(kept), "the model has none")
-    images = any(getattr(leaf, "ndim", 0) == 4 for leaf in tree_leaves(first_samples(datamodule, client, 1)))
-    _say_idle(run.settings, "channels_last", False, images, "no batch has images [B, C, H, W]")
-    own, size = datamodule.collate_fn, datamodule.eval_batch_size_on(run.fabric.device)
-    _refuse_picking("batch_size", datamodule.batch_size, data[0], own)
+    if run.settings["channels_last"]:
+        images = any(getattr(leaf, "ndim", 0) == 4 for leaf in tree_leaves(first_samples(datamodule, client, 1)))
+        _say_idle(run.settings, "channels_last", False, images, "no batch has images [B, C, H, W]")
+    size = datamodule.eval_batch_size_on(run.fabric.device)
+    _refuse_picking("batch_size", datamodule.batch_size, data[0], datamodule.collate_fn)
     _refuse_picking("eval_batch_size", size, data[1], datamodule.eval_collate_fn)
     check_finite(sets)
     check_vocabulary(module, sets)
