@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, sampler
+from torch.utils.data.distributed import DistributedSampler
 
 from fedlight.analysis.hessian import hessian_operator
 from fedlight.analysis.memory import free_memory
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 DataName = Literal["train", "val", "clients"]
 Weights = tuple[Tensor, dict[str, Tensor]]
 """Flat parameters ``[P]`` and buffers."""
+_EVENLY = sampler.RandomSampler, sampler.SequentialSampler, DistributedSampler
+"""What draws every row equally often."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,11 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
                 f" {type(loader.dataset).__name__}. Give measure_hessian a list of batches after training instead."
             )
         order: Any = getattr(getattr(loader.sampler, "dataset", None), "_sampler", loader.sampler)  # in DDP
-        rows = getattr(order, "indices", None)
+        order = order if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+        rows = getattr(order, "indices", order if hasattr(order, "__getitem__") else None)
+        if rows is None and not isinstance(order, _EVENLY):
+            what = f"every row counts once in it, however often {type(order).__name__} draws it"
+            rank_zero_warn(f"`data: {key}`: {what}. To weigh them so, give measure_hessian a list of its batches.")
         return loader.dataset if rows is None else Subset(loader.dataset, sorted({int(row) for row in rows}))
 
     train: Any = trainer.train_dataloader

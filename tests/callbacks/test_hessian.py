@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, SubsetRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
 from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
 from fedlight.analysis import records
@@ -454,6 +454,20 @@ def test_in_a_stock_trainer_the_rows_of_the_sampler_are_measured_and_the_loggers
     largest = by_hand(model.data.x[:10])[0][0]
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)
     assert sum("own" in row for row in logger.metrics) == 6  # steps of training
+
+
+@pytest.mark.parametrize("by_batches", [False, True])
+def test_in_a_stock_trainer_what_a_sampler_weighs_is_said(tmp_path, by_batches, recwarn):
+    class Batches(BatchSampler):
+        pass
+
+    model, drawn = Plain(), WeightedRandomSampler([1.0, *[0.0] * 19], 10)
+    own = {"batch_sampler": Batches(range(20), 5, False)} if by_batches else {"sampler": drawn, "batch_size": 5}
+    model.train_dataloader = lambda: DataLoader(model.data, **own)
+    name = "Batches" if by_batches else "WeightedRandomSampler"
+    stock(tmp_path, spectrum(), model=model, limit_val_batches=0, max_epochs=1)
+    said = [str(warning.message) for warning in recwarn]
+    assert sum(f"every row counts once in it, however often {name} draws it" in text for text in said) > 0
 
 
 class Manual(Plain):
