@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric
 
@@ -73,23 +74,28 @@ def test_a_loss_that_nothing_can_be_trained_by_is_found(tmp_path):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_softmax_before_cross_entropy_is_said(tmp_path, recwarn):
-    class Probabilities(Regression):
-        softmax = True
-
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda z, y: nn.CrossEntropyLoss()(z.softmax(1), y), "gives cross_entropy probabilities, as of a softmax"),
+        (lambda z, y: cross_entropy(z.softmax(1), y), "gives cross_entropy probabilities, as of a softmax"),
+        (lambda z, y: cross_entropy(z.sigmoid(), y), "gives cross_entropy what a sigmoid puts out"),
+        (lambda z, y: F.nll_loss(z, y), "gives nll_loss no logarithms of probabilities"),
+        (lambda z, y: nn.BCEWithLogitsLoss()(z.sigmoid()[:, :1].squeeze(1), y.float()), "with_logits what a sigmoid"),
+        (lambda z, y: cross_entropy(z, y), None),
+        (lambda z, y: cross_entropy(z[:, 0].sigmoid().exp()[:, None] * z, y), None),
+        (lambda z, y: F.nll_loss(z.log_softmax(1), y), None),
+        (lambda z, y: nn.BCEWithLogitsLoss()(z[:, 0], y.float()), None),
+    ],
+)
+def test_a_loss_that_gets_what_it_does_not_take_is_said(tmp_path, loss, message, recwarn):
+    class Losses(Regression):
         def training_step(self, batch, batch_idx):
-            logits = self.net(batch[0]) * torch.tensor([1.0, -1.0])
-            logits = logits.softmax(1) if self.softmax else logits
-            return nn.CrossEntropyLoss()(logits, (batch[1] > 0).long())
+            return loss(self.net(batch[0]) * torch.tensor([1.0, -1.0]), (batch[1] > 0).long())
 
-    before = F.cross_entropy
-    with pytest.warns(UserWarning, match="training_step gives cross_entropy probabilities"):
-        quiet_trainer(tmp_path, max_rounds=1).fit(Probabilities(), Clients())
-    assert F.cross_entropy is before
-    recwarn.clear()
-    Probabilities.softmax = False
-    quiet_trainer(tmp_path, max_rounds=1).fit(Probabilities(), Clients())
-    assert not recwarn.list
+    quiet_trainer(tmp_path, max_rounds=1).fit(Losses(), Clients())
+    said = [str(warning.message) for warning in recwarn]
+    assert [message in text for text in said] == [True] * (message is not None)
 
 
 def test_a_batch_is_tried_in_the_mode_of_training(tmp_path):

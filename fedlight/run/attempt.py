@@ -1,14 +1,16 @@
 """A step that is tried before training, and leaves no trace."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fedlight.engines.moving import Moving
 from fedlight.module.hooks import overrides
@@ -57,26 +59,40 @@ def prepared(module: LightningModule, attempt: Callable[[], Any]) -> Any:
             return attempt()
 
 
-@contextmanager
-def softmaxes_said() -> Iterator[None]:
-    """Say where ``cross_entropy`` is given what a softmax puts out: rows of [0, 1] that sum to 1."""
-    original = nn.functional.cross_entropy
+class LossesSaid(TorchFunctionMode):
+    """Says where a loss of torch's is given what it does not take: probabilities for logits, or no logarithms."""
 
-    def cross_entropy(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        looks = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is None
-        sums = input.sum(1) if looks and input.ndim > 1 and len(input) else input.new_zeros(1)
-        if looks and bool(((sums - 1).abs() < 1e-3).all() and (input >= 0).all()):
-            rank_zero_warn(
-                "model: training_step gives cross_entropy probabilities, as of a softmax: each row sums to 1. It takes"
-                " logits, and has a softmax of its own; with two, little is learned. Remove the model's."
-            )
-        return original(input, *args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at what a loss is given, and call it."""
+        given: Any = args[0] if args else (kwargs or {}).get("input")
+        if func in _LOSSES and torch._C._functorch.maybe_current_level() is None and (what := _misfit(func, given)):
+            rank_zero_warn(f"model: training_step gives {func.__name__} {what}.")
+        return func(*args, **kwargs or {})
 
-    nn.functional.cross_entropy = cross_entropy
-    try:
-        yield
-    finally:
-        nn.functional.cross_entropy = original
+
+def _misfit(loss: Any, given: Tensor) -> str:
+    rows = given.detach() if given.ndim > 1 and len(given) else given.new_zeros(1, 1)
+    if loss is F.nll_loss:
+        logs = bool((rows.logsumexp(1).abs() < 0.1).any())
+        return "" if logs else "no logarithms of probabilities: no row's exponentials sum to 1. Use cross_entropy"
+    if _squashed(given):
+        return "what a sigmoid puts out. It takes logits, and has its own: remove the model's"
+    if loss is F.cross_entropy and bool(((rows.sum(1) - 1).abs() < 1e-3).all() and (rows >= 0).all()):
+        own = "It takes logits, and has a softmax of its own; with two, little is learned. Remove the model's"
+        return f"probabilities, as of a softmax: each row sums to 1. {own}"
+    return ""
+
+
+_LOSSES = F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits
+_SHAPING = ("View", "ReshapeAlias", "Squeeze", "Unsqueeze", "Slice", "Select", "ToCopy")
+
+
+def _squashed(input: Tensor) -> bool:
+    """Whether it is what a sigmoid puts out, perhaps in another shape."""
+    node = input.grad_fn
+    while node is not None and node.name().split("Backward")[0] in _SHAPING:
+        node = node.next_functions[0][0]
+    return node is not None and node.name() == "SigmoidBackward0"
 
 
 def check_gradient(module: LightningModule, output: Any) -> None:

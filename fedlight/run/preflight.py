@@ -1,7 +1,8 @@
 """Checks that need the module, the data and the device together, made before the first round."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.penalties.numbers import follow
 from fedlight.personal.parts import PersonalParts
-from fedlight.run.attempt import check_gradient, prepared, softmaxes_said, trial_step
+from fedlight.run.attempt import LossesSaid, check_gradient, prepared, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
 from fedlight.seeding import generator
@@ -94,7 +95,9 @@ def check_data(run: RunContext) -> None:
     if run.settings["limit_train_batches"] is None:
         _try_batch_of_one(run, sizes)
     _try_evaluation_of_one(run, data[1])
-    with softmaxes_said():
+    # With a mode of functions nothing is compiled.
+    compiles = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiles else nullcontext(), LossesSaid():
         _try_one_batch(run, client, 0, lambda output: check_gradient(module, output))
     for _, client, row in labels:
         _try_one_batch(run, client, row)
