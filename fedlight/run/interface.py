@@ -218,10 +218,12 @@ def one_perturbation(settings: dict[str, Any]) -> Perturbation | None:
     owners = [part for part in methods if getattr(part, "perturbation", None)]
     found: list[Perturbation] = [*(part.perturbation for part in owners), *([given] if given else [])]
     if len(found) > 1:
+        own = owners[0] is algorithm
+        other = "take the algorithm without one (FedAvg for FedSAM, and so on)" if own else "`trainer.personal`"
         raise MisconfigurationException(
             f"perturbation: {type(owners[0]).__name__} brings its own {type(found[0]).__name__}, so"
             f" {type(found[1]).__name__} cannot be added. Remove `{'perturbation' if given else 'trainer.personal'}`,"
-            " or take the algorithm without one (FedAvg for FedSAM, and so on)."
+            f" or {other}."
         )
     return found[0] if found else None
 

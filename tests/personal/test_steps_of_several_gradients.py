@@ -191,9 +191,15 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("settings", [{"perturbation": SAM()}, {"algorithm": FedSAM()}])
-def test_another_perturbation_beside_its_own_is_refused_by_name(tmp_path, settings):
-    with pytest.raises(MisconfigurationException, match=r"perturbation: .*(PFedMe|FedSAM) brings its own"):
+@pytest.mark.parametrize(
+    ("settings", "way"),
+    [
+        ({"perturbation": SAM()}, "PFedMe brings its own .* Remove `perturbation`, or `trainer.personal`"),
+        ({"algorithm": FedSAM()}, "FedSAM brings its own .* Remove `trainer.personal`, or take the algorithm without"),
+    ],
+)
+def test_another_perturbation_beside_its_own_is_refused_by_name(tmp_path, settings, way):
+    with pytest.raises(MisconfigurationException, match=f"perturbation: {way}"):
         quiet_trainer(tmp_path, personal=PFedMe(), **settings)
 
 
