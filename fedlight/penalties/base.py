@@ -99,6 +99,7 @@ class Penalty(_CallbackBase, Term):
         """Attach."""
         self.follow(trainer.current_epoch, pl_module.device)
         step = self.attach(pl_module)
+        step.end_with_fit(self)
         several = trainer.world_size > 1 and torch.distributed.is_initialized()
         step.totals = {} if several and not hasattr(trainer, "current_round") else None  # which shares logs by itself
 

@@ -35,6 +35,10 @@ class _Findings:
     takes: dict[tuple[Source, str], bool] = field(default_factory=dict)  # by source and name
     copied: set[tuple[Source, str]] = field(default_factory=set)  # what is changed in place after it is measured
     over: bool = False  # whether the fit that it was attached for has ended
+    for_a_fit: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:  # of a file; what is read from it is no part of that fit
+        return vars(self) | {"over": self.over or self.for_a_fit}
 
 
 class Observation(TorchFunctionMode):

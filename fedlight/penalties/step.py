@@ -42,7 +42,7 @@ class PenalizedStep:
     @property
     def penalties(self) -> list[Term]:
         """The attached penalties."""
-        return [observation.penalty for observation in self._observations]
+        return [observation.penalty for observation in self._observations if not observation.findings.over]
 
     def measured(self, penalty: Term) -> dict[str, Tensor]:
         """What a penalty measured in the latest step, detached; empty before the first step."""
@@ -56,8 +56,17 @@ class PenalizedStep:
             observation.forget()
 
     def add(self, penalty: Term, observed: dict[str, nn.Module]) -> None:
-        """Attach a penalty that observes these submodules."""
+        """Attach a penalty that observes these submodules; what ended with a fit, in a copy of its module, goes."""
+        ended = [observation for observation in self._observations if observation.findings.over]
         self._observations.append((penalty.watch or Observation)(penalty, observed, self.module))
+        for observation in ended:
+            observation.remove(over=True)
+            self._observations.remove(observation)
+
+    def end_with_fit(self, penalty: Term) -> None:
+        """Let what is read from a file of the module that is written meanwhile not be penalised."""
+        for observation in self._observations:
+            observation.findings.for_a_fit |= observation.penalty is penalty
 
     def remove(self, penalty: Term, over: bool = False) -> None:
         """Detach a penalty, with ``over`` from copies of the module, too.
@@ -138,7 +147,8 @@ class PenalizedStep:
                 "added to a Tensor, or to the Tensor under 'loss' of a dict."
             )
         wide = torch.promote_types(loss.dtype, torch.float32)  # what a schedule multiplies is float64
-        penalty = reduce(torch.add, [o.term(self.module).to(loss.device, wide) for o in self._observations])
+        added = [o for o in self._observations if not o.findings.over]
+        penalty = reduce(torch.add, [o.term(self.module).to(loss.device, wide) for o in added])
         self.task_loss, self.penalty = loss.detach(), penalty.detach()
         self._log(batch, {"train/penalty": self.penalty})
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -295,13 +296,15 @@ def test_several_fits_and_several_callbacks():
 def test_a_copy_that_is_kept_is_trained_plainly_after_the_fit():
     class Best(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            self.copy = copy.deepcopy(pl_module)
+            self.copies = [copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))]
 
-    best, data = Best(), batches(1)
-    fit(Lit(lr=0.0), data, MAN(ZETA), best)
-    for callbacks, zeta in (([], 0.0), ([MAN(ZETA)], ZETA)):
-        ours, _ = fit(best.copy, data, *callbacks)
-        assert_same(ours, formula_gradients(Lit(lr=0.0), [data], zeta))
+    best, data, man = Best(), batches(1), MAN(ZETA)
+    fit(Lit(lr=0.0), data, man, best)
+    for kept in best.copies:
+        for callbacks, zeta in (([], 0.0), ([MAN(ZETA)], ZETA), ([man], ZETA)):
+            ours, _ = fit(kept, data, *callbacks)
+            assert_same(ours, formula_gradients(Lit(lr=0.0), [data], zeta))
+        assert is_untouched(kept)
 
 
 def test_barebones_trains_and_does_not_log():
