@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 
+from fedlight.callbacks import HessianSpectrum
 from fedlight.run.traces import evaluating
 from fedlight.server.federation import Federation
 from fedlight.server.sampling import RoundRobin
-from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer
+from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, weights
 
 
 class Accurate(Regression):
@@ -204,6 +205,39 @@ def test_clients_are_not_evaluated_for_nothing(tmp_path, caplog):
     assert [r.message for r in caplog.records if "clients/*" in r.message] == [
         "clients/*: validation_step logs nothing, so no client is evaluated on its own data."
     ]
+
+
+class Merging(nn.Linear):
+    """Adds a small matrix to its weight for evaluations, as LoRA does."""
+
+    def __init__(self):
+        super().__init__(3, 1)
+        self.delta, self.merged = nn.Parameter(torch.zeros(1, 3)), False
+
+    def train(self, mode=True):
+        if self.merged == mode:
+            self.weight.data += (1 - 2 * mode) * self.delta.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return F.linear(x, self.weight if self.merged else self.weight + self.delta, self.bias)
+
+
+class Apart(Merging):
+    train = nn.Module.train
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_merge_themselves_for_an_evaluation_train_apart(tmp_path, frozen):
+    found = []
+    for layer in (Merging(), Apart()):
+        layer.weight.requires_grad_(not frozen)
+        model, callbacks = Regression(net=layer), [HessianSpectrum(density=False, layerwise=False)]
+        metrics = fit(tmp_path, model, max_rounds=2, callbacks=callbacks)
+        found.append((weights(model), [v for name, v in metrics.items() if name.startswith(("hessian/", "val/"))]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
 class Best(Regression):

@@ -117,7 +117,7 @@ def test_batches_that_the_module_does_not_expect(tmp_path):
     ("returned", "message"),
     [
         (lambda loss: None, "it returned NoneType"),
-        (lambda loss: torch.stack([loss, loss]), r"it returned Tensorfloat32 \(2,\)"),
+        (lambda loss: torch.stack([loss, loss]), r"it returned Tensor float32 \(2,\)"),
         (lambda loss: {"error": loss}, "must return a scalar loss or a dictionary"),
         (lambda loss: 3.0, "it returned float"),
     ],

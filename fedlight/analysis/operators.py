@@ -172,9 +172,9 @@ class HessianOperator:
         try:
             for p, value in zip(self.parameters, params.split_with_sizes(self._lengths), strict=True):
                 p.data = value.view_as(p)
-            with self._settings(), torch.no_grad():
+            with self._settings(), torch.enable_grad():  # some steps take gradients of their own
                 for index in self._used:
-                    total += self._loss(self.batches[index], index) * self._shares[index]
+                    total += self._loss(self.batches[index], index).detach() * self._shares[index]
         finally:
             for p, data in zip(self.parameters, before, strict=True):
                 p.data = data

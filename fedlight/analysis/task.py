@@ -58,7 +58,9 @@ class TaskLoss:
     ) -> None:
         # Under inference mode, where Lightning evaluates, parameters could not be differentiated.
         with torch.inference_mode(False):
-            self.module = _copied(module).to(dtype=dtype, device=device).eval()
+            self.module = _copied(module).to(dtype=dtype, device=device)
+        for part in self.module.modules():  # whose `train` may do more: LoRA merges what is to be differentiated
+            part.training = False
         self.dtype = dtype
         self._checked = False
         self._state: ModuleState | None = None

@@ -34,6 +34,10 @@ _REFUSED_MODULE = {
     "configure_sharded_model": "models are not sharded",
     **dict.fromkeys(("on_validation_model_eval", "on_validation_model_train"), "the trainer sets the mode"),
     **dict.fromkeys(("on_test_model_eval", "on_test_model_train"), "the trainer sets the mode"),
+    **dict.fromkeys(
+        ("training_epoch_end", "validation_epoch_end", "test_epoch_end"),
+        "as in Lightning 2; keep outputs in a list, and use on_train_epoch_end, on_validation_epoch_end and their like",
+    ),
 }
 _REFUSED_CALLBACKS = {
     "StochasticWeightAveraging": "it replaces optimizer and loop of a plain Trainer",

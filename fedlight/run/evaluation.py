@@ -146,11 +146,11 @@ class Evaluator:
         quiet = [step] if (step := penalized_step(self._module)) else []
         total = torch.zeros((), dtype=torch.float64)
         alone = with_attributes(quiet, {"model": "start"})
-        with self._untouched(), evaluating(self._module), collecting_logs(self._module, log), alone, torch.no_grad():
+        with self._untouched(), evaluating(self._module), collecting_logs(self._module, log), alone:
             for index, batch in self._batches(dataset, self._num_batches(dataset, None), share=False):
                 output, samples = self.step("training", batch, index), batch_size(batch)
                 found = output["loss"] if isinstance(output, Mapping) else output
-                total, size = total + samples * found.double().cpu(), size + samples
+                total, size = total + samples * found.detach().double().cpu(), size + samples
         return float(total / size)
 
     def step(self, stage: str, batch: Any, index: int) -> Any:

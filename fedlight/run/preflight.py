@@ -188,7 +188,7 @@ def _try_one_batch(run: RunContext, client: int, start: int, look: Callable[[Any
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MisconfigurationException(
                 f"model: {type(module).__name__}.training_step must return a scalar loss or a dictionary with one under"
-                f" 'loss'; it returned {type(loss).__name__}{_shapes(loss) if isinstance(loss, Tensor) else ''}."
+                f" 'loss'; it returned {type(loss).__name__}{' ' + _shapes(loss) if isinstance(loss, Tensor) else ''}."
             )
 
 

@@ -16,14 +16,23 @@ from fedlight.seeding import preserved_global_rng
 
 @contextmanager
 def evaluating(module: LightningModule) -> Iterator[None]:
-    """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside."""
+    """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside.
+
+    Layers whose ``train`` does more (LoRA that merges itself for an evaluation) undo that, and have the same weights.
+    """
     modes, trainer = {m: m.training for m in module.modules()}, getattr(module, "_trainer", None)
+    switching = [m for m in modes if type(m).train is not nn.Module.train]
+    kept = [(p, p.detach().clone()) for m in switching for p in m.parameters(recurse=False)]
     module.eval()
     try:
         # Processes share the batches: none of them could wait for what the others do in a step.
         with preserved_global_rng(), with_attributes([] if trainer is None else [trainer], {"alone": True}):
             yield
     finally:
+        for m in switching:
+            m.train(modes[m])
+        for parameter, value in kept:
+            parameter.data.copy_(value)
         for m, mode in modes.items():
             m.training = mode
 

@@ -62,3 +62,17 @@ def test_a_loss_below_zero_has_no_power(tmp_path):
 
     with pytest.raises(ValueError, match=r"QFedAvg takes F\^q, and the loss of client \d is -\d"):
         fit(tmp_path, QFedAvg(), Negative())
+
+
+def test_a_step_may_take_gradients_of_its_own(tmp_path):
+    class Gradient(Regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + torch.autograd.grad(loss, self.net.bias, create_graph=True)[0].square().sum()
+
+    algorithm, data = Sent(), Clients().datasets
+    fit(tmp_path, algorithm, Gradient(), max_rounds=1)
+    for client, _, loss in algorithm.losses[-3:]:
+        batches = zip(*(part.split(4) for part in data[client].batch(torch.arange(len(data[client])))), strict=True)
+        by_hand = [len(y) * Gradient().training_step((x, y), 0).item() for x, y in batches]
+        assert loss == pytest.approx(sum(by_hand) / len(data[client]), rel=1e-5)

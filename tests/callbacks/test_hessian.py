@@ -248,11 +248,17 @@ def test_a_loss_with_gradients_in_it_is_measured(tmp_path):
         def slope(self, x):
             return torch.func.grad(lambda x: self.net(x).sum())(x)
 
+    class OfTheGraph(Known):
+        def slope(self, x):
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
     found = []
-    for model in (Known(), OfGradients()):
+    for model in (Known(), OfGradients(), OfTheGraph()):
         trainer, *_ = fit(tmp_path, spectrum(data="train"), model=model, max_rounds=1)
         found.append([float(v) for name, v in trainer.callback_metrics.items() if name.startswith("hessian/")])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0] == pytest.approx(found[2], rel=1e-4)
 
 
 def test_what_on_train_start_brings_is_not_missed_before(tmp_path):
