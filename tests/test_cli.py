@@ -322,6 +322,9 @@ def test_a_key_that_a_part_has_twice_is_refused(capsys, args):
         (["--trainer.gpus=2"], "did you mean 'trainer.accelerator=gpu' with 'trainer.devices'?"),
         (["--trainer.num_sanity_val_steps=2"], "is of Lightning's own Trainer and has no counterpart in rounds"),
         (["--optimizer.lr=1"], "'optimizer.lr' is not known; did you mean 'model.optimizer.lr'?"),
+        (["--algorithm.qffl=1"], "fedlight.FedAvg takes server_lr; `class_path` names another class"),
+        (["--perturbation.rho=1"], "fedlight.Perturbation has no 'rho'; of ASAM, "),
+        (["--trainer.personal.lam=1"], "name one, as `trainer.personal: {class_path: Ditto, init_args: {lam: ...}}`"),
         (["--algorithm=SAM"], "'SAM' belongs under another key: --perturbation SAM"),
         (
             ["--trainer.logger=wandb", "--trainer.logger.project=p"],
@@ -421,10 +424,12 @@ def test_a_cli_of_ones_own(tmp_path):
     assert Path("runs/default/version_0/metrics.csv").exists()
 
 
-def test_the_seed_is_the_trainers(capsys):
+def test_the_seed_is_the_trainers(caplog):
     def seed(*args):
         return FederatedCLI([*TINY, *args], run=False).trainer.seed
 
     assert seed() == 0
     assert seed("--seed_everything=7") == 7
+    assert "weights of its own" not in caplog.text
     assert seed("--seed_everything=false") == 0
+    assert "initial weights differ from run to run; all other draws have seed 0" in caplog.text

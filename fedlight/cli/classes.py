@@ -57,6 +57,12 @@ def class_names() -> dict[str, str]:
     return {c.__name__: key for key, base in _BASES.items() for c in _known(base)}
 
 
+def taking(key: str, setting: str) -> list[str]:
+    """The classes under a key that have this setting."""
+    found = [c for k, base in _BASES.items() if k.removesuffix("+") == key for c in _known(base)]
+    return sorted(c.__name__ for c in found if setting in inspect.signature(c).parameters)
+
+
 def nulls(config: Any, key: str, cls: Any = None) -> list[str]:
     """The settings of fedlight's classes that are null and cannot be, as where a value was commented out."""
     if isinstance(config, list):

@@ -15,6 +15,7 @@ from jsonargparse import Namespace, get_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_leaves
 from yaml import YAMLError
 
@@ -168,6 +169,10 @@ class FederatedCLI(LightningCLI):
         seed = self._get(self.config, "seed_everything")
         if seed is None or (seed is not False and not 0 <= int(seed) < 2**32):
             raise MisconfigurationException(f"seed_everything={seed} must be at least 0 and below 2**32.")
+        if seed is False:
+            rank_zero_info(
+                "seed_everything=False: initial weights differ from run to run; all other draws have seed 0."
+            )
         super()._set_seed()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from fedlight.cli.classes import taking
 from fedlight.cli.configs import nearest
 from fedlight.data.federated import FEDERATED_YAML
 
@@ -36,7 +37,8 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
     inner = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message)
     owner = next(iter(inner or re.findall(r"given class_path '([\w.]+)'", message)[::-1]), None)
     taken = sorted(keys) if owner is None else _parameters(owner)
-    found = [_key(word, taken, owner) for word in _words(message, _KEYS)]
+    section = next(iter(re.findall(r'Parser key "([\w.]+)"', message)), "")
+    found = [_key(word, taken, owner, section) for word in _words(message, _KEYS)]
     found += [_class(word, classes) for word in _words(message, _CLASSES)]
     for module, name in re.findall(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
@@ -99,7 +101,7 @@ def _parameters(class_path: str) -> list[str]:
     return found
 
 
-def _key(word: str, keys: list[str], owner: str | None) -> str:
+def _key(word: str, keys: list[str], owner: str | None, section: str) -> str:
     if word == "not_written":
         return "a Python program wrote this file, and lists there what is missing: add that, and remove `not_written`"
     start = next((k for k in _ELSEWHERE if f"{word}.".startswith(f"{k}.")), "") if owner is None else ""
@@ -117,6 +119,10 @@ def _key(word: str, keys: list[str], owner: str | None) -> str:
         leaf = difflib.get_close_matches(word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in keys], 1, 0.7)
         near = near if near and near[0] != first else [k for k in keys if k.rsplit(".", 1)[-1] in leaf][:2]
     if not near and owner is not None:
+        others = taking(section, word)
+        if others:
+            one = f"{section}: {{class_path: {others[0]}, init_args: {{{word}: ...}}}}"
+            return f"{owner} has no {word!r}; of {', '.join(others)} name one, as `{one}`"
         return f"{owner} takes {', '.join(keys) or 'nothing'}; `class_path` names another class"
     return f"{word!r} is not known; did you mean {' or '.join(map(repr, near))}?" if near and word not in near else ""
 
