@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +140,7 @@ def _filled_in(run: Run) -> tuple[Status, str]:
     except FileNotFoundError:
         return "torn", "config.yaml is missing"
     except (OSError, yaml.YAMLError, UnicodeDecodeError):
-        return "torn", "config.yaml cannot be read"
+        return "torn", _damage(run.path / "config.yaml", yaml.safe_load)
     if not isinstance(config, dict) or not {"trainer", "algorithm", "data"} <= set(config):
         return "foreign", "its config.yaml was not written by fedlight"
     run.config = dotted(config)
@@ -163,7 +163,7 @@ def _filled_in(run: Run) -> tuple[Status, str]:
         notes = (_in_percent(run) * "accuracies were logged in percent", _other_version(run.summary))
         return ("finished", "; ".join(filter(None, notes))) if changes is None else ("changed", changes)
     if (run.path / "summary.json").exists():
-        return "torn", "summary.json cannot be read"
+        return "torn", _damage(run.path / "summary.json")
     rounds = f"{run.rounds} of {run.config.get('trainer.max_rounds', '?')} rounds"
     return "running" if is_locked(run.path) else "interrupted", rounds
 
@@ -192,7 +192,7 @@ def _changes(path: Path) -> str | None:
         changed = [f"{key} from round {int(r) + 1}: {old} -> {new}" for r, key, old, new in noted]
     except (AttributeError, TypeError, ValueError):
         changed = []
-    return "; ".join(changed[:3] + ["..."] * (len(changed) > 3)) or f"{HISTORY}/{path.name} cannot be read"
+    return "; ".join(changed[:3] + ["..."] * (len(changed) > 3)) or f"{HISTORY}/{_damage(path)}"
 
 
 def _other_version(summary: dict[str, Any]) -> str:
@@ -211,6 +211,16 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _damage(path: Path, load: Callable[[str], Any] = json.loads) -> str:
+    """What is wrong with a file, and in which line and column."""
+    try:
+        return f"{path.name} cannot be read: it holds {str(load(path.read_text()))[:30]!r}"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f": line {mark.line + 1} column {mark.column + 1}"
+        return f"{path.name} cannot be read: {getattr(error, 'problem', error)}{where}"
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

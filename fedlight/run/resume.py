@@ -203,7 +203,7 @@ def record_changes(run: Path, round: int, changes: dict[str, list[Any]]) -> None
         noted = json.loads(path.read_text()) if path.exists() else {}
         noted = {r: c for r, c in noted.items() if int(r) < round} | ({str(round): changes} if changes else {})
     except (ValueError, AttributeError) as error:
-        raise MisconfigurationException(f"{path} is damaged. It says what was changed: repair it.") from error
+        raise MisconfigurationException(f"{path} is damaged ({error}). It says what was changed: repair it.") from error
     with writing(path):
         (run / "summary.json").unlink(missing_ok=True)  # the run is not finished any more
         if noted:
