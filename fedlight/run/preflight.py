@@ -157,13 +157,21 @@ def _check_enough(trainer: Any, federation: Federation) -> None:
     """Refuse rounds with too few clients, or with more hostile ones than are tolerated; rounds are drawn ahead."""
     parts, sampler = (federation.algorithm, federation.aggregator), trainer.sampler
     check_enough(sampler.clients_per_round, *parts, "trainer.clients_per_round gives {}")
-    if (aggregator := federation.aggregator) is None:
+    attacks, aggregator = attacks_by(trainer.settings["transforms"]), federation.aggregator
+    if aggregator is None and not attacks:
         return
     rounds = range(trainer.current_round, trainer.max_rounds)
     drawn = [sampler.sample(round, generator(trainer.seed, "sampling", round)) for round in rounds]
+    present = {client for clients in drawn for client in clients}
+    for attack in attacks:
+        if drawn and attack.attackers.isdisjoint(present):
+            none = f"of its {len(attack.attackers)} clients, none is drawn in {len(drawn)} rounds"
+            rank_zero_warn(f"trainer.transforms: {type(attack).__name__} never attacks, as {none}.")
+    if aggregator is None:
+        return
     for clients in drawn:
         check_enough(len(clients), *parts, "trainer.sampler draws {} in some round")
-    hostile = {client for attack in attacks_by(trainer.settings["transforms"]) for client in attack.attackers}
+    hostile = {client for attack in attacks for client in attack.attackers}
     more = [len(hostile.intersection(clients)) > aggregator.tolerates(len(clients)) for clients in drawn]
     own = [f"raise its `{key}`, " for key in ("attackers", "trim") if hasattr(aggregator, key)]
     text = (

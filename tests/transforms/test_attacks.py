@@ -13,6 +13,7 @@ from fedlight.data import DatasetPartition
 from fedlight.data.arrays import ArrayDataset
 from fedlight.seeding import generator
 from fedlight.server.aggregators import GeometricMedian
+from fedlight.server.sampling import Uniform
 from fedlight.transforms import ALIE, ClipUpdate, GaussianAttack, LabelFlip, Quantize, SignFlip
 from fedlight.transforms.attack import Attack
 from fedlight.transforms.base import check_chain
@@ -81,6 +82,19 @@ def test_attackers_send_what_the_paper_says_and_others_the_same_bits(tmp_path, h
 def test_one_colluder_alone_sends_its_update(tmp_path, honest):
     (found,), _ = arrived(tmp_path, ALIE(1.5, [2]))
     torch.testing.assert_close(found[2], honest[2], rtol=0, atol=1e-12)
+
+
+def test_an_attack_by_clients_that_no_round_draws_is_said(tmp_path):
+    class First(Uniform):
+        def sample(self, round, rng):
+            return [0, 1]
+
+    attacks = {"transforms": [SignFlip(clients=[1, 2]), LabelFlip([2, 3])], "sampler": First(), "max_rounds": 1}
+    with pytest.warns(
+        UserWarning, match="LabelFlip never attacks, as of its 2 clients, none is drawn in 1 rounds"
+    ) as w:
+        quiet_trainer(tmp_path, **attacks).fit(Regression(), two_classes())
+    assert len(w) == 1
 
 
 def test_what_comes_after_acts_on_what_attackers_send(tmp_path, honest):
