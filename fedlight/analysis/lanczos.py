@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlight.analysis.krylov import KrylovSpace
-from fedlight.analysis.operators import Block, HessianOperator, SymmetricOperator
+from fedlight.analysis.operators import Block, HessianOperator
 from fedlight.checks import check_at_least_one, check_number
 
 Iteration = Generator[Tensor, Tensor, "Eigenpairs"]
@@ -44,7 +44,7 @@ class Eigenpairs:
 
 
 def top_eigenvalues(
-    operator: SymmetricOperator,
+    operator: HessianOperator,
     k: int = 1,
     *,
     generator: torch.Generator,
@@ -118,7 +118,7 @@ def _driven(
 
 
 def lanczos(
-    operator: SymmetricOperator,
+    operator: HessianOperator,
     size: int,
     k: int,
     generator: torch.Generator,
@@ -191,7 +191,7 @@ def _solve(space: KrylovSpace, tolerance: float, max_products: int, k: int, smal
         space.extend(norm, space.rounding)
 
 
-def _verified(operator: SymmetricOperator, pairs: Eigenpairs) -> Eigenpairs:
+def _verified(operator: HessianOperator, pairs: Eigenpairs) -> Eigenpairs:
     """Values and residuals from products with the vectors found, which rounding in the iteration cannot flatter."""
     vectors = pairs.vectors if pairs.smallest is None else torch.cat([pairs.vectors, pairs.smallest.vectors])
     products = operator.matmat(vectors.T).T

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,28 +22,6 @@ class NonFiniteLossError(ArithmeticError):
 
 class NoSecondDerivativeError(RuntimeError):
     """The loss cannot be differentiated twice; the message names the layers."""
-
-
-class SymmetricOperator(Protocol):
-    """What the eigen-solvers need of a symmetric matrix of size P."""
-
-    @property
-    def size(self) -> int:
-        """P, the number of rows."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the vectors."""
-
-    @property
-    def device(self) -> torch.device:
-        """Of the vectors."""
-
-    def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a vector ``[P]``."""
-
-    def matmat(self, vectors: Tensor) -> Tensor:
-        """The products with the columns of ``[P, m]``."""
 
 
 class HessianOperator:
@@ -252,17 +230,3 @@ def check_products(values: Tensor) -> None:
     """Refuse what was made of products with the Hessian, if it is not finite."""
     if not bool(values.isfinite().all()):
         raise NonFiniteLossError("A product with the Hessian is NaN or infinite: there is no finite curvature here.")
-
-
-def to_scipy(operator: SymmetricOperator) -> Any:
-    """The operator as a ``scipy.sparse.linalg.LinearOperator``; vectors are copied to the CPU and back."""
-    from scipy.sparse.linalg import LinearOperator
-
-    def product(columns: Any) -> Any:
-        vectors = torch.as_tensor(columns, dtype=operator.dtype, device=operator.device)
-        found = operator.matvec(vectors) if vectors.ndim == 1 else operator.matmat(vectors)
-        return found.cpu().numpy()
-
-    shape = (operator.size, operator.size)
-    dtype = torch.empty(0, dtype=operator.dtype).numpy().dtype
-    return LinearOperator(shape, matvec=product, rmatvec=product, matmat=product, dtype=dtype)

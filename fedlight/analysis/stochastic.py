@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlight.analysis.operators import SymmetricOperator, check_products
+from fedlight.analysis.operators import HessianOperator, check_products
 
 _CHUNK = 8  # random vectors that share one pass over the data
 
@@ -44,15 +44,9 @@ class Density:
     values: Tensor
     width: float
 
-    def moment(self, order: int) -> tuple[float, float]:
-        """The mean of λ^order over all eigenvalues, tr(H^order)/P, and its standard error."""
-        samples = (self.weights * self.nodes**order).sum(1)
-        error = float(samples.std() / math.sqrt(len(samples))) if len(samples) > 1 else math.nan
-        return float(samples.mean()), error
-
 
 def trace(
-    operator: SymmetricOperator,
+    operator: HessianOperator,
     *,
     generator: torch.Generator,
     tolerance: float = 0.02,
@@ -88,7 +82,7 @@ def trace(
 
 
 def density(
-    operator: SymmetricOperator,
+    operator: HessianOperator,
     *,
     generator: torch.Generator,
     steps: int = 48,
@@ -163,7 +157,7 @@ def _smoothed(nodes: Tensor, weights: Tensor, grid_points: int) -> Density:
     return Density(nodes, weights, grid, values, width)
 
 
-def _signs(operator: SymmetricOperator, count: int, generator: torch.Generator) -> Tensor:
+def _signs(operator: HessianOperator, count: int, generator: torch.Generator) -> Tensor:
     """Random signs ``[P, count]``: one row of the generator's numbers per vector, whatever the count."""
     rows = torch.randint(0, 2, (count, operator.size), generator=generator, dtype=torch.int8)
     return (2 * rows - 1).to(device=operator.device, dtype=operator.dtype).T

@@ -10,11 +10,11 @@ from fedlight.data.images import ImageArrays
 from fedlight.data.label_skew import DirichletClasses, DirichletClients, Shards
 from fedlight.data.partition import IID, NaturalGroups, Partitioner, QuantitySkew
 from fedlight.data.partitioned import PartitionedDataModule
-from fedlight.data.picture import partition_csv, partition_table, save_partition_picture
+from fedlight.data.picture import partition_csv, save_partition_picture
 from fedlight.data.sources import load_source
 from fedlight.data.text_data import TextData
 
 __all__ = ["FederatedDataModule", "ImageData", "TextData", "DatasetPartition", "Federated", "PartitionedDataModule"]
 __all__ += ["ArrayDataset", "BatchTransform", "ImageArrays", "load_source"]
 __all__ += ["Partitioner", "IID", "DirichletClients", "DirichletClasses", "Shards", "QuantitySkew", "NaturalGroups"]
-__all__ += ["partition_csv", "partition_table", "save_partition_picture"]
+__all__ += ["partition_csv", "save_partition_picture"]

@@ -116,35 +116,12 @@ def _spread(values: Tensor) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,} (median {middle:,.0f})"
 
 
-def partition_table(counts: Tensor, class_names: list[str] | None = None, max_clients: int | None = 20) -> str:
-    """The partition as aligned text: a line per client with its size, its number of classes and its counts.
-
-    Args:
-        counts: ``[num_clients, num_classes]``.
-        class_names: heads of the columns; numbers by default.
-        max_clients: how many clients to list; None for all. The last line sums over all of them.
-    """
-    head, *body, total = _rows(counts, class_names)
-    kept = [head, *body[:max_clients], total]
-    widths = [max(map(len, column)) for column in zip(*kept, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in kept]
-    if left_out := len(body) + 2 - len(kept):
-        lines.insert(-1, f"... {left_out} more clients".rjust(widths[0]))
-    return "\n".join(lines)
-
-
 def partition_csv(counts: Tensor, class_names: list[str] | None = None) -> str:
     """The partition of all clients as CSV: ``client,samples,classes`` and a column per class, then the total."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(_rows(counts, class_names))
-    return text.getvalue()
-
-
-def _rows(counts: Tensor, class_names: list[str] | None) -> list[list[str]]:
-    """Head, one row per client, total."""
     names = class_names if class_names and len(class_names) == counts.shape[1] else range(counts.shape[1])
-    rows = [["client", "samples", "classes", *map(str, names)]]
-    for client, row in enumerate([*counts.tolist(), counts.sum(0).tolist()]):
-        label = "total" if client == len(counts) else str(client)
-        rows.append([label, str(sum(row)), str(sum(n > 0 for n in row)), *map(str, row)])
-    return rows
+    rows: list[list[Any]] = [["client", "samples", "classes", *names]]
+    for client, row in [*enumerate(counts.tolist()), ("total", counts.sum(0).tolist())]:
+        rows.append([client, sum(row), sum(n > 0 for n in row), *row])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

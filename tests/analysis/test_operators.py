@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fedlight.analysis import HessianOperator, NonFiniteLossError, to_scipy
+from fedlight.analysis import HessianOperator, NonFiniteLossError
 from fedlight.analysis.memory import free_memory, graph_bytes
 from tests.analysis.cases import NETS, case, operator
 
@@ -73,13 +73,6 @@ def test_loss_elsewhere_leaves_the_parameters_and_kept_graphs_alone():
     assert net != pytest.approx(F.cross_entropy(module.net(x), y).item(), rel=1e-3)
     assert torch.equal(op.flat(), before)
     torch.testing.assert_close(op.matvec(v), dense @ v)
-
-
-def test_the_scipy_operator_multiplies_the_same():
-    dense, op = case("cnn_max_pooling")[3].numpy(), to_scipy(operator("cnn_max_pooling"))
-    identity = torch.eye(op.shape[0], dtype=torch.float64).numpy()
-    assert abs(op @ identity - dense).max() < 1e-12
-    assert abs(op @ identity[:, 3] - dense[:, 3]).max() < 1e-12
 
 
 def test_unused_and_linear_parameters_have_zero_curvature():

@@ -7,6 +7,12 @@ from tests.analysis.cases import NETS, Matrix, case, operator, rng
 OUTLIERS = [*torch.linspace(-1, 1, 300).tolist(), 20.0, 50.0]
 
 
+def moment(spectrum, order):
+    """The mean of λ^order over all eigenvalues, and its standard error."""
+    samples = (spectrum.weights * spectrum.nodes**order).sum(1)
+    return float(samples.mean()), float(samples.std(correction=min(1, len(samples) - 1))) / len(samples) ** 0.5
+
+
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("seed", range(3))
 def test_traces_lie_within_three_standard_errors(name, seed):
@@ -48,9 +54,9 @@ def test_the_first_four_moments_of_the_density(name):
     eigenvalues = torch.linalg.eigvalsh(case(name)[3])
     spectrum = density(operator(name, 16), generator=rng(1), steps=20, probes=40)
     for order in range(1, 5):
-        value, error = spectrum.moment(order)
+        value, error = moment(spectrum, order)
         assert abs(value - (eigenvalues**order).mean().item()) < 3 * error, order
-    assert spectrum.moment(0)[0] == pytest.approx(1, abs=1e-12)
+    assert moment(spectrum, 0)[0] == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -60,10 +66,10 @@ def test_known_eigenvectors_make_the_moments_more_certain(name):
     plain = density(op, generator=rng(1), steps=20, probes=40)
     known = density(op, generator=rng(1), steps=20, probes=40, known=(pairs.values, pairs.vectors))
     for order in range(1, 5):
-        value, error = known.moment(order)
+        value, error = moment(known, order)
         assert abs(value - (eigenvalues**order).mean().item()) < 3 * error, order
-    assert known.moment(4)[1] < plain.moment(4)[1] / 2
-    assert known.moment(0)[0] == pytest.approx(1, abs=1e-12)
+    assert moment(known, 4)[1] < moment(plain, 4)[1] / 2
+    assert moment(known, 0)[0] == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize("steps", [4, 40])
@@ -98,7 +104,7 @@ def test_known_outliers_have_their_exact_weight(dtype):
         near = (spectrum.grid - centre).abs() < 5
         weight = torch.trapezoid(spectrum.values[near], spectrum.grid[near]).item()
         assert weight == pytest.approx(1 / 302, rel=1e-3)
-    assert spectrum.moment(1)[0] == pytest.approx(70 / 302, rel=0.3)
+    assert moment(spectrum, 1)[0] == pytest.approx(70 / 302, rel=0.3)
 
 
 def test_ghosts_share_the_weight_of_the_eigenvalue_that_they_repeat():
@@ -106,7 +112,7 @@ def test_ghosts_share_the_weight_of_the_eigenvalue_that_they_repeat():
     near = (spectrum.nodes - 10).abs() < 0.1
     weight = (spectrum.weights * near).sum(1)
     assert weight.mean().item() == pytest.approx(1 / 200, rel=0.5)
-    assert spectrum.moment(1)[0] == pytest.approx(0.05, rel=0.5)
+    assert moment(spectrum, 1)[0] == pytest.approx(0.05, rel=0.5)
 
 
 def test_zero_curvature_is_a_peak_at_zero():

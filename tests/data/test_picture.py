@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fedlight.data import partition_csv, partition_table, save_partition_picture
+from fedlight.data import partition_csv, save_partition_picture
 
 COUNTS = torch.tensor([[3, 0], [10, 4], [0, 1]])
 
@@ -49,24 +49,6 @@ def test_a_svg_names_what_it_shows(tmp_path):
     text = (tmp_path / "partition.svg").read_text()
     for word in ("cat", "dog", "client", "class", "samples", "3 clients, 18 samples", "1 to 14 (median 3) per client"):
         assert word in text
-
-
-def test_a_table_is_aligned_and_summed():
-    assert partition_table(COUNTS, ["cat", "dog"]).splitlines() == [
-        "client  samples  classes  cat  dog",
-        "     0        3        1    3    0",
-        "     1       14        2   10    4",
-        "     2        1        1    0    1",
-        " total       18        2   13    5",
-    ]
-
-
-def test_a_long_table_is_cut_but_its_total_is_not():
-    lines = partition_table(torch.ones(50, 2, dtype=torch.int64), max_clients=3).splitlines()
-    assert len(lines) == 6
-    assert lines[4] == "... 47 more clients"
-    assert lines[5].split() == ["total", "100", "2", "50", "50"]
-    assert len(partition_table(torch.ones(50, 2, dtype=torch.int64), max_clients=None).splitlines()) == 52
 
 
 def test_csv_holds_every_client():
