@@ -20,8 +20,8 @@ from fedlight.penalties.numbers import follow
 from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
-from fedlight.run.monitors import monitors_known
 from fedlight.run.session import Session
+from fedlight.run.views import monitors_known
 from fedlight.seeding import generator
 from fedlight.server.aggregators import Aggregator
 from fedlight.server.clients import Where

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
 
 from fedlight.callbacks import HessianSpectrum
-from fedlight.run.traces import evaluating
+from fedlight.run.attempt import evaluating
 from fedlight.server.federation import Federation
 from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, weights

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch import Callback
 
-from fedlight.run import memory
+from fedlight.run import device
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
 
@@ -29,12 +29,12 @@ class Calls(Callback):
 @pytest.mark.parametrize("chosen", [False, True])
 def test_a_fit_keeps_freed_blocks_and_gives_them_back(tmp_path, monkeypatch, chosen):
     """Numbers of mallopt(3): -1 is when the heap is trimmed, -3 and -4 which and how many blocks lie outside of it."""
-    for name in memory._OWN:
+    for name in device._OWN:
         monkeypatch.delenv(name, raising=False)
     if chosen:  # the user's own choice stays
         monkeypatch.setenv("MALLOC_TOP_PAD_", "131072")
     calls = Calls()
-    monkeypatch.setattr(memory, "ctypes", SimpleNamespace(CDLL=lambda name: calls.library))
+    monkeypatch.setattr(device, "ctypes", SimpleNamespace(CDLL=lambda name: calls.library))
     quiet_trainer(tmp_path, callbacks=[calls]).fit(Regression(), Clients())
     assert calls.in_a_round == ([] if chosen else [(-4, 0), (-1, -1)])
     assert calls.all[len(calls.in_a_round) :] == ([] if chosen else [(-4, 2**16), (-3, 2**25), (-1, 2**26), "trim"])
@@ -49,7 +49,7 @@ import resource
 from contextlib import ExitStack
 import torch
 from lightning.fabric import Fabric
-from fedlight.run.memory import keep_freed_blocks
+from fedlight.run.device import keep_freed_blocks
 
 def faults():
     for _ in range(4):  # the first hole may be too small by what aligns the next block

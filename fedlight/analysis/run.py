@@ -7,11 +7,19 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 
 from fedlight.analysis import records
-from fedlight.analysis.measurement import Measurement, ViewName
+from fedlight.analysis.measurement import (
+    Directions,
+    Measurement,
+    Survey,
+    ViewName,
+    checkpoint_weights,
+    draw_lines,
+    draw_survey,
+    run_name,
+)
 from fedlight.analysis.pictures import draw_eigenvalues
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, federated_subject
-from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.run.context import RunContext
 from fedlight.run.folder import writing

@@ -19,7 +19,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState
 from fedlight.penalties.step import penalized_step, unwrapped
-from fedlight.run.float32 import float32_products
+from fedlight.run.device import float32_products
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 
 

@@ -5,9 +5,16 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback
 
-from fedlight.analysis.measurement import ViewName
+from fedlight.analysis.measurement import (
+    Directions,
+    Survey,
+    ViewName,
+    checkpoint_weights,
+    draw_lines,
+    draw_survey,
+    run_name,
+)
 from fedlight.analysis.subject import DataName, Weights, is_federated, output_folder, subject_of
-from fedlight.analysis.survey import Directions, Survey, checkpoint_weights, draw_lines, draw_survey, run_name
 from fedlight.run.loggers import log_picture
 from fedlight.written import Remembers
 

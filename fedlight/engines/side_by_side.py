@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.recordable import Unrecordable, check_recordable
-from fedlight.engines.step_sizes import StepSizes
 
 LARGEST = 50_000
 """Parameters up to which a local step is mostly Python's time, which a batched program has once for all clients."""

@@ -26,13 +26,12 @@ from fedlight.flower.spectrum import site_sums
 from fedlight.local import ClientResult
 from fedlight.penalties.numbers import follow
 from fedlight.perturbations.base import State
-from fedlight.run.attempt import trial_step
+from fedlight.run.attempt import evaluating, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.folder import atomic_file
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import use_threads
 from fedlight.run.session import Session
-from fedlight.run.traces import evaluating
 from fedlight.run.views import evaluate_clients
 from fedlight.server.client_side import ClientSide, Reply
 from fedlight.server.clients import Row, tensor_bytes

@@ -25,9 +25,9 @@ from fedlight.local import ClientResult
 from fedlight.personal.base import Personalization
 from fedlight.run.evaluation import Stage
 from fedlight.run.experiment import differences
+from fedlight.run.names import over_clients
 from fedlight.run.preflight import check_methods
 from fedlight.run.session import Session
-from fedlight.run.values import over_clients
 from fedlight.run.views import Row, Views
 from fedlight.trainer import FederatedTrainer
 from fedlight.transforms.attack import attacks_by

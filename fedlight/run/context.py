@@ -19,7 +19,7 @@ from fedlight.run.evaluation import Evaluator
 from fedlight.run.folder import RunFolder, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import MetricsCSV, tell
-from fedlight.run.values import as_floats
+from fedlight.run.names import as_floats
 from fedlight.run.wandb import of_round
 from fedlight.server.federation import Federation
 

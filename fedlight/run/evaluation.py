@@ -24,9 +24,9 @@ from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
 from fedlight.module.step import call_step, transfer_function
 from fedlight.penalties.batches import batch_size
 from fedlight.penalties.step import penalized_step
+from fedlight.run.attempt import evaluating, say_traces, watch
 from fedlight.run.clients_together import together
-from fedlight.run.traces import evaluating, say_traces, watch
-from fedlight.run.values import as_floats
+from fedlight.run.names import as_floats
 from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 

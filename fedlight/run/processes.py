@@ -20,9 +20,8 @@ from fedlight.data.datamodule import first_samples
 from fedlight.engines import make_engine
 from fedlight.engines.batch_order import num_batches
 from fedlight.penalties.batches import batch_size
-from fedlight.run.attempt import trial_step
+from fedlight.run.attempt import evaluating, trial_step
 from fedlight.run.context import RunContext
-from fedlight.run.traces import evaluating
 from fedlight.server.sampling import expected_clients
 
 LARGE_STEP = 5e8

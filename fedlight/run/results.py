@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fedlight.data.datamodule import first_samples
 from fedlight.data.held_out import given_data
 from fedlight.module.hooks import overrides
+from fedlight.run.attempt import evaluating, watch
 from fedlight.run.context import RunContext
 from fedlight.run.folder import RunFolder, atomic_file, atomic_write, optional, writing
 from fedlight.run.loggers import tell
-from fedlight.run.traces import evaluating, watch
 from fedlight.seeding import derive_seed, seed_global_rng
 from fedlight.server.rows import from_all
 

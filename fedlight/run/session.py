@@ -19,12 +19,11 @@ from fedlight.module.parameters import ParameterLayout, flat_parameters, load_te
 from fedlight.run import resume, setup
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.context import Command, RunContext
+from fedlight.run.device import feed_channels_last, float32_products, keep_freed_blocks
 from fedlight.run.evaluation import Evaluator
-from fedlight.run.float32 import float32_products
 from fedlight.run.folder import RunFolder
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
-from fedlight.run.memory import feed_channels_last, keep_freed_blocks
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, resolve_devices, use_threads, watch_children
 from fedlight.run.results import destination

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.side_by_side import LARGEST, _Watch
-from fedlight.engines.step_sizes import StepSizes
 from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
-from fedlight.run.memory import _channels_last
+from fedlight.run.device import _channels_last
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 SIZES = (10,) * 8 + (7, 7, 9)

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.hyperparameters import LocalHyperparameters
-from fedlight.engines.step_sizes import StepSizes
 from fedlight.engines.vmap.channelwise import clients_as_channels
 from fedlight.engines.vmap.draws import ClientDropout
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer

@@ -1,10 +1,11 @@
-"""Memory of a run: in which order the entries of images lie, and what becomes of blocks that are freed."""
+"""How a run uses its device: products of float32, in which order images lie, what becomes of blocks that are freed."""
 
 import ctypes
 import os
 import sys
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -57,3 +58,19 @@ def _channels_last(tensor: Tensor) -> Tensor:
     # Images of one channel are in both formats; torch takes the one that their strides are written in.
     _, channels, height, width = out.shape
     return out.as_strided(out.shape, (channels * height * width, 1, channels * width, channels))
+
+
+@contextmanager
+def float32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Inside, products and convolutions of float32 are computed in float32; or GPUs round factors to 10 bits (tf32)."""
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    backends = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends[: 3 if precision == "tf32" else None]:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
