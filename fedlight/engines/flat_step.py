@@ -1,4 +1,4 @@
-"""One optimizer step on the flat vector, in place of one on each parameter."""
+"""How torch's optimizers take a step: on the flat vector, in place of one on each parameter; by fused kernels."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,44 @@ from torch.optim import optimizer as torch_optimizer
 
 from fedlight.module.parameters import FlatParameters
 
-_ENTRYWISE = (SGD, Adadelta, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
+FUSED = (SGD, Adam, AdamW)
+"""Optimizers that have a fused kernel for every kind of device: one for all parameters, whose lr may be a tensor."""
+
+
+def fuse(optimizer: Optimizer, device: torch.device) -> bool:
+    """Let an optimizer use its fused kernel; false where it has none.
+
+    The kernel reads a learning rate that is a tensor as float32; a number gives the same bits if it is rounded so.
+    """
+    if type(optimizer) not in FUSED or any(g["differentiable"] for g in optimizer.param_groups):
+        return False
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+        if "capturable" in group:
+            group["capturable"] = device.type == "cuda"
+    # What `fused=True` would set: gradient scalers then leave it to the kernel to skip a step that overflows.
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    return True
+
+
+def begin_momentum(optimizer: Optimizer) -> None:
+    """Give a fused SGD momentum that is zero.
+
+    Torch leaves it uninitialised where the first step is one that a gradient scaler skips. Without dampening a first
+    step from zero has the same bits as one without momentum to start from.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
+def float32(value: float) -> float:
+    """The nearest number that float32 has."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+ENTRYWISE = (SGD, Adadelta, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop)
 """Optimizers that treat every entry by itself, and so do not mind where a parameter ends."""
 
 
@@ -77,7 +114,7 @@ def _has_hooks(optimizer: Optimizer) -> bool:
 def _can_be_flat(optimizer: Optimizer, params: Tensor) -> bool:
     step = vars(optimizer).get("step")  # a scheduler puts its own in its place, to see whether it was called
     return (
-        type(optimizer) in _ENTRYWISE
+        type(optimizer) in ENTRYWISE
         and (params.device.type == "cpu" and params.dtype.itemsize >= 4)
         and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
         and not optimizer.state

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlight.engines.base import Findings, LocalTraining
 from fedlight.engines.client_loop import ClientLoop
-from fedlight.engines.outside import seen_outside
+from fedlight.engines.recordable import seen_outside
 from fedlight.local import LocalObjective
 from fedlight.module.looking import watched
 from fedlight.module.state import attributes_of, untouched

@@ -7,7 +7,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedlight.engines.vmap.channelwise import clients_as_channels
+from fedlight.engines.vmap.functions import clients_as_channels
 
 CLIENTS, BATCH = 3, 2
 POOLS = {

@@ -13,8 +13,7 @@ from fedlight.data.arrays import _Storage
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.cuda_graph.client_loop import RecordedLoop
 from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots
-from fedlight.engines.cuda_graph.recorder import Recorder
-from fedlight.engines.cuda_graph.segments import LONGEST, Segment, segments
+from fedlight.engines.cuda_graph.recorder import LONGEST, Recorder, Segment, segments
 from fedlight.penalties.man import MAN
 from fedlight.personal import PersonalParts
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM

@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from fedlight.engines.vmap import draws
-from fedlight.engines.vmap.draws import ClientDropout
+from fedlight.engines.vmap import functions
+from fedlight.engines.vmap.functions import ClientDropout
 
 SEED, STEP = torch.tensor(1234567), torch.tensor(3)
 
@@ -26,7 +26,7 @@ def test_the_numbers_are_splitmix64s():
         4593380528125082431,
         16408922859458223821,
     ]
-    found = draws._mixed(SEED + torch.arange(1, 6) * draws._GOLDEN)
+    found = functions._mixed(SEED + torch.arange(1, 6) * functions._GOLDEN)
     assert [n % 2**64 for n in found.tolist()] == expected
 
 

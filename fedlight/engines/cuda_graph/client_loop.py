@@ -16,9 +16,8 @@ from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.batch_order import batch_order, same_storage
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
-from fedlight.engines.cuda_graph.recorder import Recorder, Work
-from fedlight.engines.cuda_graph.segments import Segment, segments
-from fedlight.engines.fused_optimizers import fuse
+from fedlight.engines.cuda_graph.recorder import Recorder, Segment, Work, segments
+from fedlight.engines.flat_step import fuse
 from fedlight.engines.hyperparameters import Values, lr_sum, set_values
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.logs import collecting_logs

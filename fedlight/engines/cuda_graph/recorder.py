@@ -1,11 +1,14 @@
-"""Recording work once and replaying it, as a CUDA graph; on other devices the same work is done anew."""
+"""Recording work once and replaying it, as a CUDA graph; a client's local steps in pieces that can be recorded."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from fedlight.engines.hyperparameters import Values
 
 Work = Callable[[], None]
 
@@ -133,3 +136,49 @@ class CudaRecorder(Recorder):
             yield
         finally:
             self._default.graphsafe_set_state(before)
+
+
+LONGEST = 32
+"""At most so many local steps are recorded as one piece of work."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive local steps whose batches have the same sizes and whose hyperparameters are equal."""
+
+    begin: int  # where its samples begin in the client's order
+    sizes: tuple[int, ...]  # the micro-batches of each step
+    steps: int
+    values: Values
+
+    @property
+    def samples(self) -> int:
+        """Samples of all its steps."""
+        return self.steps * sum(self.sizes)
+
+
+def segments(steps: Sequence[tuple[int, tuple[int, ...]]], values: Sequence[Values]) -> list[Segment]:
+    """Cut a client's steps into segments whose lengths are powers of two, the longest first.
+
+    So few different lengths have to be recorded: ten steps are eight and two, and a client with eleven adds one. A step
+    is where its samples begin, and its micro-batches.
+    """
+    pieces, first = list[Segment](), 0
+    while first < len(steps):
+        (begin, sizes), now = steps[first], values[first]
+        samples, count = sum(sizes), 1
+        while (at := first + count) < len(steps) and steps[at] == (begin + count * samples, sizes):
+            if values[at] is not now:
+                break
+            count += 1
+        pieces += _cut(Segment(begin, sizes, count, now))
+        first += count
+    return pieces
+
+
+def _cut(run: Segment) -> Iterator[Segment]:
+    begin, left = run.begin, run.steps
+    while left:
+        steps = min(LONGEST, 1 << (left.bit_length() - 1))
+        yield replace(run, begin=begin, steps=steps)
+        begin, left = begin + steps * sum(run.sizes), left - steps

@@ -18,8 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from fedlight.engines.base import LocalTraining
 from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.hyperparameters import LocalHyperparameters
-from fedlight.engines.vmap.channelwise import clients_as_channels
-from fedlight.engines.vmap.draws import ClientDropout
+from fedlight.engines.vmap.functions import ClientDropout, clients_as_channels
 from fedlight.engines.vmap.stacked_optimizers import StackedOptimizer
 from fedlight.local import LocalObjective, local_gradient
 from fedlight.module.logs import LogCollector, collecting_logs

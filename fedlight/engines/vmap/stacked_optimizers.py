@@ -9,14 +9,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 
+from fedlight.engines.flat_step import ENTRYWISE
 from fedlight.engines.hyperparameters import Values
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.module.parameters import ParameterLayout
 
-ELEMENTWISE = (
-    *(optim.SGD, optim.Adam, optim.AdamW, optim.Adagrad, optim.RMSprop, optim.Adadelta, optim.Adamax, optim.NAdam),
-    *(optim.RAdam, optim.ASGD, optim.Rprop),
-)
+ELEMENTWISE = (*ENTRYWISE, optim.Adagrad, optim.ASGD)
 """Optimizers whose step treats every entry alone, so that rows and columns of a matrix may be anything."""
 
 
