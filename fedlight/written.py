@@ -26,7 +26,7 @@ class Remembers:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Keep the arguments as YAML would have them, no more: data are not held by it."""
-        made, lost, names = super().__new__(cls), Lost(), _arguments(cls)
+        made, lost, names = super().__new__(cls), Lost(), arguments(cls)
         try:
             bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs)
         except TypeError:  # __init__ will say it better
@@ -66,18 +66,18 @@ def written(value: Any, key: str, lost: Lost) -> Any:
 
 def _made_with(value: Any) -> tuple[dict[str, Any], Lost]:
     """What it remembers, or hyperparameters and attributes of an argument's name if the same can be made of them."""
-    cls, arguments = type(value), sorted(_arguments(type(value)))
+    cls, taken = type(value), sorted(arguments(type(value)))
     held = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
     if "_made_with" in held:
         args, missing = held["_made_with"]
         # A number or word that was set anew since then is what it is now.
         return args | {k: held[k] for k, v in args.items() if v is not None and type(held.get(k)) in _PLAIN}, missing
-    if not hasattr(value, "__dict__") or "*" in arguments:
+    if not hasattr(value, "__dict__") or "*" in taken:
         return {}, {"": f"a {cls.__name__} does not tell what it was made with"}
     held |= getattr(value, "hparams", {})
-    names = {name: k for name in arguments for k in (f"_{name}", name) if k in held}
+    names = {name: k for name in taken for k in (f"_{name}", name) if k in held}
     lost = Lost()
-    if absent := [name for name in arguments if name not in names]:
+    if absent := [name for name in taken if name not in names]:
         some = f"{', '.join(absent[:3])}{f' and {len(absent) - 3} more' if len(absent) > 3 else ''}"
         lost[""] = f"a {cls.__name__} keeps {some} neither in hparams nor as attributes of that name"
     args = {name: written(held[k], f".{name}", lost) for name, k in names.items()}
@@ -91,16 +91,16 @@ def _made_with(value: Any) -> tuple[dict[str, Any], Lost]:
     return args, lost
 
 
-def _arguments(cls: type) -> set[str]:
+def arguments(cls: type) -> list[str]:
     """Names of what a class is made with, and of what it hands on to its bases; ``*`` for any number of things."""
-    found: set[str] = set()
+    found: dict[str, None] = {}
     for base in cls.__mro__:
         if inspect.isfunction(init := vars(base).get("__init__")):
             taken = list(inspect.signature(init).parameters.values())[1:]
-            found |= {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            found |= {p.name: None for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
             if all(p.kind is not p.VAR_KEYWORD for p in taken):
-                return found | {"*" for p in taken if p.kind is p.VAR_POSITIONAL}
-    return found
+                return [*found, *("*" for p in taken if p.kind is p.VAR_POSITIONAL)]
+    return [*found]
 
 
 def _path(value: Any, key: str, lost: Lost) -> str:

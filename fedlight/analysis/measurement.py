@@ -17,7 +17,6 @@ from fedlight.analysis.lanczos import top_eigenvalues
 from fedlight.analysis.landscape import LossLine, LossSurface, filter_normalised_directions, loss_line, loss_surface
 from fedlight.analysis.layers import layer_blocks
 from fedlight.analysis.operators import Block, HessianOperator, NonFiniteLossError, NoSecondDerivativeError
-from fedlight.analysis.pictures import draw_contour, draw_line, draw_surface
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.stochastic import TraceEstimate
 from fedlight.analysis.subject import DataName, Subject, Weights
@@ -256,23 +255,3 @@ def run_name(path: str | Path) -> str:
     path = Path(path).resolve()
     in_run = path.parent.name == "checkpoints"
     return "/".join(path.parent.parent.parts[-2:]) if in_run else path.stem
-
-
-def draw_survey(surface: LossSurface, folder: Path, stem: str) -> list[Path]:
-    """Draw a surface as ``plots/landscape<stem>_contour.png`` and ``_surface.png``, and save its grid.
-
-    Where the loss is nowhere finite, a warning says so and nothing is drawn.
-    """
-    surface.save(folder / "hessian" / f"landscape{stem}.npz")
-    if not bool(surface.loss.isfinite().any()):
-        rank_zero_warn("The loss is nowhere finite around this model, so its landscape is not drawn.")
-        return []
-    kinds = {"contour": draw_contour, "surface": draw_surface}
-    return [draw(surface, folder / "plots" / f"landscape{stem}_{kind}.png") for kind, draw in kinds.items()]
-
-
-def draw_lines(lines: dict[str, LossLine], folder: Path, stem: str, ends: tuple[str, str]) -> Path:
-    """Draw the losses between two models as ``plots/line<stem>.png``, and save them."""
-    for name, line in lines.items():
-        line.save(folder / "hessian" / f"line{stem}_{name}.npz")
-    return draw_line(lines, folder / "plots" / f"line{stem}.png", ends)

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
+from fedlight.analysis import pictures
+from fedlight.analysis.landscape import LossLine, LossSurface
 from fedlight.analysis.layers import layer_blocks
-from fedlight.analysis.pictures import LayerHistory, draw_density, draw_eigenvalues, draw_layers
 from fedlight.analysis.result import HessianResult
 from fedlight.run.loggers import tell
 from fedlight.run.wandb import is_wandb, log_curve
@@ -42,7 +44,7 @@ def draw_densities(results: Mapping[str, HessianResult], path: Path) -> Path | N
     having = {view: result for view, result in results.items() if result.density is not None}
     if not having:
         return None
-    return draw_density(having if len(having) > 1 else next(iter(having.values())), path)
+    return pictures.draw_density(having if len(having) > 1 else next(iter(having.values())), path)
 
 
 def draw_rounds(module: nn.Module, rows: Rows, folder: Path, stem: str = "") -> list[Path]:
@@ -52,15 +54,37 @@ def draw_rounds(module: nn.Module, rows: Rows, folder: Path, stem: str = "") -> 
     """
     drawn = []
     if layers := layer_histories(module, rows):
-        drawn.append(draw_layers(layers, folder / f"layers{stem}.png"))
+        drawn.append(pictures.draw_layers(layers, folder / f"layers{stem}.png"))
     measured = [row for row in rows if math.isfinite(row.get("hessian/lambda_max", math.nan))]
     if len(measured) > 1:
         rounds = [1 + int(row["round"]) for row in measured]
-        drawn.append(draw_eigenvalues(rounds, [_from_row(row) for row in measured], folder / f"eigenvalues{stem}.png"))
+        drawn.append(
+            pictures.draw_eigenvalues(rounds, [_from_row(row) for row in measured], folder / f"eigenvalues{stem}.png")
+        )
     return drawn
 
 
-def layer_histories(module: nn.Module, rows: Rows) -> list[LayerHistory]:
+def draw_survey(surface: LossSurface, folder: Path, stem: str) -> list[Path]:
+    """Draw a surface as ``plots/landscape<stem>_contour.png`` and ``_surface.png``, and save its grid.
+
+    Where the loss is nowhere finite, a warning says so and nothing is drawn.
+    """
+    surface.save(folder / "hessian" / f"landscape{stem}.npz")
+    if not bool(surface.loss.isfinite().any()):
+        rank_zero_warn("The loss is nowhere finite around this model, so its landscape is not drawn.")
+        return []
+    kinds = {"contour": pictures.draw_contour, "surface": pictures.draw_surface}
+    return [draw(surface, folder / "plots" / f"landscape{stem}_{kind}.png") for kind, draw in kinds.items()]
+
+
+def draw_lines(lines: dict[str, LossLine], folder: Path, stem: str, ends: tuple[str, str]) -> Path:
+    """Draw the losses between two models as ``plots/line<stem>.png``, and save them."""
+    for name, line in lines.items():
+        line.save(folder / "hessian" / f"line{stem}_{name}.npz")
+    return pictures.draw_line(lines, folder / "plots" / f"line{stem}.png", ends)
+
+
+def layer_histories(module: nn.Module, rows: Rows) -> list[pictures.LayerHistory]:
     """λ_max of each layer that was measured, and the activation norm that MAN logged.
 
     An activation belongs to the layers that come before it in the module and after the previous activation.
@@ -78,7 +102,7 @@ def layer_histories(module: nn.Module, rows: Rows) -> list[LayerHistory]:
     out = []
     for name in blocks:
         if values := _series(rows, f"hessian/layer/{name}/lambda_max"):
-            out.append(LayerHistory(name, values, _series(rows, owners.get(name, ""))))
+            out.append(pictures.LayerHistory(name, values, _series(rows, owners.get(name, ""))))
     return out
 
 

@@ -7,16 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 
 from fedlight.analysis import records
-from fedlight.analysis.measurement import (
-    Directions,
-    Measurement,
-    Survey,
-    ViewName,
-    checkpoint_weights,
-    draw_lines,
-    draw_survey,
-    run_name,
-)
+from fedlight.analysis.measurement import Directions, Measurement, Survey, ViewName, checkpoint_weights, run_name
 from fedlight.analysis.pictures import draw_eigenvalues
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import DataName, Subject, federated_subject
@@ -109,12 +100,12 @@ def analyze(
         if landscape is not None:
             surface = survey.surface(subject, first)
             if trainer.is_global_zero:
-                pictures += draw_survey(surface, folder, f"_{stem}")
+                pictures += records.draw_survey(surface, folder, f"_{stem}")
         if other is not None:
             lines = survey.line(subject, other, first)
             if trainer.is_global_zero:
                 name = stem if session.folder is None else "/".join(session.folder.path.parts[-2:])
-                pictures.append(draw_lines(lines, folder, f"_{stem}", (name, run_name(str(line_to)))))
+                pictures.append(records.draw_lines(lines, folder, f"_{stem}", (name, run_name(str(line_to)))))
         session.views.load("server")
         if verbose and trainer.is_global_zero:
             print_results(results, f"{stem}, after {trainer.current_round} rounds")

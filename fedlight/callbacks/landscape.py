@@ -5,15 +5,8 @@ from typing import Any
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback
 
-from fedlight.analysis.measurement import (
-    Directions,
-    Survey,
-    ViewName,
-    checkpoint_weights,
-    draw_lines,
-    draw_survey,
-    run_name,
-)
+from fedlight.analysis.measurement import Directions, Survey, ViewName, checkpoint_weights, run_name
+from fedlight.analysis.records import draw_lines, draw_survey
 from fedlight.analysis.subject import DataName, Weights, is_federated, output_folder, subject_of
 from fedlight.run.loggers import log_picture
 from fedlight.written import Remembers

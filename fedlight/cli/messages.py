@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from fedlight.cli.classes import taking
 from fedlight.cli.configs import nearest
 from fedlight.data.federated import FEDERATED_YAML
+from fedlight.written import arguments
 
 _NOISE = re.compile(
     r"(-? ?Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
@@ -91,14 +92,9 @@ _LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "csv": "
 def _parameters(class_path: str) -> list[str]:
     """What a class takes; arguments that it hands on to its bases included."""
     module, _, name = class_path.rpartition(".")
-    found: list[str] = []
     with suppress(ImportError, AttributeError, ValueError, TypeError):  # what is given may be no class
-        for cls in getattr(importlib.import_module(module), name).__mro__:
-            kinds = {p.name: p.kind for p in inspect.signature(cls).parameters.values()}
-            found += [name for name, kind in kinds.items() if kind not in (kind.VAR_KEYWORD, kind.VAR_POSITIONAL)]
-            if inspect.Parameter.VAR_KEYWORD not in kinds.values():
-                break
-    return found
+        return [argument for argument in arguments(getattr(importlib.import_module(module), name)) if argument != "*"]
+    return []
 
 
 def _key(word: str, keys: list[str], owner: str | None, section: str) -> str:

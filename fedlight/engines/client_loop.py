@@ -85,11 +85,12 @@ class ClientLoop:
         now = None
         with collecting_logs(self.module, self.log):
             training.call("on_client_start", task.client)
-            for epoch, batches in enumerate(self._epochs(round, task, plan)):
+            read = batch_reader(round, task, plan, training, self._transfer, self._precision.convert_input)
+            for epoch in range(len(plan.epochs)):
                 self.epoch = epoch
                 training.call("on_train_epoch_start")
                 self.flat.check()
-                for step in batches:
+                for step in _groups(read(epoch), training.accumulate_grad_batches):
                     if values[self.done] is not now:
                         now = self._set_values(values[self.done])
                     state, skip = self._step(task.objective, step, state)
@@ -146,13 +147,6 @@ class ClientLoop:
             reductions={name: self.log.reduction(name) for name in sums},
             loss_scale=None if self._scaler is None else self._scaler.scale(torch.ones((), device=self.device)),
         )
-
-    def _epochs(self, round: int, task: ClientTask, plan: BatchOrder) -> Iterator[Iterator[list[IndexedBatch]]]:
-        """For each local epoch, the groups of batches that make one optimizer step."""
-        read = batch_reader(round, task, plan, self.training, self._transfer, self._precision.convert_input)
-        accumulate = self.training.accumulate_grad_batches
-        for epoch in range(len(plan.epochs)):
-            yield _groups(read(epoch), accumulate)
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         """One local step on the batches of one optimizer step; true where a hook asks to skip the epoch's rest."""

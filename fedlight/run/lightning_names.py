@@ -151,21 +151,12 @@ def _fit_loop(t: Any, s: Any) -> Any:
     return loop
 
 
-def _is_last_batch(t: Any, s: Any) -> bool:
-    slot = t.now[1]
-    return slot is not None and slot.batch_idx + 1 == len(slot.plan.epochs[slot.epoch])
-
-
 def _stage(stage: RunningStage, t: Any, s: Any) -> bool:
     return bool(t.state.stage == stage)
 
 
 def _part(path: str, t: Any, s: Any) -> Any:
     return attrgetter(path)(s)
-
-
-def _callbacks(kind: type, t: Any, s: Any) -> list[Any]:
-    return [callback for callback in t.callbacks if isinstance(callback, kind)]
 
 
 _PARTS = {
@@ -202,13 +193,13 @@ _VALUES: dict[str, Callable[[Any, Any], Any]] = {
     "device_ids": lambda t, s: [s.fabric.device.index or 0] if t.num_devices == 1 else [*range(t.num_devices)],
     "fit_loop": _fit_loop,
     "_evaluation_loop": _fit_loop,
-    "is_last_batch": _is_last_batch,
+    "is_last_batch": lambda t, s: (c := t.now[1]) is not None and c.batch_idx + 1 == len(c.plan.epochs[c.epoch]),
     "optimizers": lambda t, s: _optimization(t, s)[0],
     "lr_scheduler_configs": lambda t, s: _optimization(t, s)[1],
     "checkpoint_callback": lambda t, s: next(iter(t.checkpoint_callbacks), None),
-    "checkpoint_callbacks": partial(_callbacks, Checkpoint),
+    "checkpoint_callbacks": lambda t, s: [c for c in t.callbacks if isinstance(c, Checkpoint)],
     "early_stopping_callback": lambda t, s: next(iter(t.early_stopping_callbacks), None),
-    "early_stopping_callbacks": partial(_callbacks, EarlyStopping),
+    "early_stopping_callbacks": lambda t, s: [c for c in t.callbacks if isinstance(c, EarlyStopping)],
     "loggers": lambda t, s: sorted(s.loggers, key=lambda logger: isinstance(logger, MetricsCSV)),
     "logger": lambda t, s: next(iter(t.loggers), None) or DummyLogger(),
     "logged_metrics": lambda t, s: t.callback_metrics,

@@ -4,6 +4,7 @@ import io
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -62,12 +63,8 @@ class ClientRows:
         """
         if own["where"] == "disk":
             return {"where": "disk", "ranks": from_all(own, self._world)}
-        return {"where": "memory", "rows": self._collected(own["rows"]) if self._world > 1 else own["rows"]}
-
-    def _collected(self, own: Rows) -> Iterator[tuple[int, Row]]:
-        yield from own
-        for rank in range(1, self._world):
-            yield from _receive(rank, self._background)
+        others = (_receive(rank, self._background) for rank in range(1, self._world))
+        return {"where": "memory", "rows": chain(own["rows"], *others)}
 
     def hand_over(self, own: dict[str, Any]) -> None:
         """Send what was kept here when a checkpoint was made to the first process, which writes it."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from fedlight import LossLandscape
-from fedlight.analysis import measurement
+from fedlight.analysis import pictures
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 
@@ -42,7 +42,7 @@ def loss(model, data=None):
 def _drawing_is_quick(request, monkeypatch):
     if "pictures" not in request.node.name:
         for name in ("draw_contour", "draw_surface", "draw_line"):
-            monkeypatch.setattr(measurement, name, lambda thing, path, *args: path)
+            monkeypatch.setattr(pictures, name, lambda thing, path, *args: path)
 
 
 def test_pictures_and_grids(tmp_path):
