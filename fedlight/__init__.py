@@ -90,7 +90,7 @@ MOVED = {
     "report.document": "report.writers",
     "run_folder": "run.folder",
     "sampling": "server.sampling",
-    "studies.keys": "studies.distributions",
+    "studies.keys": "studies.study",
 }
 
 

@@ -11,10 +11,9 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.data.files import has_idx, load_idx, load_npz
+from fedlight.data.files import has_idx, is_listed, load_idx, load_listed, load_npz
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check, say_shared
-from fedlight.data.listed import is_listed, load_listed
 from fedlight.data.partition import rank_in_group
 
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"

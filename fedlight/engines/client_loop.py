@@ -13,10 +13,9 @@ from torch.optim import Optimizer
 
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.batch_order import BatchOrder, batch_order, batch_reader
-from fedlight.engines.flat_step import FlatStep, begin_momentum, float32, fuse
 from fedlight.engines.hyperparameters import LocalHyperparameters, Values, lr_sum, set_values
 from fedlight.engines.moving import Moving
-from fedlight.engines.optimizer_state import OptimizerState
+from fedlight.engines.optimizers import FlatStep, OptimizerState, begin_momentum, float32, fuse
 from fedlight.local import ClientResult, LocalObjective, local_gradient
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from fedlight import __version__
 from fedlight.data.held_out import given_data
-from fedlight.personal.matching import tensor_names
+from fedlight.personal.parts import tensor_names
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
 from fedlight.run.loggers import logger_ids, tell_wandb

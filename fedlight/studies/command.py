@@ -10,8 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.run.folder import place
 from fedlight.run.names import nearest
-from fedlight.studies.folder import RunSlot
-from fedlight.studies.plan import PlannedRun, command, plan, study_folder
+from fedlight.studies.plan import PlannedRun, RunSlot, command, plan, study_folder
 from fedlight.studies.runner import StudyRunner
 from fedlight.studies.study import load_study
 

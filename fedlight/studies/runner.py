@@ -13,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedlight.studies.folder import OUTPUT, RunSlot, log_tail, now, write_plan
-from fedlight.studies.plan import PlannedRun, command, study_folder
+from fedlight.studies.plan import OUTPUT, PlannedRun, RunSlot, command, log_tail, now, study_folder, write_plan
 from fedlight.studies.study import Study
 
 _POLL_S = 0.1

@@ -10,7 +10,7 @@ from torch import nn
 
 from fedlight.algorithms import FedAdamW, FedAvg, FedMuon
 from fedlight.algorithms.fedmuon import Muon, orthogonal
-from fedlight.engines.optimizer_state import OptimizerState
+from fedlight.engines.optimizers import OptimizerState
 from fedlight.local import LocalObjective
 from fedlight.module.parameters import FlatParameters
 from tests.algorithms.networks import Network, Points

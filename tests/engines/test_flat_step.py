@@ -7,7 +7,7 @@ from torch import nn, optim
 
 from fedlight.algorithms.fedavg import FedAvg
 from fedlight.algorithms.fedprox import FedProx
-from fedlight.engines.flat_step import FlatStep
+from fedlight.engines.optimizers import FlatStep
 from fedlight.local import LocalObjective
 from fedlight.module.parameters import FlatParameters
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights

@@ -8,9 +8,8 @@ import warnings
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.distributions import Distribution
 from fedlight.studies.plan import plan
-from fedlight.studies.study import load_study
+from fedlight.studies.study import Distribution, load_study
 from tests.studies.helpers import write_study
 
 with warnings.catch_warnings():

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedlight.studies.command import selected
-from fedlight.studies.folder import RunSlot, log_tail
-from fedlight.studies.plan import PlannedRun, plan
+from fedlight.studies.plan import PlannedRun, RunSlot, log_tail, plan
 from fedlight.studies.runner import StudyRunner
 from tests.studies.helpers import read, run, write_study
 

@@ -8,9 +8,8 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.cli.command import yaml_argument
-from fedlight.studies.distributions import Distribution
 from fedlight.studies.plan import command, plan
-from fedlight.studies.study import load_study
+from fedlight.studies.study import Distribution, load_study
 
 BASE = {"method": "grid", "command": ["fedlight", "fit", "${args}"], "parameters": {"a": {"values": [1, 2]}}}
 

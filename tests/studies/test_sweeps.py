@@ -17,9 +17,8 @@ from fedlight.report.command import main as report
 from fedlight.report.naming import Method
 from fedlight.studies.command import main as run_study
 from fedlight.studies.command import selected
-from fedlight.studies.distributions import Distribution
 from fedlight.studies.plan import command, plan
-from fedlight.studies.study import load_study
+from fedlight.studies.study import Distribution, load_study
 from tests.studies.helpers import read, write_study
 
 REPOSITORY = Path(__file__).parents[2]

@@ -17,8 +17,8 @@ from fedlight.engines.batch_order import batch_order, same_storage
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.recorder import Recorder, Segment, Work, segments
-from fedlight.engines.flat_step import fuse
 from fedlight.engines.hyperparameters import Values, lr_sum, set_values
+from fedlight.engines.optimizers import fuse
 from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.logs import collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers

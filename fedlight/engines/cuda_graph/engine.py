@@ -15,7 +15,7 @@ from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.client_loop import Job, RecordedLoop
 from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
-from fedlight.engines.flat_step import FUSED, fuse
+from fedlight.engines.optimizers import FUSED, fuse
 from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.local import ClientResult
 from fedlight.module.optimizers import configure_optimizers

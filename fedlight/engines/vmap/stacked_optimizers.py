@@ -9,8 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 
-from fedlight.engines.flat_step import ENTRYWISE
 from fedlight.engines.hyperparameters import Values
+from fedlight.engines.optimizers import ENTRYWISE
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.module.parameters import ParameterLayout
 
