@@ -83,16 +83,14 @@ class FederatedArgumentParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message with a suggestion, and exit with 2."""
-        hints = suggestions(message, self._known_keys(), class_names() | part_names())
+        parsers = [p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values()]
+        keys = {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
+        hints = suggestions(message, keys, class_names() | part_names())
         super().error("\n  ".join([readable(message), *hints]), ex)
 
     def print_usage(self, file: Any = None) -> None:
         """One line: the whole list, which ``--help`` gives, would hide the message."""
         print(f"usage: {self.prog.replace(' [options]', '')} [options]", file=file)
-
-    def _known_keys(self) -> set[str]:
-        parsers = [p for a in self._actions for p in (getattr(a, "_name_parser_map", None) or {}).values()]
-        return {a.dest for parser in (self, *parsers) for a in parser._actions if a.dest}
 
 
 class SaveConfig(ConfigFile, SaveConfigCallback):

@@ -134,7 +134,8 @@ class TextData(PartitionedDataModule):
         self.stratify(targets, groups)
         if not words and self.tokenizer in ("words", "chars"):
             rows = train[torch.cat([self.client_rows(client) for client in draw_clients(self)[0]])]
-            words = _most_frequent([table["text"][row] for row in rows], str(self.tokenizer), self.vocab_size)
+            counts = Counter(piece for row in rows for piece in _pieces(table["text"][row], str(self.tokenizer)))
+            words = sorted(counts, key=lambda piece: (-counts[piece], piece))[: self.vocab_size - 2]  # as they sort
         self.vocabulary = words
         numbers = self.tokenizer, self.vocabulary, self.vocab_size
         ids, mask = _encoded(table["text"], *numbers, self.max_length)
@@ -184,12 +185,6 @@ class TextData(PartitionedDataModule):
 def _pieces(text: str, kind: str) -> Sequence[str]:
     """Characters; or words and signs, in lower case."""
     return text if kind == "chars" else re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def _most_frequent(texts: Sequence[str], kind: str, size: int) -> list[str]:
-    """The most frequent pieces, ``size`` − 2 of them; those as frequent as they sort."""
-    counts = Counter(piece for text in texts for piece in _pieces(text, kind))
-    return sorted(counts, key=lambda piece: (-counts[piece], piece))[: size - 2]
 
 
 def _encoded(

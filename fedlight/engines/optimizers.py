@@ -78,7 +78,9 @@ class FlatStep:
 
     def __call__(self) -> None:
         """Take a step."""
-        if _has_hooks(self._optimizer):
+        optimizer = self._optimizer
+        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+        if hooks or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
             self.release()
         if self._pieces is None:
             self._optimizer.step()
@@ -110,11 +112,6 @@ class FlatStep:
                             for name, value in state.items()
                         }
         self._pieces = None
-
-
-def _has_hooks(optimizer: Optimizer) -> bool:
-    own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return bool(own or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
 
 
 def _can_be_flat(optimizer: Optimizer, params: Tensor) -> bool:
@@ -194,15 +191,11 @@ class OptimizerState:
             for name, value in state.items():
                 if name == "step":
                     state[name] = value * 0
-                elif value is not None and not _is_zero(value, parameter):
+                elif value is not None and (getattr(value, "shape", None) != parameter.shape or bool(value.any())):
                     raise _refused(optimizer, f"keeps {name}, which does not begin with zeros of the parameter's shape")
         held = sorted({name for state in optimizer.state.values() for name in state})
         if not {*self._names} <= {*held}:
             raise _refused(optimizer, f"keeps {held or 'none'}, and not {' and '.join(self._names)}")
-
-
-def _is_zero(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and not bool(value.any())
 
 
 def _refused(optimizer: Optimizer, found: str) -> MisconfigurationException:

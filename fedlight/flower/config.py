@@ -41,14 +41,10 @@ def import_paths(value: Any, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inside in value:
             yield from import_paths(inside, key)
-    elif isinstance(value, str) and _PATH.fullmatch(value) and (key == "class_path" or _is_module(value)):
-        yield value
-
-
-def _is_module(path: str) -> bool:
-    """Whether something could be imported by it; others are names of layers or files."""
-    top = path.partition(".")[0]
-    return top in sys.modules or find_spec(top) is not None
+    elif isinstance(value, str) and _PATH.fullmatch(value):
+        top = value.partition(".")[0]  # others than could be imported are names of layers or files
+        if key == "class_path" or top in sys.modules or find_spec(top) is not None:
+            yield value
 
 
 class Parts(FederatedCLI):

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import LBFGS, Optimizer, SparseAdam
@@ -75,10 +76,17 @@ def configure_optimizers(module: LightningModule) -> Optimization:
             refuses a setting.
     """
     try:
-        found = module.configure_optimizers()
+        found: Any = module.configure_optimizers()
     except ValueError as error:
         raise MisconfigurationException(f"model.configure_optimizers: {error}") from error
-    optimizers, schedulers = _split(found)
+    if isinstance(found, dict):  # a scheduler that is None is none
+        found = {key: value for key, value in found.items() if value is not None}
+    try:
+        optimizers, schedulers, monitor = ([], [], None) if found is None else _configure_optimizers(found)
+    except MisconfigurationException as error:
+        what = f"model.configure_optimizers returned {found!r}, which is not understood."
+        raise MisconfigurationException(what) from error
+    entries = [{"monitor": monitor, **(s if isinstance(s, dict) else {"scheduler": s})} for s in schedulers]
     if len(optimizers) != 1:
         raise MisconfigurationException(
             f"model.configure_optimizers of {type(module).__name__} returned {len(optimizers)} optimizers; federated"
@@ -88,37 +96,14 @@ def configure_optimizers(module: LightningModule) -> Optimization:
     for refused, why in {LBFGS: "evaluates its own closure", SparseAdam: "takes no gradients but sparse ones"}.items():
         if isinstance(optimizer, refused):
             raise MisconfigurationException(f"model.configure_optimizers: {refused.__name__} {why}; use another one.")
-    return Optimization(optimizer, [_scheduled(s, optimizer, module) for s in schedulers])
+    return Optimization(optimizer, [_scheduled(entry, optimizer, module) for entry in entries])
 
 
-def _split(found: Any) -> tuple[list[Optimizer], list[Any]]:
-    if found is None:
-        return [], []
-    if isinstance(found, Optimizer):
-        return [found], []
-    if isinstance(found, dict):
-        scheduler = found.get("lr_scheduler")
-        if scheduler is None:
-            return [found["optimizer"]], []
-        config = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
-        return [found["optimizer"]], [{"monitor": found.get("monitor"), **config}]
-    if isinstance(found, list | tuple):
-        if len(found) == 2 and isinstance(found[0], list | tuple):
-            return list(found[0]), list(found[1]) if isinstance(found[1], list | tuple) else [found[1]]
-        if all(isinstance(o, Optimizer) for o in found):
-            return list(found), []
-        if all(isinstance(o, dict) for o in found):
-            pairs = [_split(o) for o in found]
-            return [o for p in pairs for o in p[0]], [s for p in pairs for s in p[1]]
-    raise MisconfigurationException(f"model.configure_optimizers returned {found!r}, which is not understood.")
-
-
-def _scheduled(entry: Any, optimizer: Optimizer, module: LightningModule) -> ScheduledLR:
+def _scheduled(entry: dict[str, Any], optimizer: Optimizer, module: LightningModule) -> ScheduledLR:
     where = f"model.configure_optimizers of {type(module).__name__}"
-    config = dict(entry) if isinstance(entry, dict) else {"scheduler": entry}
-    if unknown := sorted(config.keys() - _KEYS):
+    if unknown := sorted(entry.keys() - _KEYS):
         rank_zero_warn(f"{where}: lr_scheduler keys {unknown} mean nothing, as in Lightning.")
-    config = {key: value for key, value in config.items() if key in _KEYS}
+    config = {key: value for key, value in entry.items() if key in _KEYS}
     if "scheduler" not in config:
         raise MisconfigurationException(f"{where}: the lr_scheduler dictionary {entry} needs the key 'scheduler'.")
     scheduled = ScheduledLR(**{"reduce_on_plateau": isinstance(config["scheduler"], ReduceLROnPlateau), **config})

@@ -103,7 +103,11 @@ def setting_labels(settings: Iterable[Items]) -> dict[Items, str]:
     """A label for each setting: what tells it from the others; where there is one only, the data's source."""
     distinct = list(dict.fromkeys(settings))
     keys = differing(distinct)
-    labels = {items: describe(items, keys) or _source(items) for items in distinct}
+    labels = {}
+    for items in distinct:
+        known = dict(items)
+        source = known.get("data.init_args.source") or _class(str(known.get("data.class_path", "all")))
+        labels[items] = describe(items, keys) or str(source)
     return _told_apart(labels)
 
 
@@ -111,11 +115,6 @@ def _told_apart(labels: dict[_Key, str]) -> dict[_Key, str]:
     """Labels that are alike get numbers: what they stand for is not."""
     repeated = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     return {s: f"{label} #{i + 1}" if label in repeated else label for i, (s, label) in enumerate(labels.items())}
-
-
-def _source(items: Items) -> str:
-    known = dict(items)
-    return str(known.get("data.init_args.source") or _class(str(known.get("data.class_path", "all"))))
 
 
 def differing(variants: Sequence[Items]) -> list[str]:

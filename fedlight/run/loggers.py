@@ -57,9 +57,7 @@ class MetricsCSV(Logger):
         new_row = key not in self._rows
         row = self._rows.setdefault(key, {})
         row.update({k: float(v) for k, v in metrics.items()} | {"round": key})
-        new_columns = [k for k in row if k not in self._columns]
-        self._columns += new_columns
-        if new_row and not new_columns and self.path.exists():
+        if new_row and row.keys() <= {*self._columns} and self.path.exists():
             self._lines.append(csv_line(self._cells(row)))
             with self.path.open("a", newline="") as file:
                 file.write(self._lines[-1])
@@ -88,15 +86,13 @@ class MetricsCSV(Logger):
             say = rank_zero_warn if there else rank_zero_info
             named = str([r + 1 for r in bad[:10]])[1:-1]
             say(f"{self.path}: the rows of rounds {named} are missing or damaged; {what}.")
-        self._columns = ["round"]
-        for row in self._rows.values():
-            self._columns += [k for k in row if k not in self._columns]
         self._rewrite()
 
     def _cells(self, row: dict[str, float]) -> list[str]:
         return [csv_number(row[c]) if c in row else "" for c in self._columns]
 
     def _rewrite(self) -> None:
+        self._columns = list(dict.fromkeys(["round", *(k for row in self._rows.values() for k in row)]))
         self._lines = [csv_line(self._columns), *(csv_line(self._cells(self._rows[k])) for k in sorted(self._rows))]
         atomic_write(self.path, self.text.encode())
 

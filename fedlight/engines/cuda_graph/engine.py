@@ -161,7 +161,11 @@ class CudaGraph(Engine):
                 try:
                     jobs[-1].append(slot.prepare(round, fitting[i], fresh))
                 except (RuntimeError, MisconfigurationException) as error:  # out of memory is one of them
-                    self._warn_plain(fitting[i], error)
+                    self._free_memory()
+                    what = explain(error, self._training.module, "could not be recorded")
+                    rank_zero_warn(
+                        f"trainer.engine=cuda_graph: client {fitting[i].client} is trained without a graph: {what}"
+                    )
         return jobs
 
     def _run(self, round: int, jobs: list[Job], results: dict[int, ClientResult]) -> Generator[None, None, None]:
@@ -187,11 +191,6 @@ class CudaGraph(Engine):
     def _free_memory(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _warn_plain(self, task: ClientTask, error: Exception) -> None:
-        self._free_memory()
-        what = explain(error, self._training.module, "could not be recorded")
-        rank_zero_warn(f"trainer.engine=cuda_graph: client {task.client} is trained without a graph: {what}")
 
 
 def _check_optimizer(module: LightningModule, device: torch.device) -> None:

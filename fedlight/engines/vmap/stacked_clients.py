@@ -268,7 +268,10 @@ class _Data:
 
     def _gather(self, pairs: Sequence[tuple[int, int]], n: int) -> Tensors:
         if self._pooled is None:
-            parts = [self._one(row, slice(begin, begin + n)) for row, begin in pairs]
+            parts = []
+            for row, begin in pairs:
+                draws = {name: value[begin : begin + n] for name, value in self._draws[row].items()}
+                parts.append(self.datasets[row].leaves(self._orders[row][begin : begin + n], draws))
             leaves = [torch.cat(same) for same in zip(*parts, strict=True)]
         else:
             begins = torch.tensor([self._offsets[row] + begin for row, begin in pairs], device=self._positions.device)
@@ -276,7 +279,3 @@ class _Data:
             draws = {name: value[index] for name, value in self._all_draws.items()}
             leaves = self._pooled.leaves(self._positions[index], draws)
         return [leaf.unflatten(0, (len(pairs), n)) for leaf in self._convert(leaves)]
-
-    def _one(self, row: int, part: slice) -> Tensors:
-        draws = {name: value[part] for name, value in self._draws[row].items()}
-        return self.datasets[row].leaves(self._orders[row][part], draws)
