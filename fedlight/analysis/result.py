@@ -81,13 +81,8 @@ class HessianResult:
             return []
         return list(zip(self.density.grid.tolist(), self.density.values.tolist(), strict=True))
 
-    @property
-    def caption(self) -> str:
-        """What the figures are of."""
-        return f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
-
-    def figures(self) -> dict[str, str]:
-        """The figures as text, each with how far to trust it: ± its residual, or the standard error of the trace."""
+    def summary(self) -> str:
+        """The figures as lines of text, each with how far to trust it, and the time that each part took."""
         pairs = zip(self.eigenvalues, self.residuals, strict=True)
         out = {f"λ_{i}" + (" (max)" if i == 1 else ""): f"{v:.5g} ± {r:.1g}" for i, (v, r) in enumerate(pairs, 1)}
         out["λ_min"] = f"{self.smallest:.5g} ± {self.smallest_residual:.1g}"
@@ -99,11 +94,8 @@ class HessianResult:
         if self.clients:
             out["λ_max of a client's loss, mean"] = f"{sum(self.clients) / len(self.clients):.5g}"
             out["λ_max of a client's loss, max"] = f"{max(self.clients):.5g}"
-        return out
-
-    def summary(self) -> str:
-        """The figures as lines of text, with the time that each part took."""
-        lines = [self.caption, *(f"{name:<32}{text}" for name, text in self.figures().items())]
+        head = f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
+        lines = [head, *(f"{name:<32}{text}" for name, text in out.items())]
         lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))
         if not self.converged:
             lines.append("The eigenvalues did not reach the tolerance; see the residuals.")

@@ -108,7 +108,9 @@ def analyze(
                 pictures.append(records.draw_lines(lines, folder, f"_{stem}", (name, run_name(str(line_to)))))
         session.views.load("server")
         if verbose and trainer.is_global_zero:
-            print_results(results, f"{stem}, after {trainer.current_round} rounds")
+            for which, result in results.items():
+                print(f"\nHessian of the loss ({which}): {stem}, after {trainer.current_round} rounds")
+                print(result.summary())
             print("\n".join(["figures: " + str(folder / "hessian"), *(f"picture: {path}" for path in pictures)]))
         return results
 
@@ -129,24 +131,3 @@ def _write(
     rows.append({**now, "round": round, **records.metrics({"server": first})})
     drawn += [path for path in records.draw_rounds(subject.module, rows, plots, f"_{stem}") if "layers" in path.name]
     return [path for path in drawn if path is not None]
-
-
-def print_results(results: Mapping[str, HessianResult], title: str) -> None:
-    """Print the figures of all views as a table, each with how far to trust it."""
-    from rich.console import Console
-    from rich.table import Table
-
-    first = next(iter(results.values()))
-    table = Table(title=f"Hessian of the loss: {title}", caption=first.caption)
-    table.add_column("")
-    for view in results:
-        table.add_column(view, justify="right")
-    columns = [result.figures() for result in results.values()]
-    for name in columns[0]:
-        table.add_row(name, *(column.get(name, "") for column in columns))
-    table.add_section()
-    for name in first.seconds:
-        table.add_row(f"seconds: {name}", *(f"{result.seconds.get(name, math.nan):.1f}" for result in results.values()))
-    Console().print(table)
-    if not all(result.converged for result in results.values()):
-        print("The eigenvalues did not reach the tolerance; see the residuals.")

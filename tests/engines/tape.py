@@ -1,11 +1,46 @@
 """A stand-in for CUDA graphs on the CPU: it replays tensor operations, not Python, into the memory of the recording."""
 
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedlight.engines.cuda_graph.recorder import Recorder
+
+class Anew:
+    """Does what is recorded anew, on any device."""
+
+    def __init__(self, device):
+        self._random_state = torch.get_rng_state()
+
+    def record(self, work, warm_up=None):
+        self.anew(work)()
+        return self.anew(work)
+
+    def anew(self, work):
+        return self._own_random_state()(work)
+
+    def seed(self, seed):
+        self._random_state = torch.Generator().manual_seed(seed).get_state()
+
+    def ordered(self):
+        return nullcontext()
+
+    strict = ordered
+
+    def begin(self):
+        pass
+
+    end = begin
+
+    @contextmanager
+    def _own_random_state(self):
+        before = torch.get_rng_state()
+        torch.set_rng_state(self._random_state)
+        yield
+        self._random_state = torch.get_rng_state()
+        torch.set_rng_state(before)
 
 
 class _Tape(TorchDispatchMode):
@@ -31,7 +66,7 @@ class _Tape(TorchDispatchMode):
                         old.copy_(value)
 
 
-class Tape(Recorder):
+class Tape(Anew):
     """As with a CUDA graph, Python numbers are frozen, and tensors are read and written where they were.
 
     Attributes:

@@ -13,14 +13,14 @@ from fedlight.data.arrays import _Storage
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.cuda_graph.client_loop import RecordedLoop
 from fedlight.engines.cuda_graph.engine import MOST_SLOTS, CudaGraph, plan_slots
-from fedlight.engines.cuda_graph.recorder import LONGEST, Recorder, Segment, segments
+from fedlight.engines.cuda_graph.recorder import LONGEST, Segment, segments
 from fedlight.penalties.man import MAN
 from fedlight.personal import PersonalParts
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from fedlight.server.federation import Federation
 from fedlight.server.sampling import share
 from tests.engines import cases
-from tests.engines.tape import Tape
+from tests.engines.tape import Anew, Tape
 from tests.helpers.half import scaled  # noqa: F401  (a fixture)
 
 # As on CUDA: fused. A learning rate that float32 has gives the same bits as a number and as a tensor.
@@ -158,7 +158,7 @@ def test_slots_and_their_assignment_change_nothing(slots, tmp_path):
 def test_work_done_anew_is_the_same(tmp_path):
     settings = {"perturbation": SAM(0.1), "net": {"optimizer": MOMENTUM, "dropout": 0.5}}
     expected = train(tmp_path, "eager", **settings)
-    assert_same(train(tmp_path, CudaGraph(recorder=Recorder), **settings), expected)
+    assert_same(train(tmp_path, CudaGraph(recorder=Anew), **settings), expected)
 
 
 def test_later_rounds_record_nothing(tmp_path, monkeypatch):

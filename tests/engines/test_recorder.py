@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
+from fedlight.engines.cuda_graph.recorder import Recorder
+from tests.engines.tape import Anew
 
 
 class FakeGenerator:
@@ -80,11 +81,11 @@ def cuda(monkeypatch):
 
 
 def test_a_slot_warms_up_and_captures_on_a_stream_and_a_random_state_of_its_own(cuda):
-    recorder, other = (CudaRecorder(torch.device("cuda", 0)) for _ in range(2))
+    recorder, other = (Recorder(torch.device("cuda", 0)) for _ in range(2))
     seen = []
     replay = recorder.record(lambda: seen.append((cuda.current[-1], cuda.default.state)))
     stream, state = seen[0]
-    assert seen == [(stream, state)] * (CudaRecorder.WARM_UPS + 1)
+    assert seen == [(stream, state)] * (Recorder.WARM_UPS + 1)
     assert stream is recorder._stream is not other._stream
     assert state is recorder._generator.state is not other._generator.state
     assert cuda.events == [("synchronize", stream), ("capture", stream, state, None, "thread_local")]
@@ -96,12 +97,12 @@ def test_a_slot_warms_up_and_captures_on_a_stream_and_a_random_state_of_its_own(
 
 def test_less_work_can_warm_up(cuda):
     done = []
-    CudaRecorder(torch.device("cuda", 0)).record(lambda: done.append("all"), lambda: done.append("a step"))
-    assert done == ["a step"] * CudaRecorder.WARM_UPS + ["all"]
+    Recorder(torch.device("cuda", 0)).record(lambda: done.append("all"), lambda: done.append("a step"))
+    assert done == ["a step"] * Recorder.WARM_UPS + ["all"]
 
 
 def test_recordings_of_a_slot_share_its_memory(cuda):
-    recorder = CudaRecorder(torch.device("cuda", 0))
+    recorder = Recorder(torch.device("cuda", 0))
     recorder.record(lambda: None)
     recorder.record(lambda: None)
     assert [event[3] for event in cuda.events if event[0] == "capture"] == [None, "pool of its own"]
@@ -112,13 +113,13 @@ def test_a_failed_capture_gives_stream_and_random_state_back(cuda):
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        CudaRecorder(torch.device("cuda", 0)).record(fails, lambda: None)
+        Recorder(torch.device("cuda", 0)).record(fails, lambda: None)
     assert cuda.default.state == "default"
     assert cuda.current == ["main"]
 
 
 def test_streams_wait_for_each_other(cuda):
-    recorder = CudaRecorder(torch.device("cuda", 0))
+    recorder = Recorder(torch.device("cuda", 0))
     recorder.begin()
     assert recorder._stream.waits == [cuda.main]
     recorder.end()
@@ -126,14 +127,14 @@ def test_streams_wait_for_each_other(cuda):
 
 
 def test_seeding_is_the_slots_own(cuda):
-    recorder = CudaRecorder(torch.device("cuda", 0))
+    recorder = Recorder(torch.device("cuda", 0))
     recorder.seed(7)
     assert recorder._generator.seed == 7
     assert not hasattr(cuda.default, "seed")
 
 
 def test_work_done_anew_draws_the_numbers_of_its_seed():
-    one, other, drawn = Recorder(torch.device("cpu")), Recorder(torch.device("cpu")), []
+    one, other, drawn = Anew(torch.device("cpu")), Anew(torch.device("cpu")), []
     replays = [r.record(lambda: drawn.append(torch.rand(()))) for r in (one, other)]
     drawn.clear()
     before = torch.get_rng_state()

@@ -14,7 +14,7 @@ from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.client_loop import Job, RecordedLoop
-from fedlight.engines.cuda_graph.recorder import CudaRecorder, Recorder
+from fedlight.engines.cuda_graph.recorder import Recorder
 from fedlight.engines.optimizers import FUSED, fuse
 from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.local import ClientResult
@@ -47,7 +47,7 @@ class CudaGraph(Engine):
     def __init__(self, slots: int | None = None, recorder: Callable[[torch.device], Recorder] | None = None) -> None:
         if slots is not None and slots < 1:
             raise ValueError(f"CudaGraph.slots={slots} must be at least 1.")
-        self._wanted, self._recorder = slots, recorder or CudaRecorder
+        self._wanted, self._recorder = slots, recorder or Recorder
         self._slots: list[RecordedLoop] = []
         self._plain: ClientLoop | None = None
         self._compiled: CompiledStep | None = None
@@ -59,7 +59,7 @@ class CudaGraph(Engine):
             MisconfigurationException: if they cannot be recorded, saying why.
         """
         self._training, self._device = training, training.fabric.device
-        if self._recorder is CudaRecorder and self._device.type != "cuda":
+        if self._recorder is Recorder and self._device.type != "cuda":
             raise Unrecordable("cuda_graph", f"it needs a CUDA device, and trainer.accelerator gives {self._device}")
         check_recordable(training, "cuda_graph")
         _check_optimizer(training.module, self._device)

@@ -14,57 +14,9 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Records the work of one slot: here, to do it anew, on any device.
+    """Records the work of one slot as CUDA graphs, on a stream and with a random state of its own.
 
     What is recorded reads and writes tensors that stay where they are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._random_state = torch.get_rng_state()
-
-    def record(self, work: Work, warm_up: Work | None = None) -> Work:
-        """Record the work, which may be done, too, and return what does it again: whatever it wrote is written anew.
-
-        ``warm_up`` is the same with less to do, which prepares libraries and memory as well.
-        """
-        self.anew(work)()
-        return self.anew(work)
-
-    def anew(self, work: Work) -> Work:
-        """What does the work as a recording would, with the slot's random numbers, but step by step."""
-        return self._own_random_state()(work)
-
-    def seed(self, seed: int) -> None:
-        """Seed the random numbers that replays draw."""
-        self._random_state = torch.Generator().manual_seed(seed).get_state()
-
-    @contextmanager
-    def ordered(self) -> Iterator[None]:
-        """Work in here comes after what this slot was given before."""
-        yield
-
-    @contextmanager
-    def strict(self) -> Iterator[None]:
-        """Work in here fails where it waits for the device, if the device can tell."""
-        yield
-
-    def begin(self) -> None:
-        """What the caller has done so far comes before what the slot does next."""
-
-    def end(self) -> None:
-        """What the slot has done so far comes before what the caller does next."""
-
-    @contextmanager
-    def _own_random_state(self) -> Iterator[None]:
-        before = torch.get_rng_state()
-        torch.set_rng_state(self._random_state)
-        yield
-        self._random_state = torch.get_rng_state()
-        torch.set_rng_state(before)
-
-
-class CudaRecorder(Recorder):
-    """Captures CUDA graphs, on a stream and with a random state of its own.
 
     Slots that are captured on one stream share the workspace of the matrix library, and corrupt each other's results
     when they are replayed side by side. The random state has to be a slot's own for the same reason: a replay
@@ -83,7 +35,10 @@ class CudaRecorder(Recorder):
         self._pool: Any = None
 
     def record(self, work: Work, warm_up: Work | None = None) -> Work:
-        """Warm up, then capture."""
+        """Record the work, which is done as well, and return what does it again: whatever it wrote is written anew.
+
+        ``warm_up`` is the same with less to do, which prepares libraries and memory as well.
+        """
         torch.cuda.synchronize(self._device)
         # A capture that fails leaves its stream behind as the current one: the outer context puts the caller's back.
         with self._own_random_state(), torch.cuda.stream(self._stream):
@@ -98,19 +53,23 @@ class CudaRecorder(Recorder):
         torch.cuda.synchronize(self._device)
         return graph.replay
 
+    def anew(self, work: Work) -> Work:
+        """What does the work as a recording would, with the slot's random numbers, but step by step."""
+        return self._own_random_state()(work)
+
     def seed(self, seed: int) -> None:
         """Seed the slot's random state, which its graphs have captured."""
         self._generator.manual_seed(seed)
 
     @contextmanager
     def ordered(self) -> Iterator[None]:
-        """Work in here goes to the slot's stream."""
+        """Work in here goes to the slot's stream: it comes after what the slot was given before."""
         with torch.cuda.stream(self._stream):
             yield
 
     @contextmanager
     def strict(self) -> Iterator[None]:
-        """Whatever synchronises raises an error."""
+        """Work in here fails where it waits for the device."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that this mode is new
