@@ -19,8 +19,7 @@ from fedlight import __version__
 from fedlight.analysis.memory import free_memory, graph_bytes
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.data.datamodule import first_samples
-from fedlight.flower.config import build, check_allowed
-from fedlight.flower.data import OwnData
+from fedlight.flower.config import OwnData, build, check_allowed
 from fedlight.flower.messages import Parcel, part
 from fedlight.flower.spectrum import site_sums
 from fedlight.local import ClientResult

@@ -1,4 +1,4 @@
-"""An app's configuration, where it is run: read, checked and changed as options say."""
+"""An app where it is run: its configuration, read, checked and changed as options say; what either side has of data."""
 
 import re
 import sys
@@ -9,8 +9,11 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch.utils.data import Dataset, Subset
 
 from fedlight.cli.command import FederatedCLI
+from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.held_out import Wrapping
 from fedlight.trainer import FederatedTrainer
 
 ALLOWED = ("fedlight", "torch", "torchvision", "torchmetrics", "lightning")
@@ -74,3 +77,50 @@ def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[
         arguments.append(f"--data={options['own-data']}")
     arguments += [f"--{key}={yaml.safe_dump(value).splitlines()[0]}" for key, value in given.items()]
     return Parts(arguments, trainer_class=trainer_class)
+
+
+_NOTHING: Dataset[Any] = Subset([], [])  # type: ignore[arg-type]
+
+
+class RemoteData(FederatedDataModule):
+    """What the server knows of data that are at the sites: n_i of every client, and the size of a batch."""
+
+    def __init__(self, sizes: list[int], batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.num_clients, self.sizes = len(sizes), sizes
+
+    def client_dataset(self, client: int) -> Dataset[Any]:
+        """Nothing: it is elsewhere."""
+        return _NOTHING
+
+    def client_size(self, client: int) -> int:
+        """n_i."""
+        return self.sizes[client]
+
+
+class OwnData(Wrapping):
+    """A site's own data, as those of one ``client`` among others, of whom the site has nothing."""
+
+    def __init__(self, data: FederatedDataModule, client: int, num_clients: int) -> None:
+        super().__init__(data)
+        self._client, self.num_clients = client, num_clients
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the site's data, which must be those of one client."""
+        super().setup(stage)
+        if self.data.num_clients != 1:
+            raise ValueError(f"`data` of a site must have one client, and has {self.data.num_clients}.")
+
+    def client_dataset(self, client: int) -> Dataset[Any]:
+        """The site's training data; nothing for other clients."""
+        return self.data.client_dataset(0) if client == self._client else _NOTHING
+
+    def client_size(self, client: int) -> int:
+        """n_i; 0 for other clients."""
+        return self.data.client_size(0) if client == self._client else 0
+
+    def client_val_dataset(self, client: int) -> Dataset[Any] | None:
+        """The site's held-out data."""
+        if client != self._client:
+            return None
+        return self.data.client_val_dataset(0) or self.data.val_dataset()

@@ -16,8 +16,7 @@ from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.engines.base import Engine, LocalTraining
 from fedlight.flower.client import facts
-from fedlight.flower.config import build
-from fedlight.flower.data import RemoteData
+from fedlight.flower.config import RemoteData, build
 from fedlight.flower.messages import Transport
 from fedlight.flower.sites import RemoteClients, Sites
 from fedlight.flower.spectrum import SiteHessian
