@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import nan
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -27,9 +27,9 @@ from fedlight.seeding import generator, preserved_global_rng
 ViewName = Literal["server", "selected", "all", "swa"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class Measurement:
-    """What to measure: the arguments of :class:`~fedlight.callbacks.HessianSpectrum`, of the same names.
+    """What to measure, as :class:`~fedlight.callbacks.HessianSpectrum` says.
 
     Attributes:
         who: names the owner of these settings in errors.
@@ -38,7 +38,7 @@ class Measurement:
         ValueError: if a setting is out of range.
     """
 
-    who: str
+    who: ClassVar[str] = "analyze"
     top_k: int = 1
     density: bool = True
     trace: bool = True
@@ -153,9 +153,9 @@ _NAMES = {
 _RADIUS = {"random": 1.0, "eigenvectors": 0.5}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Survey:
-    """Where to look, and on which data: the arguments of :class:`~fedlight.callbacks.LossLandscape`, of the same names.
+    """Where to look, and on which data, as :class:`~fedlight.callbacks.LossLandscape` says.
 
     Attributes:
         who: names the owner of these settings in errors.
@@ -164,7 +164,7 @@ class Survey:
         ValueError: if a setting is out of range.
     """
 
-    who: str
+    who: ClassVar[str] = "analyze"
     directions: Directions = "random"
     radius: float | None = None
     points: int = 17

@@ -75,11 +75,12 @@ def analyze(
     Returns:
         The figures by view.
     """
-    what = "analyze", top_k, density, trace, layerwise
-    measurement = Measurement(*what, on, max_samples, views, float64, sam_rho, tolerance, seed)
+    what = {"top_k": top_k, "density": density, "trace": trace, "layerwise": layerwise, "data": on, "views": views}
+    how = {"max_samples": max_samples, "float64": float64, "seed": seed}
+    measurement = Measurement(**what, **how, sam_rho=sam_rho, tolerance=tolerance)  # type: ignore[arg-type]
     looked_at: DataName = "val" if on == "val" else "train"
     where = landscape or "random", landscape_radius, landscape_points
-    survey = Survey("analyze", *where, looked_at, landscape_samples, float64, seed)
+    survey = Survey(*where, looked_at, landscape_samples, float64, seed)
     with Session(trainer, model, datamodule, "validate", ckpt_path) as session:
         session.datamodule.setup("fit")
         subject, first = federated_subject(trainer), measurement.views[0]
@@ -95,8 +96,7 @@ def analyze(
         if trainer.is_global_zero:
             with writing(folder):
                 pictures += _write(results, subject, session, folder, stem)
-            how = {"on": on, "max_samples": max_samples, "float64": float64, "seed": seed}
-            keep(session, "analyze", records.metrics(results), folder, **how)
+            keep(session, "analyze", records.metrics(results), folder, on=on, **how)
         if landscape is not None:
             surface = survey.surface(subject, first)
             if trainer.is_global_zero:

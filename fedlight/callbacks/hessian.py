@@ -1,7 +1,7 @@
 """The Hessian of the loss while a model trains."""
 
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from fedlight.analysis import records
-from fedlight.analysis.measurement import Measurement, ViewName
+from fedlight.analysis.measurement import Measurement
 from fedlight.analysis.result import HessianResult
-from fedlight.analysis.subject import DataName, Subject, is_federated, output_folder, subject_of
+from fedlight.analysis.subject import Subject, is_federated, output_folder, subject_of
 from fedlight.checks import check_at_least_one
 from fedlight.run.folder import optional
 from fedlight.run.loggers import log_picture, read_metrics
@@ -21,7 +21,8 @@ from fedlight.written import Remembers
 _REDRAW = 30.0  # seconds between two drawings of the same history
 
 
-class HessianSpectrum(Remembers, Callback):
+@dataclass(eq=False, repr=False)
+class HessianSpectrum(Remembers, Measurement, Callback):
     """Measures the curvature of the task loss: eigenvalues, trace, spectral density, layers, sharpness.
 
     The loss is that of ``training_step`` without penalties, in eval mode and float32. Training is not touched: the
@@ -58,24 +59,12 @@ class HessianSpectrum(Remembers, Callback):
 
     optional_hooks = ("on_round_end", "on_train_end")
 
-    def __init__(
-        self,
-        every_n_rounds: int = 10,
-        top_k: int = 1,
-        density: bool = True,
-        trace: bool = True,
-        layerwise: bool | list[str] = True,
-        data: DataName = "train",
-        max_samples: int | None = 5000,
-        views: Sequence[ViewName] = ("server",),
-        float64: bool = False,
-        sam_rho: float = 0.05,
-        tolerance: float = 1e-3,
-        seed: int = 0,
-    ) -> None:
-        self.every_n_rounds = check_at_least_one("HessianSpectrum: `every_n_rounds`", every_n_rounds)
-        what = "HessianSpectrum", top_k, density, trace, layerwise
-        self.measurement = Measurement(*what, data, max_samples, views, float64, sam_rho, tolerance, seed)
+    who = "HessianSpectrum"
+    every_n_rounds: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_one("HessianSpectrum: `every_n_rounds`", self.every_n_rounds)
         self.results: dict[str, HessianResult] = {}
         self._undrawn: int | None = None
         self._drawn_at, self._epoch = 0.0, -1
@@ -86,13 +75,13 @@ class HessianSpectrum(Remembers, Callback):
             raise MisconfigurationException("trainer.callbacks: two HessianSpectrum log the same names; keep one.")
         self.results, self._undrawn, self._drawn_at = {}, None, time.monotonic()
         if is_federated(trainer):
-            self.measurement.check(subject_of(trainer, pl_module))
+            self.check(subject_of(trainer, pl_module))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """In a stock trainer the data are known only now."""
         if is_federated(trainer):
             return
-        self.measurement.check(subject_of(trainer, pl_module))
+        self.check(subject_of(trainer, pl_module))
         # Not a method of the class: there it would be called after every local epoch of a client.
         vars(self).update(_epoch=-1, on_train_epoch_end=self._measure_epoch)
 
@@ -103,10 +92,10 @@ class HessianSpectrum(Remembers, Callback):
             return {}
         measured: dict[int, HessianResult] = {}
         self.results = {}
-        for view in (v for v in self.measurement.views if v == "server" or v in trainer.federation.state.views):
+        for view in (v for v in self.views if v == "server" or v in trainer.federation.state.views):
             key = id(subject.weights[view][0])  # views may be the same vector
             if key not in measured:
-                measured[key] = self.measurement.run(subject, view)
+                measured[key] = self.run(subject, view)
             self.results[view] = measured[key]
         self._undrawn = trainer.current_round
         if (folder := _folder(trainer)) is not None:
@@ -145,7 +134,7 @@ class HessianSpectrum(Remembers, Callback):
         if epoch == self._epoch or ((epoch + 1) % self.every_n_rounds and not last):
             return
         self._epoch = epoch
-        self.results = {"server": self.measurement.run(subject_of(trainer, pl_module))}
+        self.results = {"server": self.run(subject_of(trainer, pl_module))}
         pl_module.log_dict(records.metrics(self.results), sync_dist=trainer.world_size > 1)
         if (folder := _folder(trainer)) is not None:
             with optional(self, "HessianSpectrum's files and pictures"):

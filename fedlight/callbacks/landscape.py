@@ -1,18 +1,20 @@
 """The loss around the final model, as pictures."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.pytorch import Callback
 
-from fedlight.analysis.measurement import Directions, Survey, ViewName, checkpoint_weights, run_name
+from fedlight.analysis.measurement import Survey, ViewName, checkpoint_weights, run_name
 from fedlight.analysis.records import draw_lines, draw_survey
-from fedlight.analysis.subject import DataName, Weights, is_federated, output_folder, subject_of
+from fedlight.analysis.subject import Weights, is_federated, output_folder, subject_of
 from fedlight.run.loggers import log_picture
 from fedlight.written import Remembers
 
 
-class LossLandscape(Remembers, Callback):
+@dataclass(eq=False, repr=False)
+class LossLandscape(Remembers, Survey, Callback):
     """Draws the task loss on a plane through the final model when a fit ends, federated or in a stock Trainer.
 
     ``plots/landscape_contour.png`` and ``plots/landscape_surface.png`` are written to the run's folder, and with
@@ -34,20 +36,9 @@ class LossLandscape(Remembers, Callback):
 
     optional_hooks = ("on_train_end",)
 
-    def __init__(
-        self,
-        directions: Directions = "random",
-        radius: float | None = None,
-        points: int = 17,
-        line_to: str | None = None,
-        data: DataName = "train",
-        max_samples: int | None = 1000,
-        view: ViewName = "server",
-        float64: bool = False,
-        seed: int = 0,
-    ) -> None:
-        self.survey = Survey("LossLandscape", directions, radius, points, data, max_samples, float64, seed)
-        self.line_to, self.view = line_to, view
+    who = "LossLandscape"
+    line_to: str | None = None
+    view: ViewName = "server"
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse what could not be drawn."""
@@ -64,7 +55,7 @@ class LossLandscape(Remembers, Callback):
     def _other(self, trainer: Any, module: Any) -> Weights | None:
         """The end of the line, after a check of all settings."""
         subject = subject_of(trainer, module)
-        self.survey.check(subject, self.view)
+        self.check(subject, self.view)
         return None if self.line_to is None else checkpoint_weights(self.line_to, subject, self.view, "LossLandscape")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -73,8 +64,8 @@ class LossLandscape(Remembers, Callback):
         if folder is None:
             return
         subject, other = subject_of(trainer, pl_module), self._other(trainer, pl_module)
-        surface = self.survey.surface(subject, self.view)
-        lines = {} if other is None else self.survey.line(subject, other, self.view)
+        surface = self.surface(subject, self.view)
+        lines = {} if other is None else self.line(subject, other, self.view)
         if not trainer.is_global_zero:
             return
         pictures = draw_survey(surface, folder, "")
