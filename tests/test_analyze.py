@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import MAN, HessianSpectrum
-from fedlight.analysis import records, run, survey
+from fedlight.analysis import pictures, run
 from fedlight.cli.command import main
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
@@ -19,10 +19,10 @@ QUICK = {"top_k": 1, "density": False, "float64": True, "verbose": False}
 def _drawing_is_quick(request, monkeypatch):
     if "pictures" in request.node.name:
         return
-    for module, name in [(records, "draw_density"), (records, "draw_layers"), (run, "draw_eigenvalues")]:
+    for module, name in [(pictures, "draw_density"), (pictures, "draw_layers"), (run, "draw_eigenvalues")]:
         monkeypatch.setattr(module, name, lambda *args: args[-1])
     for name in ("draw_contour", "draw_surface", "draw_line"):
-        monkeypatch.setattr(survey, name, lambda thing, path, *args: path)
+        monkeypatch.setattr(pictures, name, lambda thing, path, *args: path)
 
 
 def trained(tmp_path, *callbacks, model=None, **settings):
@@ -77,7 +77,7 @@ class Net(Regression):
 
 def test_layers_are_drawn_with_the_norms_that_the_run_logged(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(records, "draw_layers", lambda layers, path: drawn.append(layers) or path)
+    monkeypatch.setattr(pictures, "draw_layers", lambda layers, path: drawn.append(layers) or path)
     trained(tmp_path, MAN(zeta=0.0), model=Net())
     found = analyze(tmp_path, model=Net())["server"]
     first, last = drawn[-1]

@@ -87,7 +87,7 @@ class FedMuon(_LeaningClients):
     code has both.
     """
 
-    optimizers = (Muon, *([torch.optim.Muon] if hasattr(torch.optim, "Muon") else []))
+    optimizers = (Muon, torch.optim.Muon)
     optimizer_state = ("momentum_buffer",)
     server_zeros = ("direction", "momentum_buffer")  # G and M
 

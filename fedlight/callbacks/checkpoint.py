@@ -86,7 +86,7 @@ class Checkpoint(RoundCallback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write the best round, if that is still due."""
         pending, self._pending = self._pending, None
-        if not hasattr(type(trainer), "checkpoint_writer"):
+        if not hasattr(type(trainer), "current_round"):
             return  # a stock trainer, which setup has refused
         trainer.checkpoint_writer.failure(wait=True)  # an older file must not replace this one
         if pending is not None and trainer.is_global_zero:

@@ -47,19 +47,16 @@ class _Storage:
     def device(self) -> torch.device:
         return self.leaves[0].device
 
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.leaves)
-
     def fits(self, device: torch.device) -> bool:
         """Whether it is, or may be copied, there: half of what a device has free is for other things."""
         if device in self._copies or device.type != "cuda":
             return True
         if device not in self._refused:
             free = torch.cuda.mem_get_info(device)[0]
-            self._refused[device] = self.nbytes > free / 2
+            needed = sum(leaf.nbytes for leaf in self.leaves)
+            self._refused[device] = needed > free / 2
             if self._refused[device]:
-                found = f"{self.nbytes / 1e9:.1f} GB do not fit on {device}, which has {free / 1e9:.1f} GB free"
+                found = f"{needed / 1e9:.1f} GB do not fit on {device}, which has {free / 1e9:.1f} GB free"
                 rank_zero_warn(f"data: {found}. They stay in main memory, and a client's are copied when it trains.")
         return not self._refused[device]
 

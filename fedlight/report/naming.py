@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fedlight.penalties.numbers import KEYS
-from fedlight.run.names import CENTRAL, method_name
+from fedlight.run.names import method_name
 
 SEEDS = ("seed_everything", "data.init_args.seed")
 """Keys in which the runs of one method and setting differ."""
@@ -40,38 +40,29 @@ class Method:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.centralized = bool(config.get("trainer.centralized"))
+        self.is_central = bool(config.get("trainer.centralized"))
         algorithm = _class(config.get("algorithm.class_path", "?"))
         if parts := config.get("trainer.personal"):  # names alone
             whole = {"class_path": "PersonalParts", "init_args.parts": [parts] if isinstance(parts, str) else parts}
             config = {**config, **{f"trainer.personal.{key}": value for key, value in whole.items()}}
-        known = {key: config.get(f"{key}.class_path") for key in (_ADDED[:1] if self.centralized else _ADDED)}
+        known = {key: config.get(f"{key}.class_path") for key in (_ADDED[:1] if self.is_central else _ADDED)}
         added = {key: _class(found) for key, found in known.items() if found}
         penalties = _penalties(_callbacks(config))
         names = [name for name, _ in penalties]
-        self.name = method_name(algorithm, added.values(), names, self.centralized)
+        self.name = method_name(algorithm, added.values(), names, self.is_central)
         work = {"limit_train_batches": config.get("trainer.limit_train_batches")}  # made that of a federated round
         own = _below(config, "algorithm.init_args.") | _own_module(config.get("algorithm.class_path"))
-        items = work if self.centralized else own
+        items = work if self.is_central else own
         for key, part in added.items():
             settings = _below(config, f"{key}.init_args.") | _own_module(known[key])
             items |= {f"{part}.{k}": v for k, v in settings.items()}
-        self._without_penalties = (self.name.removesuffix("".join(f"+{n}" for n in names)), _hashable(items))
+        without = self.name.removesuffix("".join(f"+{n}" for n in names)), _hashable(items)
         self.has_man = "MAN" in names
-        self.others = tuple(name for name in names if name != "MAN")
+        # Name and hyperparameters without penalties: the same for a method with MAN and without.
+        self.base: tuple[Any, ...] = (*without, tuple(name for name in names if name != "MAN"))
         for name, settings in penalties:
             items |= {f"{name}.{k}": v for k, v in settings.items()}
         self.items: Items = _hashable(items)
-
-    @property
-    def base(self) -> tuple[Any, ...]:
-        """Name and hyperparameters without penalties: the same for a method with MAN and without."""
-        return (*self._without_penalties, self.others)
-
-    @property
-    def is_central(self) -> bool:
-        """Whether it is the central baseline."""
-        return self.name.split("+")[0] == CENTRAL
 
 
 def setting_of(config: Mapping[str, Any]) -> Items:

@@ -176,7 +176,7 @@ class TrainerInterface(LightningNames):
 
         Complete, and the same in every process, from ``on_round_metrics`` on until the next round begins.
         """
-        return self._session.federation.reports if self.current_round else ()
+        return self._session.federation.incoming.reports if self.current_round else ()
 
     @property
     def client_val_metrics(self) -> dict[int, dict[str, float]]:
@@ -187,11 +187,6 @@ class TrainerInterface(LightningNames):
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint would hold now. It copies next to nothing: tensors of a round are never overwritten."""
         return self._session.snapshot()
-
-    @property
-    def checkpoint_writer(self) -> CheckpointWriter:
-        """What writes checkpoints; in the first process."""
-        return self._session.writer
 
     def save_checkpoint(self, filepath: str | Path, content: dict[str, Any] | None = None, wait: bool = True) -> None:
         """Write a checkpoint; a bare name (``last``) goes to the run's folder. Every process must call it.

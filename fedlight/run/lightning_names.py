@@ -162,6 +162,7 @@ def _part(path: str, t: Any, s: Any) -> Any:
 _PARTS = {
     **{name: f"fabric.{name}" for name in ("print", "global_rank", "local_rank", "node_rank", "world_size")},
     **{"is_global_zero": "fabric.is_global_zero", "model": "module", "lightning_module": "module"},
+    "checkpoint_writer": "writer",
     **{part: part for part in ("datamodule", "profiler", "ckpt_path", "federation")},
     **{part: part for part in ("resumed", "views", "evaluator", "fresh")},
 }

@@ -236,7 +236,8 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
 
 
 def _example(run: RunContext) -> ClientTask:
-    return run.federation.example_task(int(run.federation.sizes.argmax()), run.schedule.lrs)
+    run.federation.begin()
+    return run.federation.clients.task(int(run.federation.sizes.argmax()), run.schedule.lrs, honest=True)
 
 
 def _say(findings: Findings, policy: str) -> None:

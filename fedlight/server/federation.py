@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fedlight.algorithms.base import mean_update
-from fedlight.engines.base import ClientTask
 from fedlight.local import ClientResult
 from fedlight.perturbations.base import State
 from fedlight.server.aggregators import Aggregator, in_place_of_sums
@@ -79,20 +78,10 @@ class Federation:
         """The server's model, ``[P]``, with the mean of the clients' personal entries."""
         return self.split.model(self.state.algorithm["params"], self.state.personal["mean"])
 
-    @property
-    def reports(self) -> Sequence[Report]:
-        """What each client of the round reported, in the order of the clients once they are exchanged."""
-        return self._incoming.reports
-
     def begin(self) -> None:
         """Begin a round: what the clients will receive."""
-        self._received, self._incoming = self.clients.begin(self.state), Incoming(self.store.put_row)
+        self._received, self.incoming = self.clients.begin(self.state), Incoming(self.store.put_row)
         self._start = self._received["params"].double()
-
-    def example_task(self, client: int, lrs: tuple[float, ...] | None) -> ClientTask:
-        """A client's work in the next round, to try things out with."""
-        self.begin()
-        return self.clients.task(client, lrs, honest=True)
 
     def receive(self, result: ClientResult, waits: bool = True) -> None:
         """Let a client make its message of what it trained, and add that up, unless it ``waits`` for others."""
@@ -129,7 +118,7 @@ class Federation:
         report = Report(result.client, True, weight, square, *counts, *logged)
         kept = {"params": reply.message["params"]} if algorithm.collects else None
         kept = kept if self.aggregator is None else {"update": update, **moves}
-        self._incoming.add(Entry(report, terms, counters, rows, kept))
+        self.incoming.add(Entry(report, terms, counters, rows, kept))
 
     def _buffer(self, name: str) -> Tensor:
         """What a buffer was when the round began; also of a parameter that has not moved without a gradient before."""
@@ -152,18 +141,18 @@ class Federation:
 
     def late(self) -> list[str]:
         """What clients have moved in this round, and none before."""
-        names = [name.removeprefix(BUFFERS) for name in self._incoming.sums.parts if name.startswith(BUFFERS)]
-        return sorted({*names, *self._incoming.maxima} - self.state.buffers.keys())
+        names = [name.removeprefix(BUFFERS) for name in self.incoming.sums.parts if name.startswith(BUFFERS)]
+        return sorted({*names, *self.incoming.maxima} - self.state.buffers.keys())
 
     def exchange(self, fabric: Fabric, stop: int = 0) -> int:
         """Add up what all processes have received; the largest ``stop``, a request that any of them may raise."""
         for result in self.clients.meet(fabric):
             self.receive(result, waits=False)
         if self.privacy and fabric.global_rank == 0:  # once, and exact as all terms are
-            self._incoming.flush()
+            self.incoming.flush()
             noise = self.privacy.draw(self.state.round, self.state.algorithm["params"])
-            self._incoming.sums.add({name: values[None] for name, values in noise.items()})
-        return self._incoming.finish(fabric, stop)
+            self.incoming.sums.add({name: values[None] for name, values in noise.items()})
+        return self.incoming.finish(fabric, stop)
 
     def aggregate(self) -> dict[str, Tensor | float]:
         """Make the server's next state; what the clients logged, reduced over them, and the figures of the round.
@@ -172,7 +161,7 @@ class Federation:
             FloatingPointError: if no client's message could be used.
             MisconfigurationException: if fewer could than the algorithm needs.
         """
-        incoming, old, beside = self._incoming, self.state, self.clients.buffer_bytes
+        incoming, old, beside = self.incoming, self.state, self.clients.buffer_bytes
         # Now it is known what clients have moved for the first time, and with it how large the messages were.
         incoming.reports = [replace(report, up_bytes=report.up_bytes + beside) for report in incoming.reports]
         used = [report for report in incoming.reports if report.used]

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler
 
 from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
-from fedlight.analysis import records
+from fedlight.analysis import pictures, records
 from fedlight.callbacks.pictures import PartitionPicture
 from fedlight.data.arrays import ArrayDataset
 from fedlight.run.loggers import read_metrics
@@ -37,7 +37,7 @@ def _drawing_is_quick(request, monkeypatch):
 
     if "pictures" not in request.node.name:
         for name in ("draw_density", "draw_layers", "draw_eigenvalues"):
-            monkeypatch.setattr(records, name, touch)
+            monkeypatch.setattr(pictures, name, touch)
 
 
 class Net(Regression):
@@ -333,8 +333,8 @@ def test_layers_are_drawn_with_the_activations_that_follow_them():
 
 def test_a_resumed_run_draws_what_came_before(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(records, "draw_layers", lambda layers, path: drawn.append(layers) or path)
-    monkeypatch.setattr(records, "draw_eigenvalues", lambda rounds, results, path: drawn.append(rounds) or path)
+    monkeypatch.setattr(pictures, "draw_layers", lambda layers, path: drawn.append(layers) or path)
+    monkeypatch.setattr(pictures, "draw_eigenvalues", lambda rounds, results, path: drawn.append(rounds) or path)
     fit(tmp_path, spectrum(), max_rounds=2)
     trainer = quiet_trainer(tmp_path, callbacks=[spectrum()], max_rounds=4)
     trainer.fit(Regression(), Clients(), ckpt_path="last")
