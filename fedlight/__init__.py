@@ -80,7 +80,7 @@ MOVED = {
     "checkpoint": "run.checkpoint",
     "clients": "server.clients",
     "data.loaders": "data.reading",
-    "data.pooled": "data.held_out",
+    "data.pooled": "data.federated",
     "data.splits": "data.folders",
     "evaluation": "run.evaluation",
     "federation": "server.federation",

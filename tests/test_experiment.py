@@ -18,7 +18,7 @@ import fedlight.perturbations
 from fedlight.algorithms.base import Algorithm
 from fedlight.algorithms.fedopt import FedOpt
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.held_out import PooledData
+from fedlight.data.federated import PooledData
 from fedlight.data.partition import Partitioner
 from fedlight.models import MLP, Classifier
 from fedlight.penalties.man import MAN

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlight.checks import check_at_least_one, check_number
 from fedlight.data.arrays import ArrayDataset
-from fedlight.data.held_out import draw_clients
+from fedlight.data.federated import draw_clients
 from fedlight.data.images import held_out_for_test, holdout, say_shared
 from fedlight.data.label_skew import DirichletClients
 from fedlight.data.partition import IID, NaturalGroups, Partitioner

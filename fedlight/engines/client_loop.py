@@ -20,9 +20,8 @@ from fedlight.local import ClientResult, LocalObjective, local_gradient
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
-from fedlight.module.own_step import OwnStep
 from fedlight.module.parameters import FlatParameters
-from fedlight.module.step import IndexedBatch, OtherModels, step_loss, transfer_function
+from fedlight.module.step import IndexedBatch, OtherModels, OwnStep, step_loss, transfer_function
 from fedlight.penalties.step import penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import seed_global_rng

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 
 from fedlight.cli.command import FederatedCLI
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.held_out import Wrapping
+from fedlight.data.federated import Wrapping
 from fedlight.trainer import FederatedTrainer
 
 ALLOWED = ("fedlight", "torch", "torchvision", "torchmetrics", "lightning")

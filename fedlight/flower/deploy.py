@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import __version__
 from fedlight.cli.command import SaveConfig
-from fedlight.data.held_out import training_data
+from fedlight.data.federated import training_data
 from fedlight.flower.config import ALLOWED, Parts, import_paths
 from fedlight.flower.local import run_local
 from fedlight.flower.server import check_deployable

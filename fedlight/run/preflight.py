@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
-from fedlight.data.held_out import given_data
+from fedlight.data.federated import given_data
 from fedlight.data.reading import picks_one
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules

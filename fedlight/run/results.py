@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedlight.data.datamodule import first_samples
-from fedlight.data.held_out import given_data
+from fedlight.data.federated import given_data
 from fedlight.module.hooks import overrides
 from fedlight.run.attempt import evaluating, watch
 from fedlight.run.context import RunContext

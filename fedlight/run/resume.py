@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.checks import check_objects
-from fedlight.data.held_out import given_data
+from fedlight.data.federated import given_data
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext

@@ -9,10 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
-from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.federated import not_federated
-from fedlight.data.held_out import training_data
-from fedlight.data.sharing import share_among_processes
+from fedlight.data.datamodule import FederatedDataModule, share_among_processes
+from fedlight.data.federated import not_federated, training_data
 from fedlight.engines import Engine, start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, strangers, with_module_callbacks
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors

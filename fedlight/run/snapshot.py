@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fedlight import __version__
-from fedlight.data.held_out import given_data
+from fedlight.data.federated import given_data
 from fedlight.personal.parts import tensor_names
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext

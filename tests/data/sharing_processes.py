@@ -8,8 +8,7 @@ from lightning.fabric import Fabric
 from torch.utils.data import Subset, TensorDataset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.sharing import share_among_processes
+from fedlight.data.datamodule import FederatedDataModule, share_among_processes
 
 
 class Data(FederatedDataModule):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from fedlight.algorithms import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
 from fedlight.data import DatasetPartition, DirichletClients, Federated
-from fedlight.data.held_out import HeldOut, given_data, training_data
+from fedlight.data.federated import HeldOut, given_data, training_data
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes, weights

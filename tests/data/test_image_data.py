@@ -17,7 +17,7 @@ from fedlight.data import (
     QuantitySkew,
     Shards,
 )
-from fedlight.data.held_out import PooledData
+from fedlight.data.federated import PooledData
 from fedlight.data.partitioned import Partition, match_proportions
 
 

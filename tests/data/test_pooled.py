@@ -8,7 +8,7 @@ from fedlight import FederatedTrainer
 from fedlight.algorithms import FedDyn, FedSAM
 from fedlight.callbacks import MAN
 from fedlight.data import DatasetPartition, ImageData
-from fedlight.data.held_out import PooledData
+from fedlight.data.federated import PooledData
 from fedlight.models import MLP, Classifier
 from fedlight.perturbations import SAM
 from fedlight.seeding import generator

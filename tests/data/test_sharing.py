@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from fedlight.data import sharing
-from fedlight.data.sharing import share_among_processes
+from fedlight.data import datamodule
+from fedlight.data.datamodule import share_among_processes
 from tests.data.sharing_processes import Data
 from tests.helpers.runif import RunIf
 
@@ -52,12 +52,12 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(sharing.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(datamodule.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch, "save", full)
-    assert sharing._write([torch.zeros(3)]) is None
+    assert datamodule._write([torch.zeros(3)]) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_folder_for_temporary_files(monkeypatch):
-    monkeypatch.setattr(sharing.tempfile, "tempdir", "/nowhere")
-    assert sharing._write([torch.zeros(3)]) is None
+    monkeypatch.setattr(datamodule.tempfile, "tempdir", "/nowhere")
+    assert datamodule._write([torch.zeros(3)]) is None

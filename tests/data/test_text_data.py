@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.data import IID, DirichletClients, TextData
-from fedlight.data.held_out import draw_clients
+from fedlight.data.federated import draw_clients
 from fedlight.data.tables import read_table
 from fedlight.models import CharLSTM, Classifier, TextMLP
 from tests.data import layouts

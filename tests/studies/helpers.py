@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from fedlight.studies.command import StudyRunner
 from fedlight.studies.plan import PlannedRun, plan
-from fedlight.studies.runner import StudyRunner
 from fedlight.studies.study import Study, load_study
 
 STUB = Path(__file__).with_name("stub_fit.py")

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlight.studies.command import selected
+from fedlight.studies.command import StudyRunner, selected
 from fedlight.studies.plan import PlannedRun, RunSlot, log_tail, plan
-from fedlight.studies.runner import StudyRunner
 from tests.studies.helpers import read, run, write_study
 
 
