@@ -12,6 +12,7 @@ from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredEr
 
 from fedlight.callbacks import HessianSpectrum
 from fedlight.run.attempt import evaluating
+from fedlight.run.loggers import read_metrics
 from fedlight.server.federation import Federation
 from fedlight.server.sampling import RoundRobin
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, weights
@@ -266,6 +267,8 @@ def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
     (said,) = (m for m in caplog.messages if "no checkpoint has it" in m)
     assert said.startswith("model: validation changes self.best, self.top, and no checkpoint has it")
 
+    assert any(m.startswith("model: self.best: views and clients are evaluated with what the") for m in caplog.messages)
+
     class Kept(Best):
         def on_save_checkpoint(self, checkpoint):
             checkpoint["best"] = self.best
@@ -288,6 +291,28 @@ def test_what_an_evaluation_leaves_in_the_module_is_said_once(tmp_path, caplog):
         caplog.clear()
         getattr(quiet_trainer(tmp_path, max_rounds=1), command)(model, Clients())
         assert "no checkpoint has" not in caplog.text
+
+
+def test_a_metric_that_runs_through_rounds_has_of_views_and_clients_their_own(tmp_path):
+    class Largest(Regression):
+        def __init__(self):
+            super().__init__()
+            self.largest = MaxMetric()
+
+        def on_validation_epoch_end(self):
+            self.largest.update(self.net.weight.abs().sum())
+            self.log("val/largest", self.largest.compute())
+            self.log("val/now", self.net.weight.abs().sum())
+
+    class Each(Clients):
+        client_val_dataset = Clients.client_dataset
+
+    trainer = quiet_trainer(tmp_path, views=["server", "selected", "all"], client_val_every_n_rounds=1)
+    trainer.fit(Largest(), Each())
+    rows = read_metrics(trainer.run_dir / "metrics.csv")
+    assert all(row["val/largest_all"] == row["val/now_all"] for row in rows)
+    assert all(row["clients/worst_largest"] == row["clients/worst_now"] for row in rows)
+    assert rows[-1]["val/largest"] == max(row["val/now"] for row in rows) > rows[-1]["val/now"]
 
 
 def test_what_validation_sets_in_buffers_is_the_servers(tmp_path, monkeypatch):

@@ -154,12 +154,17 @@ def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Seq
 
     What the first hooks of every evaluation change is found ``anew``.
     """
-    names = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
+    metrics = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
     groups = tuple(f"self.{name}._" for name, m in module.named_modules() if isinstance(m, MetricCollection))
     changed = {name for name in kept.changes() if not name.startswith(groups)}  # found anew where they begin anew
-    names |= changed - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
-    if names and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
+    plain = changed - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
+    if (names := metrics | plain) and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
         rank_zero_info(
             f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: what is logged of it is"
             f" another after a resume. Begin anew in on_{stage}_start, or keep it in on_save_checkpoint."
+        )
+    if plain and module.trainer.state.fn == "fit":
+        rank_zero_info(
+            f"model: {', '.join(sorted(plain))}: views and clients are evaluated with what the server's evaluation left"
+            " there; a torchmetrics.Metric begins anew for each of them."
         )

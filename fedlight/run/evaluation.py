@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import FederatedDataModule
@@ -88,6 +89,9 @@ class Evaluator:
         kept = None if quiet or self._traces_known else watch(self._module)
         context = self._untouched() if quiet else nullcontext()
         with context, evaluating(self._module), collecting_logs(self._module, log), torch.no_grad():
+            for metric in self._module.modules() if quiet else ():
+                if isinstance(metric, Metric):  # of earlier rounds it has what the server's model did
+                    metric.reset()
             seed_global_rng(derive_seed(0, "evaluation"))
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
