@@ -21,7 +21,16 @@ from fedlight.server.clients import reweighed
 from fedlight.server.incoming import Entry, Incoming, Report, check_enough, round_costs, round_metrics
 from fedlight.server.privacy import Privacy
 from fedlight.server.rows import ClientRows
-from fedlight.server.state import BUFFERS, buffer_moves, like, moved, moved_buffers, num_bytes, summed_rounds
+from fedlight.server.state import (
+    BUFFERS,
+    begun_by_enough,
+    buffer_moves,
+    like,
+    moved,
+    moved_buffers,
+    num_bytes,
+    summed_rounds,
+)
 from fedlight.server.state import ServerState as ServerState
 
 View = Literal["server", "selected", "all", "swa"]
@@ -177,6 +186,7 @@ class Federation:
         if self.algorithm.collects:
             total["models"] = torch.stack([state["params"] for state in kept])
         if self.aggregator is not None:
+            kept = list(begun_by_enough(kept, self.aggregator.tolerates(len(kept))))
             total |= in_place_of_sums(self.aggregator, kept, [report.weight for report in used])
         algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
         perturbation = old.perturbation

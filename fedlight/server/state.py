@@ -1,6 +1,6 @@
 """All that the server knows between two rounds."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,22 @@ def buffer_moves(after: State, before: Callable[[str], Tensor], begin: Iterable[
     moves = {BUFFERS + k: (new - old[k]).masked_fill_(still[k], 0.0) for k, (new, _) in pairs.items()}
     moves |= {_BEGUN + k: found.double() for k, found in begun.items()}
     return moves, {k: v for k, v in after.items() if k not in averaged}
+
+
+def begun_by_enough(sent: Sequence[State], tolerated: int) -> Sequence[State]:
+    """What clients sent, where no hostile ones decide whether a buffer begins to have a number, nor others weigh 0.
+
+    An entry begins where more than ``tolerated`` clients have one; the others then have the (lower) median of these.
+    """
+    for key in sorted({key for state in sent for key in state if key.startswith(_BEGUN)}):
+        name, has = BUFFERS + key.removeprefix(_BEGUN), torch.stack([state[key] for state in sent]).bool()
+        if not (anyone := has.any(0)).any():
+            continue
+        values, begins = torch.stack([state[name] for state in sent]), has.sum(0) > tolerated
+        values = torch.where(has | ~anyone, values, values.masked_fill(~has, torch.nan).nanmedian(0).values)
+        values = values.masked_fill(anyone & ~begins, 0.0)
+        sent = [{**state, name: v, key: begins.double()} for state, v in zip(sent, values, strict=True)]
+    return sent
 
 
 def moved_buffers(old: State, total: State) -> State:

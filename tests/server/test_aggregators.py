@@ -138,6 +138,24 @@ def test_a_round_of_the_whole_trainer_is_the_servers_step_along_it(tmp_path):
     assert trainer.method_name == "Received+Median"
 
 
+@pytest.mark.parametrize("aggregator", [Median(), TrimmedMean(0.3), Krum(0)])
+def test_a_buffer_that_some_clients_have_no_number_of_is_made_of_those_that_have_one(tmp_path, aggregator):
+    class Observes(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("least", torch.full((2,), torch.inf))
+
+        def on_train_epoch_end(self):
+            size = len(self.trainer.train_dataloader.dataset)
+            self.least[0] = {3: torch.inf, 5: 10.0, 6: 20.0, 8: 30.0}[size]
+            self.least[1] = 1.0 if size == 3 else torch.inf  # one alone may be hostile
+
+    model, data = Observes(), Clients((5, 6, 8, 3))
+    quiet_trainer(tmp_path, aggregator=aggregator, clients_per_round=4, max_rounds=1).fit(model, data)
+    assert model.least[0] in ((10, 20, 30) if isinstance(aggregator, Krum) else (20,))
+    assert model.least[1] == (1 if isinstance(aggregator, Krum) else torch.inf)
+
+
 class First(Aggregator):
     """Of one's own: the first client's update."""
 
