@@ -1,6 +1,7 @@
 """The round loop: identities with training that is written out by hand."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.personal import Ditto
 from fedlight.seeding import generator
+from fedlight.server.incoming import Report, round_metrics
 from fedlight.server.sampling import Bernoulli, RoundRobin, draw_subset
 from tests.helpers.tiny import SIZES, Clients, Keep, Regression, Samples, quiet_trainer, weights
 
@@ -431,3 +433,10 @@ def test_views_are_the_servers_model_where_that_is_their_mean(tmp_path, method):
     views = trainer._session.federation.state.views
     assert torch.equal(views["server"], views["selected"])
     torch.testing.assert_close(views["server"], views["all"], rtol=1e-6, atol=1e-7)
+
+
+def test_one_client_does_not_drift_from_itself():
+    one = Report(0, True, 3.0, 1.0 + 1e-15, 3, 1, 0, 8, None, {}, {})  # its norm is rounded otherwise than the mean's
+    mean = torch.tensor([1.0], dtype=torch.float64)
+    assert round_metrics([one], mean)["clients/drift"] == 0
+    assert round_metrics([one, replace(one, square=3.0)], mean)["clients/drift"] == pytest.approx(1.0)

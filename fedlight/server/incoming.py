@@ -176,7 +176,8 @@ def round_metrics(reports: Sequence[Report], mean_update: Tensor | None) -> dict
     if mean_update is not None:
         total = math.fsum(report.weight for report in used)
         square = math.fsum(report.weight * report.square for report in used) / total
-        figures["clients/drift"] = math.sqrt(max(0.0, square - float(mean_update.square().sum())))
+        rest = 0.0 if len(used) == 1 else square - float(mean_update.square().sum())
+        figures["clients/drift"] = math.sqrt(max(0.0, rest))
     return {**_reduced(used), **figures}
 
 
