@@ -247,6 +247,22 @@ def test_the_help_of_a_class_fits_on_a_screen(capsys, monkeypatch):
     assert "torch.nn.Identity" not in text
 
 
+class Configured(Regression):
+    """Takes a dict, in which names may be those of YAML's classes."""
+
+    def __init__(self, config: dict, lr: float = 0.1):
+        super().__init__()
+        self.config = config
+
+
+def test_a_dict_of_ones_own_may_have_keys_beside_class_path():
+    Path("own.yaml").write_text(
+        "model: {class_path: tests.test_cli.Configured, init_args: {config: {class_path: labels.txt, at: 08, lr: 3}}}"
+    )
+    config = FederatedCLI([TINY[1], "--config=own.yaml"], run=False).model.config
+    assert config == {"class_path": "labels.txt", "at": "08", "lr": 3}
+
+
 BAD = {
     "trainer: {max_round: 3}": "'trainer.max_round' is not known; did you mean 'trainer.max_rounds'?",
     "algoritm: {class_path: FedAvg}": "'algoritm.class_path' is not known; did you mean 'algorithm'?",
@@ -272,6 +288,11 @@ BAD = {
     "trainer: {callbacks: [{class_path: MAN, init_args: {zeta: 1, zeta: 2}}]}": "trainer.callbacks.init_args.zeta is",
     "# trainer: {max_rounds: 3}": "bad.yaml holds no keys, as `trainer: {max_rounds: 30}`, but '# trainer:",
     "trainer:\n\tmax_rounds: 3": "YAML is indented with spaces, not with tabs",
+    "trainer: {max_rounds: 1:30, transforms: [{class_path: SignFlip, init_args: {clients: [010, 07]}}]}": "bad.yaml: "
+    "trainer.max_rounds: 1:30 is 90 in YAML: write that, or quotes around it; "
+    "trainer.transforms.init_args.clients: 010 is 8 in YAML: write that, or quotes around it.",
+    "model: {class_path: Classifier, init_args: {optimizer: {class_path: torch.optim.SGD, lr: 1}}}": "settings stand "
+    "below `init_args`, not beside `class_path`",
     "trainer:\n  name: my: run": 'in "bad.yaml", line 2, column 11',
     "trainer:\nalgorithm: {class_path: FedDyn, alpha: 1, init_args: }\ndata: [{class_path: ImageData}]": "bad.yaml: "
     "trainer holds no keys, but nothing: remove it; algorithm.alpha stands beside class_path: put it below "

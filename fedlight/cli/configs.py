@@ -1,6 +1,7 @@
 """``fedlight configs``: the configurations that come with fedlight, by name. Nothing heavy is loaded here."""
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -76,23 +77,32 @@ def nearest(name: str) -> str:
     return f"did you mean {' or '.join(map(repr, near))}? " * bool(near) + "`fedlight configs` lists what there is"
 
 
+_BESIDE = "class_path", "init_args", "dict_kwargs", "<<"
+_MISREAD = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.[\d_]*)?)")
+"""Numbers with a zero in front, to base 8, and with colons, to base 60."""
+
+
 def mistakes(content: str) -> list[str]:
     """What a YAML text says that would be lost or read as something else, a sentence each.
 
     A mapping has a key twice, and would keep the last; a key stands beside ``class_path`` and not below ``init_args``;
-    what holds keys is empty or a list.
+    what holds keys is empty or a list; a number is one to base 8 or 60.
     """
     import yaml
 
     found: list[str] = []
 
     def look(node: Any, above: str) -> None:
+        if isinstance(node, yaml.ScalarNode) and node.style is None and _MISREAD.fullmatch(node.value):
+            value = yaml.safe_load(node.value)
+            if not isinstance(value, str) and (":" in node.value or value != int(node.value.replace("_", ""))):
+                found.append(f"{above.rstrip('.')}: {node.value} is {value} in YAML: write that, or quotes around it")
         pairs = [(str(key.value), value) for key, value in node.value] if isinstance(node, yaml.MappingNode) else []
         names = [key for key, _ in pairs]
         for key in dict.fromkeys(names):
             if names.count(key) > 1 and key != "<<":
                 found.append(f"{above}{key} is there twice, of which the last alone would count: join them")
-            elif "class_path" in names and key not in ("class_path", "init_args", "dict_kwargs", "<<"):
+            elif "class_path" in names and "init_args." not in above and key not in _BESIDE:  # there it may be a dict
                 found.append(f"{above}{key} stands beside class_path: put it below {above}init_args")
         for value in node.value if isinstance(node, yaml.SequenceNode) else []:
             look(value, above)

@@ -45,6 +45,7 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
         near = difflib.get_close_matches(name, dir(importlib.import_module(module)), 1, 0.6)
         found.append(f"did you mean {f'{module}.{near[0]}'!r}?" if near else "")
     found += ["`class_path` names the class, `init_args` holds its settings"] * ("an instantiatable class" in message)
+    found += ["settings stand below `init_args`, not beside `class_path`"] * ("Option 'class_path' is not" in message)
     found += ["YAML is indented with spaces, not with tabs"] * (r"'\t' that cannot start any token" in message)
     for value in re.findall(r"Expected a <class 'str'>\. Got value: (\S+)", message):
         found.append(f"YAML reads {value.lower()} as another thing than a word: write it in quotes")
