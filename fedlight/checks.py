@@ -1,6 +1,8 @@
 """Checks of settings that raise errors which name the YAML key."""
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +19,14 @@ def check_at_least_one(key: str, value: int) -> int:
     if value < 1:
         raise ValueError(f"{key} must be at least 1, got {value}.")
     return value
+
+
+def path_of(key: str, value: str | Path) -> Path:
+    """A path of which ``~`` is the home; a MisconfigurationException names the key where a $VARIABLE stands in it."""
+    path = Path(value).expanduser()
+    if re.search(r"\$[A-Za-z_{]", str(value)) and not path.exists():
+        raise MisconfigurationException(f"{key}={str(value)!r}: $VARIABLES are replaced by shells, not in files.")
+    return path
 
 
 def check_objects(given: Mapping[str, Any]) -> None:

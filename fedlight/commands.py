@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.run import analyze
+from fedlight.checks import path_of
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.run.evaluation import Stage
 from fedlight.run.interface import TrainerInterface
@@ -126,7 +127,7 @@ class Commands(TrainerInterface):
         with Session(self, model, datamodule, "predict", ckpt_path) as session:
             session.views.choose(view)
             if self.is_global_zero:
-                export(session, Path(to).expanduser())
+                export(session, path_of("to", to))
                 print(f"{view} model: {to}", flush=True)
 
     def summary(self) -> RunSummary:

@@ -11,6 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
 from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.data.sources import download_source, load_source
+from fedlight.data.tables import read_tables
 from fedlight.run.folder import RunFolder, atomic_write, versions, writing
 from tests.helpers.runif import RunIf
 from tests.helpers.tiny import Clients, Regression, quiet_trainer
@@ -31,6 +33,27 @@ def test_a_home_is_the_users(tmp_path, monkeypatch):
     trainer.validate(Regression(), Clients(), ckpt_path="~/runs/default/version_0/checkpoints/last.ckpt")
     trainer.export(Regression(), Clients(), ckpt_path="last", to="~/model.pt")
     assert (tmp_path / "model.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "key"),
+    [
+        (
+            lambda trainer: trainer.validate(Regression(), Clients(), ckpt_path="$RUNS/last.ckpt"),
+            "ckpt_path='.RUNS/last.ckpt'",
+        ),
+        (lambda trainer: trainer.export(Regression(), Clients(), to="$OUT/model.pt"), "to='.OUT/model.pt'"),
+        (lambda trainer: trainer.predict(Regression(), Clients(), output="${OUT}"), "output='..OUT}'"),
+        (lambda trainer: load_source("$DATA/x.npz", "data"), "data.source='.DATA/x.npz'"),
+        (lambda trainer: read_tables("$DATA/x.csv"), "data.source='.DATA/x.csv'"),
+        (lambda trainer: download_source("cifar10", "$DATA"), "data.root='.DATA'"),
+    ],
+)
+def test_variables_of_a_shell_are_refused_in_every_path(tmp_path, monkeypatch, call, key):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MisconfigurationException, match=f"{key}: .VARIABLES are replaced by shells, not in files"):
+        call(quiet_trainer(tmp_path))
+    assert not list(tmp_path.glob("*$*"))
 
 
 def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight.checks import path_of
 from fedlight.data.files import has_idx, is_listed, load_idx, load_listed, load_npz
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check, say_shared
@@ -53,7 +54,7 @@ def load_source(
         MisconfigurationException: if the source is not there, saying what to download where.
         ValueError: if it is not what it should be, naming the key.
     """
-    path = Path(source).expanduser()
+    path = path_of("data.source", source)
     if kept := [name for name, (_, folder, _) in _TORCHVISION.items() if path.name == folder and path.is_dir()]:
         raise ValueError(f"`data.source`: {path} is where {kept[0]} is kept: `source: {kept[0]}, root: {path.parent}`.")
     listed = path.exists() and is_listed(path)
@@ -68,9 +69,9 @@ def load_source(
     if source == "digits":
         arrays = _digits()
     elif source in _TORCHVISION:
-        arrays = _torchvision(source, Path(root).expanduser(), download=False)
+        arrays = _torchvision(source, path_of("data.root", root), download=False)
     elif listed:
-        arrays = load_listed(path, Path(root).expanduser(), columns or {}, image_size, test_domains, test_fraction)
+        arrays = load_listed(path, path_of("data.root", root), columns or {}, image_size, test_domains, test_fraction)
     elif is_tree:
         arrays = load_folder(path, image_size, test_domains, test_fraction)
     elif path.is_dir():
@@ -88,7 +89,7 @@ def load_source(
 def download_source(source: str, root: str | Path) -> None:
     """Download a source of torchvision to ``root``, unless it is there; other sources are left alone."""
     if source in _TORCHVISION:
-        _torchvision(source, Path(root).expanduser(), download=True)
+        _torchvision(source, path_of("data.root", root), download=True)
 
 
 def _digits() -> ImageArrays:

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
+from fedlight.checks import path_of
 from fedlight.data.folders import in_order, read_tree, split_of
 from fedlight.data.reading import is_hf
 
@@ -32,7 +33,7 @@ def read_tables(source: Any, test_fraction: float = 0.2) -> dict[str, Table]:
     of Hugging Face was saved to; or such a dataset, or a mapping with one for each split.
     """
     if isinstance(source, str | Path):
-        path = Path(source).expanduser()
+        path = path_of("data.source", source)
         files = sorted(path.glob("*")) if path.is_dir() else [path]
         named = {file.name: file for file in files if ending_of(file) in (*DELIMITERS, ".jsonl", ".ndjson", ".parquet")}
         named |= {file.name: file for file in files if file.suffix == ".json" and split_of(file.name)[0]}

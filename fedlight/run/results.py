@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fedlight.checks import path_of
 from fedlight.data.datamodule import first_samples
 from fedlight.data.federated import given_data
 from fedlight.module.hooks import overrides
@@ -36,7 +37,7 @@ def destination(run: RunContext, output: str | Path | None = None) -> tuple[Path
     """
     trainer, stem = run.trainer, run.checkpoint_path.stem if run.resumed else "model"
     own = trainer.run_dir if not run.resumed else None if run.folder is None else run.folder.path
-    return Path(output or own or trainer.default_root_dir / trainer.name / "analysis").expanduser(), stem
+    return path_of("output", output or own or trainer.default_root_dir / trainer.name / "analysis"), stem
 
 
 def keep(run: RunContext, name: str, metrics: Mapping[str, float], folder: Path, **how: Any) -> None:

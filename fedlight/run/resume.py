@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from fedlight.checks import check_objects
+from fedlight.checks import check_objects, path_of
 from fedlight.data.federated import given_data
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
@@ -44,7 +44,7 @@ def decided(fabric: Fabric, decide: Callable[[], T]) -> T:
 
 def read_checkpoint(run: RunContext, wanted: str | Path) -> tuple[dict[str, Any], Path, RunFolder | None]:
     """Read ``ckpt_path``, and say in a line which file it is: its content, its path, and its run's folder, if any."""
-    trainer, path = run.trainer, Path(wanted).expanduser()
+    trainer, path = run.trainer, path_of("ckpt_path", wanted)
     if wanted in ("last", "best"):
         where = trainer.default_root_dir, trainer.name, str(wanted), trainer.run_dir
         path = decided(run.fabric, lambda: RunFolder.newest(*where).checkpoint(str(wanted)))
