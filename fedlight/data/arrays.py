@@ -198,7 +198,8 @@ class ArrayDataset(Dataset[Any]):
 
     def to(self, device: torch.device | str) -> "ArrayDataset":
         """The same dataset on a device. The storage is moved by the first call and shared by all datasets after it."""
-        return self._over(self.storage.to(_with_index(torch.device(device))), self.indices, self.transform)
+        storage = self.storage.to(_with_index(torch.device(device)))
+        return self if storage is self.storage else self._over(storage, self.indices, self.transform)
 
     def fits(self, device: torch.device | str) -> bool:
         """Whether :meth:`to` can be used: whether there is room on the device for the storage."""

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from fedlight.local import ClientResult, GradientClip, LocalObjective
 from fedlight.module.state import ModuleState
 from fedlight.perturbations.base import Perturbation, State
-from fedlight.seeding import generator
+from fedlight.seeding import derive_seed, generator
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,10 @@ class ClientTask:
     def generator(self, seed: int, purpose: str, round: int) -> torch.Generator:
         """The generator of what is drawn for a purpose in this training."""
         return generator(seed, self.stage + purpose, round, self.client)
+
+    def local_seed(self, seed: int, round: int) -> int:
+        """What the generators that the module's own code draws from are seeded with."""
+        return derive_seed(seed, f"{self.stage}local", round, self.client)
 
 
 @contextmanager

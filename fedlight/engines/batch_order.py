@@ -59,7 +59,7 @@ class BatchOrder:
             self.steps_per_epoch.append(math.ceil(batches / accumulate))
             offset += used
             left -= self.steps_per_epoch[-1]
-        self.order = torch.cat(orders)
+        self.order = torch.cat(orders) if len(orders) > 1 else orders[0]
 
     def steps(self, accumulate: int) -> list[tuple[int, tuple[int, ...]]]:
         """For each optimizer step where its samples begin in :attr:`order`, and the sizes of its batches."""
@@ -80,6 +80,14 @@ def batch_order(round: int, task: ClientTask, training: LocalTraining) -> BatchO
     return BatchOrder(size, training, task.generator(training.seed, "order", round))
 
 
+def draws_of(round: int, task: ClientTask, plan: BatchOrder, training: LocalTraining) -> dict[str, Tensor]:
+    """The random numbers of the augmentation of a client's samples in memory, in their order: ``[total]``, by name."""
+    if not isinstance(task.dataset, ArrayDataset) or task.dataset.transform is None:
+        return {}
+    drawn = task.dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
+    return {name: value.to(training.fabric.device) for name, value in drawn.items()}
+
+
 def batch_reader(
     round: int,
     task: ClientTask,
@@ -92,10 +100,7 @@ def batch_reader(
     dataset: Dataset[Any] = task.dataset
     if isinstance(dataset, ArrayDataset):
         dataset, order = dataset.near(training.fabric.device), plan.order.to(training.fabric.device)
-        draws: dict[str, Tensor] = {}
-        if dataset.transform is not None:
-            drawn = dataset.draw(len(plan.order), task.generator(training.seed, "augment", round))
-            draws = {name: value.to(training.fabric.device) for name, value in drawn.items()}
+        draws = draws_of(round, task, plan, training)
 
     def read(epoch: int) -> Iterator[Any]:
         if isinstance(dataset, ArrayDataset):

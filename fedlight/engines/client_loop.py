@@ -75,7 +75,7 @@ class ClientLoop:
     def _train(self, round: int, task: ClientTask) -> ClientResult:
         training = self.training
         self.plan = plan = batch_order(round, task, training)
-        seed_global_rng(task.generator(training.seed, "local", round).initial_seed())
+        seed_global_rng(task.local_seed(training.seed, round))
         self.epoch = self.batch_idx = self.done = 0
         self._begin(task)
         state, steps = dict(task.perturbation), list(plan.steps_per_epoch)

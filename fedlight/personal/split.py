@@ -69,5 +69,7 @@ class Split:
 
     def result(self, result: ClientResult) -> ClientResult:
         """What the algorithm gets to see of it."""
+        if self._whole:
+            return result
         start, params = self.shared(result.start), self.shared(result.params)
         return replace(result, start=start, params=params, optimizer=self.restricted(result.optimizer))

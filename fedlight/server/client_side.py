@@ -110,8 +110,9 @@ class ClientSide(ClientStates):
             name = type(self.algorithm).__name__
             raise MisconfigurationException(f"algorithm: {name}.optimizer_state must name {sorted(unknown)}.")
         objective = self.personal.objective(self.split.objective(objective, self._part(client)))
-        models = {"start": objective.start, **objective.references}
-        objective = replace(objective, references={k: v for k, v in models.items() if k in self.compared})
+        if self.compared or objective.references:
+            models = {"start": objective.start, **objective.references}
+            objective = replace(objective, references={k: v for k, v in models.items() if k in self.compared})
         with named(self._server.round, client):
             dataset = in_memory(self.data.client_dataset(client), self.data.collate_fn, self.read)
         for attack in [] if honest else attacks_by(self.transforms, client):

@@ -172,7 +172,8 @@ class Federation:
         """
         incoming, old, beside = self.incoming, self.state, self.clients.buffer_bytes
         # Now it is known what clients have moved for the first time, and with it how large the messages were.
-        incoming.reports = [replace(report, up_bytes=report.up_bytes + beside) for report in incoming.reports]
+        if beside:
+            incoming.reports = [replace(report, up_bytes=report.up_bytes + beside) for report in incoming.reports]
         used = [report for report in incoming.reports if report.used]
         incoming.name_left_out(old.round + 1)
         if not self.privacy:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.batch_order import batch_order, same_storage
+from fedlight.engines.batch_order import batch_order, draws_of, same_storage
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.compiled import CompiledStep
 from fedlight.engines.cuda_graph.recorder import Recorder, Segment, Work, segments
@@ -221,12 +221,11 @@ class Job:
         self.pieces = segments(self.plan.steps(training.accumulate_grad_batches), self.values)
         self.recordings: list[_Recording] = []
         self._slot = slot
-        self._seed = task.generator(training.seed, "local", round).initial_seed()
+        self._seed = task.local_seed(training.seed, round)
         # Copied to the device here, before the slot is busy: such a copy waits for what its stream has to do.
-        draws = dataset.draw(len(self.plan.order), task.generator(training.seed, "augment", round))
+        self._draws = draws_of(round, task, self.plan, training)
         order = self.plan.order.to(slot.device)
         self._rows = dataset.to(slot.device).positions(order) if dataset.fits(slot.device) else order
-        self._draws = {name: value.to(slot.device) for name, value in draws.items()}
 
     def run(self) -> Generator[None, None, ClientResult]:
         """Train, in pieces: a step of the generator hands the next piece to the device, and waits for nothing."""

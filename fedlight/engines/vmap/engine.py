@@ -55,7 +55,7 @@ class Vmap(Engine):
         tasks = iter(tasks)
         with preserved_global_rng():
             while together := list(islice(tasks, self._parts.at_once)):
-                seed_global_rng(together[0].generator(self._training.seed, "local", round).initial_seed())
+                seed_global_rng(together[0].local_seed(self._training.seed, round))
                 with named(round, *(task.client for task in together)):
                     results = StackedClients(round, together, self._parts).run()
                 self._put_back()

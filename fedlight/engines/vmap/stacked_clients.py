@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
-from fedlight.engines.batch_order import batch_order, same_storage
+from fedlight.engines.batch_order import BatchOrder, batch_order, draws_of, same_storage
 from fedlight.engines.hyperparameters import lr_sum
 from fedlight.engines.recordable import Unrecordable
 from fedlight.engines.vmap.programs import StackedParts, numbered
@@ -22,6 +22,9 @@ _GATHERED_BYTES = 2**27
 
 _NEUTRAL = {"min": float("inf"), "max": -float("inf")}
 """What changes no extremum."""
+
+_CHANGED = ("state/", "buffers/")
+"""How the names of what a step may change begin, besides the parameters."""
 
 Tensors = list[Tensor]
 """The tensors of a batch, as inputs and targets."""
@@ -47,11 +50,11 @@ class StackedClients:
         plans = [batch_order(round, task, parts.training) for task in tasks]
         keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
         order = sorted(range(len(tasks)), key=lambda i: keys[i])
-        self._rank = [order.index(i) for i in range(len(tasks))]
+        self._rank = sorted(range(len(tasks)), key=lambda row: order[row])
         self._tasks, self._plans = [tasks[i] for i in order], [plans[i] for i in order]
         self._keys = [keys[i] for i in order]
         self._steps = [plan.steps(parts.training.accumulate_grad_batches) for plan in self._plans]
-        self._data = _Data(round, self._tasks, [plan.order for plan in self._plans], parts.training)
+        self._data = _Data(round, self._tasks, self._plans, parts.training)
         parts.step.spec, *others = [dataset.storage.spec for dataset in self._data.datasets]
         if any(spec != parts.step.spec for spec in others):
             raise Unrecordable("vmap", "the clients' batches are not made alike")
@@ -88,7 +91,7 @@ class StackedClients:
             states = [task.perturbation if part == "state" else task.buffers for task in self._tasks]
             named |= {f"{part}/{name}": [state[name] for state in states] for name in states[0]}
         self._rows: dict[str, Tensor] = {"params": torch.stack([o.start for o in objectives])}
-        seeds = [task.generator(self._training.seed, "local", self._round).initial_seed() for task in self._tasks]
+        seeds = [task.local_seed(self._training.seed, self._round) for task in self._tasks]
         self._rows["seed"] = torch.tensor(seeds, device=start.device)
         self._shared: dict[str, Tensor] = {}
         for name, values in named.items():
@@ -181,7 +184,7 @@ class StackedClients:
         """Keep what a program has changed of some rows; their gradients."""
         for name, value in out.items():
             kind, _, log = name.partition("/")
-            if kind in ("state", "buffers"):
+            if f"{kind}/" in _CHANGED:
                 self._rows[name][rows] = value[:count]
             elif kind == "value":
                 self._logs.setdefault(log, []).append((rows, value[:count], out[f"weight/{log}"][:count]))
@@ -189,11 +192,12 @@ class StackedClients:
 
     def _results(self) -> list[ClientResult]:
         metrics = {name: self._reduce(name, entries) for name, entries in self._logs.items()}
+        rows = {name: value.unbind() for name, value in self._rows.items() if name.startswith(("params", *_CHANGED))}
+        kept = {name: value for name, value in self._shared.items() if name.startswith("state/")}
         results = []
         for row, (task, plan, values) in enumerate(zip(self._tasks, self._plans, self._values, strict=True)):
             # Copies: a row that is kept must not keep the whole matrix.
-            own = {name: value[row].clone() for name, value in self._rows.items()}
-            state = {n.removeprefix("state/"): v for n, v in {**self._shared, **own}.items() if n.startswith("state/")}
+            own = kept | {name: value[row].clone() for name, value in rows.items()}
             results.append(
                 ClientResult(
                     client=task.client,
@@ -204,7 +208,7 @@ class StackedClients:
                     num_steps=plan.num_steps,
                     lr_sum=lr_sum(values, plan.num_steps),
                     buffers={n.removeprefix("buffers/"): v for n, v in own.items() if n.startswith("buffers/")},
-                    perturbation=state,
+                    perturbation={n.removeprefix("state/"): v for n, v in own.items() if n.startswith("state/")},
                     metrics={name: (value[row], weight[row]) for name, (value, weight) in metrics.items()},
                     reductions={name: self._reductions[name] for name in metrics},
                 )
@@ -232,19 +236,17 @@ class StackedClients:
 
 
 class _Data:
-    """Reads the batches of several clients at once; ``orders`` has the positions in each one's dataset, ``[total]``."""
+    """Reads the batches of several clients at once."""
 
-    def __init__(self, round: int, tasks: Sequence[ClientTask], orders: list[Tensor], training: LocalTraining) -> None:
+    def __init__(
+        self, round: int, tasks: Sequence[ClientTask], plans: Sequence[BatchOrder], training: LocalTraining
+    ) -> None:
         device = training.fabric.device
         self._convert = training.fabric.strategy.precision.convert_input
         self.datasets = [task.dataset.near(device) for task in tasks if isinstance(task.dataset, ArrayDataset)]
-        self._orders = [order.to(device) for order in orders]
-        draws = [
-            dataset.draw(len(order), task.generator(training.seed, "augment", round))
-            for dataset, order, task in zip(self.datasets, orders, tasks, strict=True)
-        ]
-        self._draws = [{name: value.to(device) for name, value in own.items()} for own in draws]
-        self._offsets = [0, *accumulate(len(order) for order in orders)]
+        self._orders = [plan.order.to(device) for plan in plans]
+        self._draws = [draws_of(round, task, plan, training) for task, plan in zip(tasks, plans, strict=True)]
+        self._offsets = [0, *accumulate(len(order) for order in self._orders)]
         first = self.datasets[0]
         self._pooled = first.pooled() if all(same_storage(d, first) for d in self.datasets) else None
         if self._pooled is not None:
