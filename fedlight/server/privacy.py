@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import secrets
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -107,12 +108,14 @@ class Privacy:
         return {"settings": self._held, "noise_multiplier": self.noise, "rounds": rounds, "clip": self.clip}
 
     def phrase(self, rounds: int, views: Sequence[str]) -> str:
-        """What is promised when so many rounds are over, and what is not."""
+        """What is promised when so many rounds are over, or the target is spent before, and what is not."""
+        last = bisect_left(range(rounds), True, key=self.spent)
         secret = "" if self.settings.secure else ", from the seed"
+        end = ", the last that epsilon allows" if last < rounds else ""
         whom = "adding or removing" if self._held["sampler"] == "Bernoulli" else "replacing"
         return (
-            f"ε = {self.epsilon(max(1, rounds)):.4g}, δ = {self._held['delta']:.3g} for {whom} a client, after {rounds}"
-            f" rounds; noise {self._scales[0]:.4g} x clip {self.clip:.4g}{secret}."
+            f"ε = {self.epsilon(max(1, last)):.4g}, δ = {self._held['delta']:.3g} for {whom} a client, after {last}"
+            f" rounds{end}; noise {self._scales[0]:.4g} x clip {self.clip:.4g}{secret}."
             f" Not private: train/*, clients/*, {'view all, ' * ('all' in views)}clients.csv, pictures of partition and"
             " clients, what checkpoints keep of clients"
         )

@@ -126,7 +126,7 @@ def test_a_target_finds_the_least_noise(accountant, clients):
     assert (privacy.spent(49), privacy.spent(50)) == (False, True)
 
 
-def test_a_target_stops_the_run_also_when_it_is_continued(tmp_path):
+def test_a_target_stops_the_run_also_when_it_is_continued(tmp_path, caplog):
     settings = {"transforms": [DifferentialPrivacy(0.2, epsilon=5.0)], "clients_per_round": 4}
     first = quiet_trainer(tmp_path, **settings)
     first.fit(Regression(), Clients())
@@ -134,6 +134,7 @@ def test_a_target_stops_the_run_also_when_it_is_continued(tmp_path):
     again = quiet_trainer(tmp_path, **{**settings, "max_rounds": 9})
     again.fit(Regression(), Clients(), ckpt_path="last")
     assert again.current_round == 3
+    assert "after 3 rounds, the last that epsilon allows; noise" in caplog.text
     rows = read_metrics(again.run_dir / "metrics.csv")
     assert [row["privacy/epsilon"] <= 5.0 for row in rows] == [True] * 3
 
