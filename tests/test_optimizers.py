@@ -349,6 +349,15 @@ def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
         quiet_trainer(tmp_path).fit(model, Clients())
 
 
+class Modes(torch.optim.SGD):
+    """As optimizers without a schedule, which train at one point and are evaluated at another."""
+
+    def train(self):
+        pass
+
+    eval = train
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -358,6 +367,10 @@ def test_an_optimizer_that_needs_a_closure_is_refused(tmp_path):
         (lambda o: 3, "returned 3, which is not understood"),
         (lambda o: torch.optim.SGD(o.param_groups, lr=-1.0), "model.configure_optimizers: Invalid learning rate: -1.0"),
         (lambda o: torch.optim.LBFGS([o.param_groups[0]["params"][0]]), "LBFGS evaluates its own closure"),
+        (
+            lambda o: Modes(o.param_groups, lr=0.1),
+            r"Modes has other weights in training than in evaluation \(train\(\)",
+        ),
         (lambda o: torch.optim.SparseAdam(o.param_groups), "SparseAdam takes no gradients but sparse ones"),
         (
             lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "interval": "month"}]),

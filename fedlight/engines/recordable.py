@@ -107,6 +107,8 @@ def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
             "draws random numbers into a tensor that is no client's own, as torch.normal and torch.distributions do;"
             " torch.randn and torch.randn_like draw for each client"
         )
+    elif "expected scalar type" in text:
+        reason = "has a layer that mixed precision has for one client alone, and trainer.precision=bf16-true for many"
     elif "in-place" in text or "inplace" in text:
         reason = "changes a tensor in place that the clients share"
     traced = traceback.extract_tb(error.__traceback__)

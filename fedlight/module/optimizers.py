@@ -96,6 +96,9 @@ def configure_optimizers(module: LightningModule) -> Optimization:
     for refused, why in {LBFGS: "evaluates its own closure", SparseAdam: "takes no gradients but sparse ones"}.items():
         if isinstance(optimizer, refused):
             raise MisconfigurationException(f"model.configure_optimizers: {refused.__name__} {why}; use another one.")
+    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):  # as those without a schedule
+        name, why = type(optimizer).__name__, "has other weights in training than in evaluation (train(), eval())"
+        raise MisconfigurationException(f"model.configure_optimizers: {name} {why}, and clients send one; use another.")
     return Optimization(optimizer, [_scheduled(entry, optimizer, module) for entry in entries])
 
 

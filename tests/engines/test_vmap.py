@@ -195,6 +195,14 @@ def test_what_cannot_be_batched_is_named_before_the_first_round(act, tmp_path, m
     assert "trainer.engine=eager" in str(error.value)
 
 
+def test_a_layer_that_mixed_precision_has_for_one_client_alone_is_named_with_the_way_out(tmp_path):
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    given = {"engine": "vmap", "max_rounds": 1}
+    with pytest.raises(MisconfigurationException, match="one client alone, and trainer.precision=bf16-true for many"):
+        quiet_trainer(tmp_path, precision="bf16-mixed", **given).fit(Regression(net=net), Clients())
+    quiet_trainer(tmp_path, precision="bf16-true", **given).fit(Regression(net=net), Clients())
+
+
 def test_hooks_of_every_batch_are_refused(tmp_path):
     class Watches(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
