@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.data.folders import EXTENSIONS, in_order, named, split_of
+from fedlight.data.folders import EXTENSIONS, in_order, named, split_of, walk
 from fedlight.data.images import ImageArrays, as_images, check, held_out_for_test, take
 from fedlight.data.pixels import read_images
 from fedlight.data.tables import DELIMITERS, Table, coded, column, ending_of, is_leaf, read_leaf, read_table
@@ -247,9 +247,9 @@ def _by_name(wanted: set[str], places: Sequence[Path]) -> dict[str, Path]:
     """The image files that have these names, with or without their endings, in the first places that have them all."""
     found: dict[str, Path] = {}
     for place in places:
-        for folder, _, names in os.walk(place, followlinks=True) if not wanted <= found.keys() else ():
+        for folder, _, names in walk(place) if not wanted <= found.keys() else ():
             for name in (name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS):
-                file = Path(folder, name)
+                file = folder / name
                 for known in wanted.intersection((name, file.stem)):
                     if not found.setdefault(known, file).samefile(file):
                         raise ValueError(f"`data.source`: {known!r} is {found[known]} or {file}; list images by paths.")

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,20 +129,26 @@ def _split(root: Path, suffixes: Collection[str]) -> tuple[list[_File], list[_Fi
 def _walk(root: Path, suffixes: Collection[str]) -> list[_File]:
     """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
     files, bare = list[_File](), list[str]()
-    for place, inner, names in os.walk(root, followlinks=True):
-        path = Path(place)
-        up = [path.resolve(), *path.resolve().parents]  # a link to one of these has no end
-        inner[:] = sorted(n for n in inner if not n.startswith(_NOT_DATA) and (path / n).resolve() not in up)
+    for path, inner, names in walk(root):
         folders, table = path.relative_to(root).parts, path.parent / "val_annotations.txt"
         folders = folders[:-1] if folders and folders[-1].lower() == "images" else folders
         rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
         labels = {row[0]: row[1:2] for row in rows}
         chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in suffixes]
-        bare += [] if inner or chosen else [place]
+        bare += [] if inner or chosen else [str(path)]
         files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
     if bare:
         rank_zero_info(f"`data.source`: {len(bare)} folders hold nothing to read and are no class, as {bare[0]}.")
     return files
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder of a tree with the names of those in it that hold data, and of its files; links have an end."""
+    for place, inner, names in os.walk(root, followlinks=True):
+        path = Path(place)
+        up = {above.resolve() for above in (path, *path.parents)} | {*path.resolve().parents}
+        inner[:] = sorted(n for n in inner if not n.startswith(_NOT_DATA) and (path / n).resolve() not in up)
+        yield path, inner, names
 
 
 def _without_splits(root: Path, files: list[_File]) -> list[_File]:

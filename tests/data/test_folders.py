@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from fedlight.data import load_source
-from fedlight.data.folders import split_of
+from fedlight.data.folders import split_of, walk
 
 
 def tree(root, layout):
@@ -173,6 +173,14 @@ def test_folders_without_images_links_upwards_and_images_of_both_sets_are_said(t
     said = " ".join(r.message for r in caplog.records)
     assert f"1 folders hold nothing to read and are no class, as {tmp_path}/train/cow" in said
     assert "5 of 6 test images are training images, too" in said
+
+
+def test_folders_that_hold_links_to_one_another_have_an_end(tmp_path):
+    tree(tmp_path, {"cat": [1], "dog": [2]})
+    (tmp_path / "cat" / "other").symlink_to("../dog")
+    (tmp_path / "dog" / "other").symlink_to("../cat")
+    found = [path.relative_to(tmp_path).as_posix() for path, _, _ in walk(tmp_path)]
+    assert found == [".", "cat", "cat/other", "dog", "dog/other"]
 
 
 def test_what_was_understood_is_said_once(tmp_path, caplog):
