@@ -496,6 +496,19 @@ def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_thei
     fit(method(weighting="equal"), 4)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_datasets_that_are_made_at_every_call_are_said(tmp_path, caplog, anew):
+    class Makes(Clients):
+        def client_dataset(self, client):
+            return self.dataset() if anew else self.datasets[client]
+
+        def dataset(self, *given):
+            return Samples(seeded(4, 3), seeded(4))
+
+    quiet_trainer(tmp_path, max_rounds=1).fit(Regression(), Makes())
+    assert ("data: Makes.client_dataset makes a Samples at every call, in each round again" in caplog.text) == anew
+
+
 def test_settings_that_change_nothing_are_said(tmp_path, caplog):
     idle = {"swa_start": 0.5, "swa_every_n_rounds": 2, "gradient_clip_algorithm": "value"}
     others = {"tf32": True, "buffers": "local", "channels_last": True, "client_val_every_n_rounds": 2}

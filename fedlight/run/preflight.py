@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.data.datamodule import first_samples
 from fedlight.data.federated import given_data
-from fedlight.data.reading import picks_one
+from fedlight.data.reading import is_hf, picks_one
 from fedlight.module.hooks import overrides, strangers
 from fedlight.module.optimizers import RoundSchedule, check_schedules
 from fedlight.penalties.numbers import follow
@@ -78,6 +78,10 @@ def check_data(run: RunContext) -> None:
     check_labels(run, labels)
     client = int(sizes.nonzero()[0])  # clients of a partition share their storage: one shows it all
     data = datamodule.client_dataset(client), datamodule.val_dataset(), datamodule.test_dataset()
+    kind, anew = type(data[0]), datamodule.client_dataset(client) is not data[0]
+    if anew and not is_hf(data[0]) and kind.__module__.split(".")[0] not in ("torch", "fedlight"):
+        what = f"{type(given_data(datamodule)).__name__}.client_dataset makes a {kind.__name__} at every call"
+        rank_zero_info(f"data: {what}, in each round again. Where that reads files, keep what it made.")
     sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
     _say_idle(run.settings, "tf32", None, run.fabric.device.type == "cuda", f"the device is {run.fabric.device}")
     kept = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
