@@ -118,6 +118,15 @@ def test_callbacks_are_added_and_taken_away(capsys):
     assert yaml.safe_load(printed(capsys, *base, "--trainer.callbacks=null"))["trainer"]["callbacks"] is None
 
 
+def test_a_list_that_takes_the_place_of_a_configurations_is_said(caplog):
+    Path("a.yaml").write_text("trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss}}]}\n")
+    for given, lost in ((["--trainer.callbacks=ModelSummary"], True), (["--trainer.callbacks+=ModelSummary"], False)):
+        main(["fit", *TINY, *QUIET, "-c", "a.yaml", "--trainer.fast_dev_run=true", *given])
+        said = "trainer.callbacks: a later list took the place of one with EarlyStopping; `callbacks+` adds to it."
+        assert (said in caplog.messages) is lost
+        caplog.clear()
+
+
 def test_checkpoints_are_named_last_best_or_by_their_file(capsys):
     main(["fit", *TINY, *QUIET])
     main(["fit", *TINY, *QUIET, "--trainer.max_rounds=4", "--ckpt_path=last"])

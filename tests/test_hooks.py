@@ -219,14 +219,17 @@ def test_the_modules_own_callbacks_join_and_replace(tmp_path):
     ]
 
 
-def test_configure_model_comes_after_setup_and_before_parameters_are_read(tmp_path):
+def test_configure_model_comes_after_prepare_data_and_setup_and_before_parameters_are_read(tmp_path):
     class Late(LightningModule):
         training_step, validation_step = Regression.training_step, Regression.validation_step
         configure_optimizers, forward = Regression.configure_optimizers, Regression.forward
         lr = 0.1
 
+        def prepare_data(self):
+            self.downloaded = 3
+
         def setup(self, stage):
-            self.inputs = 3
+            self.inputs = self.downloaded
 
         def configure_model(self):
             self.net = torch.nn.Linear(self.inputs, 1)

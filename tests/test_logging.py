@@ -28,7 +28,7 @@ class Logs(Regression):
             self.log(how, torch.tensor([size]), reduce_fx=how)
         self.log_dict({"a": size, "b": torch.tensor(2 * size)}, sync_dist=True)
         self.log("function", size, reduce_fx=torch.mean)
-        self.log("train/loss", torch.tensor(-1.0))  # the task loss is recorded by the trainer itself
+        self.log("train/loss", torch.tensor(-1.0), batch_size=1)  # in the place of the loss that is returned
         return loss
 
 
@@ -48,7 +48,7 @@ def test_values_are_reduced_over_unequal_batches_and_clients(tmp_path):
         assert found[name] == pytest.approx(weighted)
     assert found["b"] == pytest.approx(2 * weighted)
     assert found["unweighted"] == pytest.approx(sum(batches) / len(batches))
-    assert (found["sum"], found["min"], found["max"]) == (2 * sum(batches), 1, 4)
+    assert (found["sum"], found["min"], found["max"], found["train/loss"]) == (2 * sum(batches), 1, 4, -1)
 
 
 def test_train_loss_has_all_digits_in_double_precision(tmp_path):

@@ -155,8 +155,13 @@ class FederatedCLI(LightningCLI):
         keys = {"trainer": self.trainer_class, **dict.fromkeys(("model", "data", "algorithm", "perturbation"))}
         if wrong := [name for key, cls in keys.items() for name in nulls(config.get(key), key, cls)]:
             raise MisconfigurationException(f"{', '.join(wrong)} is null: give a value, or leave the key out.")
+        files = [Path(str(file)) for file in config.get("config") or []]
+        for key in ("callbacks", "transforms"):
+            if lost := replaced(files, key, config.trainer.get(key)):
+                rank_zero_info(
+                    f"trainer.{key}: a later list took the place of one with {', '.join(lost)}; `{key}+` adds to it."
+                )
         if self.subcommand not in (None, "fit") and config.get("ckpt_path") is None and not config.trainer.fast_dev_run:
-            files = [Path(str(file)) for file in config.get("config") or []]
             root = Path(config.trainer.default_root_dir).expanduser()
             config.ckpt_path = usual_checkpoint(files, root, config.trainer.name)
 
@@ -178,6 +183,15 @@ class FederatedCLI(LightningCLI):
         parts = {key: self._get(self.config_init, key) for key in ("algorithm", "perturbation")}
         seed = self._get(self.config, "seed_everything")
         return super().instantiate_trainer(**parts, seed=0 if seed is False else int(seed), **kwargs)
+
+
+def replaced(files: Sequence[Path], key: str, now: Any) -> list[str]:
+    """The classes that configurations name in a list of the trainer's, and that are not in the one that is used."""
+    settings = [(get_loader("yaml")(file.read_text()) or {}).get("trainer") or {} for file in files]
+    given = [item for found in settings for item in tree_leaves(found.get(key), lambda c: "class_path" in (c or ()))]
+    names = [item["class_path"].rpartition(".")[2] for item in given if isinstance(item, dict)]
+    used = {item.class_path.rpartition(".")[2] for item in (now if isinstance(now, list) else [now]) if item}
+    return [name for name in names if used and name not in used]
 
 
 def yaml_argument(argument: str) -> str:

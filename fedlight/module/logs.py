@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 LOSS = "train/loss"
-"""The task loss, which the engine itself records."""
+"""What the module logs by this name, or else the task loss, which the engine records."""
 _REDUCTIONS = {"mean", "sum", "min", "max"}
 _ALONE = {"sync_on_compute": False, "dist_sync_on_step": False, "_to_sync": False}
 
@@ -28,6 +28,7 @@ class LogCollector:
         dtype: what values are summed in; float64 values stay float64.
         enabled: whether :meth:`log` records; it does not in the second pass of a step.
         prog_bar: names that were logged with ``prog_bar=True``.
+        own_loss: whether the module logs its loss itself.
         alone: whether this process works on data of its own: torchmetrics then computes from what it has seen here,
             and does not wait for the other processes.
     """
@@ -36,7 +37,7 @@ class LogCollector:
         self.device, self.alone = torch.device(device), alone
         self.dtype = torch.float32
         self.batch_size = 1
-        self.enabled = True
+        self.enabled, self.own_loss = True, False
         self.prog_bar: set[str] = set()
         self._sums: dict[str, tuple[Tensor, Tensor | float]] = {}
         self._reductions: dict[str, str] = {}
@@ -76,8 +77,11 @@ class LogCollector:
         Every value is reduced over the batches, epochs and clients of a round: there is one row of metrics per round,
         so ``on_step`` and ``on_epoch`` make no difference.
         """
-        if not self.enabled or name == LOSS:
+        if not self.enabled:
             return
+        if name == LOSS and not self.own_loss:
+            self.own_loss = True
+            self._sums.pop(LOSS, None)
         if prog_bar:
             self.prog_bar.add(name)
         weight = self.batch_size if batch_size is None else batch_size

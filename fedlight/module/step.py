@@ -42,7 +42,7 @@ def step_loss(
         log.batch_size = batch_size(batch)
     output = call_step(module, "training_step", batch if last else cloned(batch), index)
     loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
-    if first and loss is not None:
+    if first and loss is not None and not log.own_loss:
         wrapper = penalized_step(module)
         task_loss = loss if wrapper is None or wrapper.task_loss is None else wrapper.task_loss
         log.add(LOSS, log.scalar(LOSS, task_loss), log.batch_size)

@@ -180,7 +180,7 @@ class Session(RunContext):
         self._signals.raise_received(stop)
 
     def _set_up(self) -> None:
-        settings, cleanup = self.settings, self._cleanup
+        settings, cleanup, module = self.settings, self._cleanup, self.module
         self.fabric = setup.make_fabric({**settings, "devices": resolve_devices(self)})
         self.fabric.launch()
         cleanup.callback(watch_children(self))
@@ -193,10 +193,11 @@ class Session(RunContext):
         if settings["deterministic"]:
             setup.be_deterministic(self.fabric.device, cleanup)
         self._checkpoint = self._open_folder()
-        self.module.trainer = self.trainer  # type: ignore[assignment]
-        cleanup.callback(setattr, self.module, "trainer", None)
+        module.trainer = self.trainer  # type: ignore[assignment]
+        cleanup.callback(setattr, module, "trainer", None)
         with self.fabric.rank_zero_first(local=True):
             self.datamodule.prepare_data()
+            module.prepare_data()
         resume.set_up_data(self.datamodule, self.command, self._checkpoint or {})
         share_among_processes(self.fabric, self.datamodule)
         self._set_up_module()
