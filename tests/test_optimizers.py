@@ -365,6 +365,8 @@ class Modes(torch.optim.SGD):
         (lambda o: None, "returned 0 optimizers"),
         (lambda o: ({"optimizer": o}, {"optimizer": o}), "returned 2 optimizers"),
         (lambda o: 3, "returned 3, which is not understood"),
+        (lambda o: {"optim": o}, r"returned {'optim': [\s\S]*}, which is not understood"),
+        (lambda o: SGD([torch.nn.Parameter(torch.ones(2))]), "SGD has parameters that are not the module's, and no"),
         (lambda o: torch.optim.SGD(o.param_groups, lr=-1.0), "model.configure_optimizers: Invalid learning rate: -1.0"),
         (lambda o: torch.optim.LBFGS([o.param_groups[0]["params"][0]]), "LBFGS evaluates its own closure"),
         (
@@ -497,6 +499,23 @@ def test_any_optimizer_of_torch_trains_as_by_hand(tmp_path):
                 expected.training_step(data.client_dataset(0).batch(rows), 0).backward()
                 optimizer.step()
         torch.testing.assert_close(weights(found), weights(expected), rtol=0, atol=1e-7)
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer around another, as Lookahead, which does not begin as torch's do."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_around_another_trains_as_that(tmp_path):
+    found, expected = Scheduled(Around), Scheduled(lambda o: o)
+    for model in (found, expected):
+        quiet_trainer(tmp_path, max_rounds=1).fit(model, Clients())
+    assert torch.equal(weights(found), weights(expected))
 
 
 def test_momentum_is_not_carried_over(tmp_path):

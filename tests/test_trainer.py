@@ -319,6 +319,8 @@ def test_when_all_diverge_the_run_stops_and_the_last_checkpoint_stays(tmp_path):
         ({"accumulate_grad_batches": 0}, r"trainer.accumulate_grad_batches=0"),
         ({"limit_train_batches": 0}, r"trainer.limit_train_batches=0 must be a whole number of batches, or a fraction"),
         ({"limit_val_batches": 1.5}, r"trainer.limit_val_batches=1.5"),
+        ({"gradient_clip_val": True}, r"trainer.gradient_clip_val=True must be a number"),
+        ({"clients_per_round": "3"}, r"trainer.clients_per_round='3' must be a number"),
         ({"gradient_clip_val": -1.0}, r"trainer.gradient_clip_val=-1.0 must be positive"),
         ({"views": ["selected"]}, r"trainer.views=\['selected'\] must hold 'server'"),
         ({"views": ["server", "best"]}, r"trainer.views"),

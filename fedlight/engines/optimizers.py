@@ -79,9 +79,10 @@ class FlatStep:
     def __call__(self) -> None:
         """Take a step."""
         optimizer = self._optimizer
-        hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-        if hooks or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
-            self.release()
+        if self._pieces is not None:
+            hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+            if hooks or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+                self.release()
         if self._pieces is None:
             self._optimizer.step()
             return

@@ -83,7 +83,7 @@ def configure_optimizers(module: LightningModule) -> Optimization:
         found = {key: value for key, value in found.items() if value is not None}
     try:
         optimizers, schedulers, monitor = ([], [], None) if found is None else _configure_optimizers(found)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, KeyError) as error:
         what = f"model.configure_optimizers returned {found!r}, which is not understood."
         raise MisconfigurationException(what) from error
     entries = [{"monitor": monitor, **(s if isinstance(s, dict) else {"scheduler": s})} for s in schedulers]
@@ -196,6 +196,12 @@ class RoundSchedule(Optimization):
         module.zero_grad(set_to_none=True)
         found = configure_optimizers(module)
         super().__init__(found.optimizer, found.schedulers)
+        own = {id(parameter) for parameter in module.parameters()}
+        if any(id(parameter) not in own for group in self.optimizer.param_groups for parameter in group["params"]):
+            raise MisconfigurationException(
+                f"model.configure_optimizers: {type(self.optimizer).__name__} has parameters that are not the module's,"
+                " and no client would send. Assign what has them to the module; a list of modules is a ModuleList."
+            )
         _step_without_gradient(self.optimizer)
         self._schedulers = [s for s in self.schedulers if s.interval == "round"]
         for scheduled in (s for s in self._schedulers if s.reduce_on_plateau):

@@ -43,6 +43,7 @@ _AT_LEAST = {
     **{"max_rounds": 0, "local_epochs": 1, "local_steps": 1, "accumulate_grad_batches": 1, "num_nodes": 1},
     **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0, "swa_every_n_rounds": 1},
 }
+_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 _ADDED = ("perturbation", "personal", "aggregator")
 _OBJECTS = ("algorithm", "perturbation", "personal", "sampler", "callbacks")
 _PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}  # as in Lightning
@@ -266,15 +267,10 @@ def check_settings(settings: dict[str, Any]) -> None:
     settings["transforms"] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     check_chain(settings["transforms"])
     check_aggregator(settings, one_perturbation(settings))
-    for stage in ("train", "val", "test"):
-        _check_limit(f"limit_{stage}_batches", settings[f"limit_{stage}_batches"], zero=stage == "val")
-    if (clip := settings["gradient_clip_val"]) is not None and not 0 < clip < float("inf"):
-        raise MisconfigurationException(f"trainer.gradient_clip_val={clip!r} must be positive; null does not clip.")
+    _check_numbers(settings)
     views, known = list(settings["views"]), get_args(View)
     if "server" not in views or any(v not in known for v in views):
         raise MisconfigurationException(f"trainer.views={views} must hold 'server' and may hold {list(known[1:])}.")
-    if not 0 <= settings["swa_start"] < 1:
-        raise MisconfigurationException(f"trainer.swa_start={settings['swa_start']!r} must be at least 0 and below 1.")
     for key in ("name", "default_root_dir"):
         text = str(settings[key])
         single = key != "name" or (settings[key] and "/" not in text and not text.startswith("."))
@@ -285,10 +281,15 @@ def check_settings(settings: dict[str, Any]) -> None:
             raise MisconfigurationException(f"trainer.{key}={shown} {what}.")
 
 
-def _check_limit(key: str, value: Any, zero: bool) -> None:
-    if value is None or (zero and value == 0):
-        return
-    if isinstance(value, bool) or not value > 0 or (isinstance(value, float) and value > 1):
-        raise MisconfigurationException(
-            f"trainer.{key}={value!r} must be a whole number of batches, or a fraction of them in (0, 1]."
-        )
+def _check_numbers(settings: dict[str, Any]) -> None:
+    for key in ("clients_per_round", "gradient_clip_val", "swa_start", *_LIMITS):
+        value, none = settings[key], (None, 0) if key == "limit_val_batches" else (None,)
+        if isinstance(value, bool | str):
+            raise MisconfigurationException(f"trainer.{key}={value!r} must be a number.")
+        if key in _LIMITS and value not in none and (not value > 0 or (isinstance(value, float) and value > 1)):
+            what = "must be a whole number of batches, or a fraction of them in (0, 1]"
+            raise MisconfigurationException(f"trainer.{key}={value!r} {what}.")
+    if (clip := settings["gradient_clip_val"]) is not None and not 0 < clip < float("inf"):
+        raise MisconfigurationException(f"trainer.gradient_clip_val={clip!r} must be positive; null does not clip.")
+    if not 0 <= settings["swa_start"] < 1:
+        raise MisconfigurationException(f"trainer.swa_start={settings['swa_start']!r} must be at least 0 and below 1.")
