@@ -285,7 +285,7 @@ BAD = {
     "optimizer: {class_path: SGD, init_args: {lr: 1}}": "did you mean 'model.optimizer",
     "perturbation: FedSAM": "'FedSAM' belongs under another key: --algorithm FedSAM",
     "algorithm: {class_path: FedDyn, init_args: {alfa: 0.1}}": "FedDyn takes alpha",
-    "data: {class_path: ImageData, init_args: {num_workers: 2}}": "ImageData takes source, num_clients, partitioner",
+    "data: {class_path: ImageData, init_args: {colour: 2}}": "ImageData takes source, num_clients, partitioner",
     "model: {class_path: Classifier, init_args: {lr: 1}}": "'lr' is the optimizer's; did you mean 'optimizer.lr'?",
     "trainer: {max_rounds: many}": "Parser key \"trainer.max_rounds\": Expected a <class 'int'>. Got value: many",
     "data: {class_path: ImageData, init_args: {partitioner: Dirichlet}}": "did you mean 'DirichletClients'",

@@ -365,7 +365,6 @@ class Modes(torch.optim.SGD):
         (lambda o: None, "returned 0 optimizers"),
         (lambda o: ({"optimizer": o}, {"optimizer": o}), "returned 2 optimizers"),
         (lambda o: 3, "returned 3, which is not understood"),
-        (lambda o: {"optim": o}, r"returned {'optim': [\s\S]*}, which is not understood"),
         (lambda o: SGD([torch.nn.Parameter(torch.ones(2))]), "SGD has parameters that are not the module's, and no"),
         (lambda o: torch.optim.SGD(o.param_groups, lr=-1.0), "model.configure_optimizers: Invalid learning rate: -1.0"),
         (lambda o: torch.optim.LBFGS([o.param_groups[0]["params"][0]]), "LBFGS evaluates its own closure"),
@@ -392,6 +391,11 @@ def test_keys_that_mean_nothing_are_named(tmp_path):
     model = Scheduled(lambda o: ([o], [{"scheduler": ExponentialLR(o, 1.0), "every": 3}]))
     with pytest.warns(UserWarning, match=r"lr_scheduler keys \['every'\] mean nothing"):
         quiet_trainer(tmp_path).fit(model, Clients())
+    with (
+        pytest.warns(RuntimeWarning, match="'optim'"),
+        pytest.raises(MisconfigurationException, match="not understood"),
+    ):
+        configure_optimizers(Scheduled(lambda o: {"optim": o}))
 
 
 CALLS = []

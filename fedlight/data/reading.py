@@ -150,6 +150,8 @@ def _of_loader(data: DataLoader[Any], what: str) -> Loaded:
     usual = type(order) in (sampler.RandomSampler, sampler.SequentialSampler, sampler.SubsetRandomSampler)
     if not usual or drawn != len(dataset) or getattr(order, "replacement", False):
         rank_zero_warn(f"{what}: its {name} is not used; every client goes through its own samples in a random order.")
+    if getattr(batches, "drop_last", False):
+        rank_zero_info(f"{what}: its drop_last plays no part; the last batch of an epoch is kept, however small.")
     return Loaded(dataset, size, data.num_workers, data.collate_fn)
 
 

@@ -281,6 +281,12 @@ def test_a_sampler_of_rows_is_kept_and_one_of_weights_is_named():
         assert ready(DatasetPartition(by_chance, num_clients=2)).partition_counts().sum() == 10
 
 
+def test_drop_last_is_said_to_play_no_part(caplog):
+    with caplog.at_level(logging.INFO):
+        DatasetPartition(DataLoader(TensorDataset(torch.ones(6, 1), torch.arange(6)), 4, drop_last=True), num_clients=2)
+    assert "`data.train`: its drop_last plays no part; the last batch of an epoch is kept" in caplog.text
+
+
 def test_a_pair_of_arrays_is_said_to_be_one_sample(caplog):
     with caplog.at_level(logging.INFO):
         DatasetPartition([numbers(4), numbers(5)])
