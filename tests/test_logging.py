@@ -165,6 +165,7 @@ def test_only_the_first_pass_of_a_step_logs(tmp_path):
     ("value", "message"),
     [
         ({"a": 1.0}, "use self.log_dict"),
+        ((1.0, 2.0), r"self.log\('x', ...\) takes one number, found a tuple"),
         (torch.zeros(2), r"takes one number, found a tensor of shape \[2\]"),
     ],
 )

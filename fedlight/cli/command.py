@@ -157,7 +157,7 @@ class FederatedCLI(LightningCLI):
             raise MisconfigurationException(f"{', '.join(wrong)} is null: give a value, or leave the key out.")
         files = [Path(str(file)) for file in config.get("config") or []]
         for key in ("callbacks", "transforms"):
-            if lost := replaced(files, key, config.trainer.get(key)):
+            if lost := replaced(files, key, config.get(f"trainer.{key}")):
                 rank_zero_info(
                     f"trainer.{key}: a later list took the place of one with {', '.join(lost)}; `{key}+` adds to it."
                 )

@@ -101,6 +101,8 @@ class LogCollector:
     def scalar(self, name: str, value: Any) -> Tensor:
         """A value as it is summed: a scalar tensor ``[]`` on the device, of ``dtype`` or float64."""
         if not isinstance(value, Tensor):  # filled in on the device: a copy from here would wait for it
+            if isinstance(value, dict | list | tuple):  # a metric of several values
+                raise ValueError(f"self.log({name!r}, ...) takes one number, found a {type(value).__name__}.")
             return torch.full((), float(value), dtype=self.dtype, device=self.device)
         if value.dtype is self.dtype and value.device == self.device and value.dim() == 0:
             return value.detach()  # each of these calls takes as long as a small layer
