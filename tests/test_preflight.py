@@ -496,6 +496,16 @@ def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_thei
     fit(method(weighting="equal"), 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "momentum", "said"), [("SCAFFOLD", 0.9, True), ("SCAFFOLD", 0, False), ("FedAvg", 0.9, False)]
+)
+def test_an_estimate_of_gradients_is_said_to_be_of_another_size_with_momentum(tmp_path, caplog, name, momentum, said):
+    model = Regression()
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
+    quiet_trainer(tmp_path, algorithm=getattr(algorithms, name)(), max_rounds=0).fit(model, Clients())
+    assert ("That is so of plain SGD; with SGD and momentum it has another size." in caplog.text) is said
+
+
 @pytest.mark.parametrize("anew", [False, True])
 def test_datasets_that_are_made_at_every_call_are_said(tmp_path, caplog, anew):
     class Makes(Clients):

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 
@@ -146,6 +147,12 @@ def _check_algorithm(federation: Federation, schedule: RoundSchedule) -> None:
         raise MisconfigurationException(
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
+        )
+    momentum = max(group.get("momentum", 0) for group in found.param_groups)
+    if algorithm.needs_lr and not algorithm.optimizers and (momentum or not isinstance(found, SGD)):
+        rank_zero_info(
+            f"algorithm: {name} takes a client's update, divided by its learning rates, for its gradient. That is so of"
+            f" plain SGD; with {type(found).__name__}{' and momentum' * bool(momentum)} it has another size."
         )
     sizes = federation.sizes[federation.sizes > 0]
     smallest, largest = int(sizes.min()), int(sizes.max())
