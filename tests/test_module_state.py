@@ -386,3 +386,23 @@ def test_what_hooks_of_the_start_set_is_what_training_begins_with(tmp_path, hook
     )
     trainer.fit(goes_on, Clients(), ckpt_path="last")
     assert torch.equal(weights(goes_on), weights(expected))
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_what_does_not_go_on_from_client_to_client_is_said_once(tmp_path, caplog, engine):
+    class Average(Regression):
+        def __init__(self):
+            super().__init__()
+            self.average, self.worst = self.net.weight.detach().clone(), MaxMetric()
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.worst.update(loss.detach())
+            return loss
+
+        def on_train_batch_end(self, *_):
+            self.average = (self.average + self.net.weight.detach()) / 2
+
+    quiet_trainer(tmp_path, engine=engine, enable_checkpointing=False).fit(Average(), Clients())
+    said = "model: steps change self.average: every client finds them as they were when the round began."
+    assert [r.message for r in caplog.records if "steps change" in r.message] == [said]

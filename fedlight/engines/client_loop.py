@@ -45,7 +45,8 @@ class ClientLoop:
         self.device = training.fabric.device
         self.flat = FlatParameters(module)
         self.optimizer_state = OptimizerState(module, self.flat, training.optimizer_state)
-        self.held = Moving(module, training.findings.moving, training.state)
+        found = training.findings
+        self.held = Moving(module, found.moving, training.state, bool(found.changed))
         self.buffers = self.held.tensors
         self.log = LogCollector(self.device)
         self._precision = training.fabric.strategy.precision

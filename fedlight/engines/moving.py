@@ -1,10 +1,12 @@
 """The tensors that clients move besides trained parameters, and the attributes that they change."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from fedlight.module.state import ModuleState, attributes_of
 
@@ -13,11 +15,14 @@ class Moving:
     """What of a module moves with a client besides its trained parameters: buffers, and parameters without gradient.
 
     Of these ``moving`` names those that are known so far. ``state`` is the module as all clients find it, and
-    ``tensors`` are as they are registered between two clients.
+    ``tensors`` are as they are registered between two clients. What else clients change is said once, unless it is
+    ``told``.
     """
 
-    def __init__(self, module: nn.Module, moving: Iterable[str] = (), state: ModuleState | None = None) -> None:
-        self._module, self._state = module, state
+    def __init__(
+        self, module: nn.Module, moving: Iterable[str] = (), state: ModuleState | None = None, told: bool = False
+    ) -> None:
+        self._module, self._state, self._told = module, state, told
         self._changes: bool | None = None
         self._touched = False
         self.tensors: dict[str, Tensor] = dict(module.named_buffers())
@@ -68,6 +73,11 @@ class Moving:
     def forget(self) -> None:
         """The next client finds the module as this one did; :meth:`finish` has looked whether it changed."""
         if self._state is not None and self._touched:
+            if not self._told:
+                self._told = True
+                others = [n for n, m in self._module.named_modules() if isinstance(m, Metric)]  # which begin anew
+                known = tuple(f"self.{name}." for name in others), {f"self.{name}" for name in self.tensors}
+                say_changed([n for n in self._state.changes() if not n.startswith(known[0]) and n not in known[1]])
             self._state.restore()
         self._changes = None
 
@@ -77,6 +87,13 @@ class Moving:
             # Not by the quick look: while logs are collected, it sees that the module has another `log`.
             self._changes = self._state is not None and bool(self._state.changes())
         return attributes_of(self._module) if self._changes else None
+
+
+def say_changed(names: Sequence[str]) -> None:
+    """Say which attributes of a module do not go on from client to client, and from round to round."""
+    if names:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        rank_zero_info(f"model: steps change {some}: every client finds them as they were when the round began.")
 
 
 def _kind(tensor: Tensor) -> tuple[list[int], torch.dtype]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fedlight.engines import runs_python
 from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
+from fedlight.engines.moving import say_changed
 from fedlight.engines.trial import try_steps
 from fedlight.local import GradientClip
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
@@ -241,8 +242,7 @@ def _example(run: RunContext) -> ClientTask:
 
 
 def _say(findings: Findings, policy: str) -> None:
-    some = [", ".join(n[:3]) + (f" and {len(n) - 3} more" if len(n) > 3 else "") for n in vars(findings).values()]
-    if findings.moving:
-        rank_zero_info(f"model: {some[0]} change without a gradient: they follow trainer.buffers={policy}, as buffers.")
-    if findings.changed:
-        rank_zero_info(f"model: steps change {some[2]}: every client finds them as they were when the round began.")
+    if moving := findings.moving:
+        some = ", ".join(moving[:3]) + (f" and {len(moving) - 3} more" if len(moving) > 3 else "")
+        rank_zero_info(f"model: {some} change without a gradient: they follow trainer.buffers={policy}, as buffers.")
+    say_changed(findings.changed)
