@@ -351,6 +351,17 @@ def test_a_second_pass_captures_the_attributes_only_of_a_module_that_changes_som
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_what_hooks_of_the_start_register_is_refused_as_no_checkpoint_could_be_read_into_it(tmp_path, hook):
+    model = Regression()
+    setattr(model, hook, lambda: model.net.register_buffer("late", torch.zeros(3)))
+    with pytest.raises(
+        MisconfigurationException, match="registers 'net.late', which a checkpoint could not be read into"
+    ):
+        quiet_trainer(tmp_path).fit(model, Clients())
+    quiet_trainer(tmp_path, max_rounds=1, enable_checkpointing=False).fit(model, Clients())
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
 @pytest.mark.parametrize("owner", ["module", "callback"])
 def test_what_hooks_of_the_start_set_is_what_training_begins_with(tmp_path, hook, owner, caplog):
     class Centred(Regression):

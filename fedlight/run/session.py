@@ -116,6 +116,10 @@ class Session(RunContext):
             self.module.train()
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
+        begun = {
+            f"{name}.{k}".lstrip(".") for name, m in self.module.named_modules() for k in m._buffers
+        }  # may be None
+        begun |= self.module.state_dict().keys()
         self.hooks("on_fit_start")
         self._begin_as_it_is()
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
@@ -123,6 +127,11 @@ class Session(RunContext):
             self.hooks.once("on_train_start")  # steps are tried with what it prepares
             self.layout.check(self.module)
             self._begin_as_it_is()
+        if (added := sorted(self.module.state_dict().keys() - begun)) and self.settings["enable_checkpointing"]:
+            raise MisconfigurationException(
+                f"model: on_fit_start or on_train_start registers {added[0]!r}{' ...' * (len(added) > 1)}, which a"
+                " checkpoint could not be read into. Do so in __init__, setup or configure_model; set its value there."
+            )
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
 
