@@ -27,6 +27,8 @@ class NotTrueDistillation(Comparison):
     def _not_true(self, logits: Tensor, targets: Tensor) -> Tensor:
         if targets.is_floating_point():
             raise TypeError("FedNTD needs the class of each sample; cross_entropy was given probabilities.")
+        if logits.shape[1] < 3:
+            raise ValueError("algorithm: FedNTD compares the classes that a sample does not have; of two, one remains.")
         logits = logits.float() if logits.dtype.itemsize < 4 else logits
         own = torch.zeros_like(logits, dtype=torch.bool).scatter(1, targets.unsqueeze(1).clamp(min=0), True)
         return F.log_softmax((logits / self.tau).masked_fill(own, torch.finfo(logits.dtype).min), dim=1)

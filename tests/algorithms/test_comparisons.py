@@ -241,6 +241,14 @@ def test_what_is_not_there_is_named_before_training(tmp_path):
     assert set(BEGUN) == {"MOON"}  # the one with a layer
 
 
+def test_fedntd_of_two_classes_is_refused():
+    measured = {"targets": torch.tensor([0, 1]), "logits": torch.ones(2, 2), "start/logits": torch.zeros(2, 2)}
+    with pytest.raises(
+        ValueError, match="FedNTD compares the classes that a sample does not have; of two, one remains"
+    ):
+        NotTrueDistillation().penalty(torch.nn.Identity(), measured)
+
+
 def test_lightnings_own_trainer_has_no_other_model(tmp_path):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(max_epochs=1, callbacks=[NotTrueDistillation()], default_root_dir=tmp_path, **quiet)
