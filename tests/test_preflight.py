@@ -98,6 +98,14 @@ def test_a_loss_that_gets_what_it_does_not_take_is_said(tmp_path, loss, message,
     assert [message in text for text in said] == [True] * (message is not None)
 
 
+def test_a_loss_that_gets_no_tensor_is_an_error_of_torch(tmp_path):
+    class NoTensor(Regression):
+        def training_step(self, batch, batch_idx):
+            return cross_entropy([self.net(batch[0])], (batch[1] > 0).long())
+
+    refused(tmp_path, "TypeError: cross_entropy_loss.*must be Tensor, not list", NoTensor())
+
+
 def test_a_batch_is_tried_in_the_mode_of_training(tmp_path):
     quiet_trainer(tmp_path, max_rounds=1).fit(LossInTraining().eval(), Clients())
     broken = LossInTraining()

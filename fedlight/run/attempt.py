@@ -67,7 +67,8 @@ class LossesSaid(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at what a loss is given, and call it."""
         given: Any = args[0] if args else (kwargs or {}).get("input")
-        if func in _LOSSES and torch._C._functorch.maybe_current_level() is None and (what := _misfit(func, given)):
+        looks = func in _LOSSES and isinstance(given, Tensor) and torch._C._functorch.maybe_current_level() is None
+        if looks and (what := _misfit(func, given)):
             rank_zero_warn(f"model: training_step gives {func.__name__} {what}.")
         return func(*args, **kwargs or {})
 
