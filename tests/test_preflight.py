@@ -22,6 +22,7 @@ from fedlight.data.dataset_partition import find_targets
 from fedlight.models import MLP, Classifier
 from fedlight.personal import PersonalParts
 from fedlight.run import labels
+from fedlight.server.sampling import WeightedBySamples
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
 
@@ -512,6 +513,13 @@ def test_an_estimate_of_gradients_is_said_to_be_of_another_size_with_momentum(tm
     model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
     quiet_trainer(tmp_path, algorithm=getattr(algorithms, name)(), max_rounds=0).fit(model, Clients())
     assert ("That is so of plain SGD; with SGD and momentum it has another size." in caplog.text) is said
+
+
+@pytest.mark.parametrize(("name", "said"), [("FedAvg", True), ("FedDyn", False)])
+def test_samples_that_count_in_sampler_and_mean_are_said(tmp_path, caplog, name, said):
+    settings = {"algorithm": getattr(algorithms, name)(), "sampler": WeightedBySamples(), "max_rounds": 0}
+    quiet_trainer(tmp_path, **settings).fit(Regression(), Clients())
+    assert (f"draws clients by their samples, by which {name} weighs their models again" in caplog.text) is said
 
 
 @pytest.mark.parametrize("anew", [False, True])

@@ -29,6 +29,7 @@ from fedlight.run.labels import check_finite, check_labels, check_vocabulary, ex
 from fedlight.seeding import generator
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import check_enough
+from fedlight.server.sampling import WeightedBySamples
 from fedlight.transforms.attack import attacks_by
 
 _MISFITS = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)
@@ -167,6 +168,12 @@ def _check_algorithm(federation: Federation, schedule: RoundSchedule) -> None:
 def _check_enough(trainer: Any, federation: Federation) -> None:
     """Refuse rounds with too few clients, or with more hostile ones than are tolerated; rounds are drawn ahead."""
     parts, sampler = (federation.algorithm, federation.aggregator), trainer.sampler
+    if isinstance(sampler, WeightedBySamples) and federation.algorithm.mean_by == "samples":
+        name = type(federation.algorithm).__name__
+        rank_zero_info(
+            f"trainer.sampler: WeightedBySamples draws clients by their samples, by which {name} weighs their models"
+            " again; `algorithm: {class_path: FedOpt, init_args: {weighted: false}}` has the plain mean."
+        )
     check_enough(sampler.clients_per_round, *parts, "trainer.clients_per_round gives {}")
     attacks, aggregator = attacks_by(trainer.settings["transforms"]), federation.aggregator
     if aggregator is None and not attacks:
