@@ -241,6 +241,28 @@ def test_layers_that_merge_themselves_for_an_evaluation_train_apart(tmp_path, fr
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
 
 
+class Swaps(Regression):
+    """Is evaluated with an average of its weights, which begins with 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = [torch.zeros_like(p) for p in self.parameters()]
+
+    def on_validation_start(self):
+        for p, other in zip(self.parameters(), self.average, strict=True):
+            p.data, other.data = other.data, p.data
+
+    on_validation_end = on_validation_start
+
+
+def test_a_trial_of_validation_leaves_weights_that_it_exchanges(tmp_path):
+    found = []
+    for model in (Swaps(), Regression()):
+        fit(tmp_path, model)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
 class Best(Regression):
     """Keeps what a resume does not know, beside what every evaluation begins anew."""
 

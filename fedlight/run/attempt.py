@@ -122,14 +122,17 @@ def check_gradient(module: LightningModule, output: Any) -> None:
 
 
 @contextmanager
-def evaluating(module: LightningModule) -> Iterator[None]:
+def evaluating(module: LightningModule, whole: bool = True) -> Iterator[None]:
     """Evaluation mode inside; each submodule's own mode, and the global random generators as before, outside.
 
     Layers whose ``train`` does more (LoRA that merges itself for an evaluation) undo that, and have the same weights.
+    Where it is not ``whole``, as nobody calls the hooks of its end, what is trained is as before.
     """
     modes, trainer = {m: m.training for m in module.modules()}, getattr(module, "_trainer", None)
     switching = [m for m in modes if type(m).train is not nn.Module.train]
-    kept = [(p, p.detach().clone()) for m in switching for p in m.parameters(recurse=False)]
+    own = {p for m in switching for p in m.parameters(recurse=False)}
+    own |= set() if whole else {p for p in module.parameters() if p.requires_grad}
+    kept = [(p, p.data, p.detach().clone()) for p in own]
     module.eval()
     try:
         # Processes share the batches: none of them could wait for what the others do in a step.
@@ -138,8 +141,9 @@ def evaluating(module: LightningModule) -> Iterator[None]:
     finally:
         for m in switching:
             m.train(modes[m])
-        for parameter, value in kept:
-            parameter.data.copy_(value)
+        for parameter, data, value in kept:
+            parameter.data = data
+            data.copy_(value)
         for m, mode in modes.items():
             m.training = mode
 

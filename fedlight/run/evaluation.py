@@ -131,7 +131,7 @@ class Evaluator:
         """Evaluate the first batch without a trace; whether it left nothing, but in torchmetrics, for later ones."""
         dataset = in_memory(dataset, self._datamodule.collate_fn)
         module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
-        with self._untouched(), evaluating(module), collecting_logs(module, log), torch.no_grad():
+        with self._untouched(), evaluating(module, False), collecting_logs(module, log), torch.no_grad():
             call(f"on_{stage}_start")
             call(f"on_{stage}_epoch_start")
             state = watch(module)
