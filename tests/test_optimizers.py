@@ -378,6 +378,8 @@ class Modes(torch.optim.SGD):
             "interval 'month' must be one of",
         ),
         (lambda o: {"optimizer": o, "lr_scheduler": {}}, "dictionary .* needs the key 'scheduler'"),
+        (lambda o: {"optimizer": o, "lr_scheduler": ExponentialLR}, "ExponentialLR'> is no scheduler; make one of it"),
+        (lambda o: ([o], [lambda epoch: 0.5]), "<lambda> at .* is no scheduler"),
         (lambda o: ([o], [ExponentialLR(SGD(o.param_groups[0]["params"], lr=1.0), 1.0)]), "that was not returned"),
     ],
 )

@@ -203,7 +203,10 @@ def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any
             continue
         default = {"split": "train" if file == path else "test", "client": ""}
         for key, name in {**_COLUMNS, **given}.items() if table else ():
-            if name not in table and key in default and not (file == path and key in given):
+            there = name in table
+            if key == "client" and file != path:  # a test set needs none, and so not for every sample
+                there = there and not any(value is None or value != value for value in table[name])
+            if not there and key in default and not (file == path and key in given):
                 found[key] += [default[key]] * len(next(iter(table.values())))
             else:
                 found[key] += _filled(name, table) if "{" in name else column(table, name, f"columns.{key}")

@@ -109,6 +109,8 @@ def _scheduled(entry: dict[str, Any], optimizer: Optimizer, module: LightningMod
     config = {key: value for key, value in entry.items() if key in _KEYS}
     if "scheduler" not in config:
         raise MisconfigurationException(f"{where}: the lr_scheduler dictionary {entry} needs the key 'scheduler'.")
+    if isinstance(made := config["scheduler"], type) or not callable(getattr(made, "step", None)):
+        raise MisconfigurationException(f"{where}: {made!r} is no scheduler; make one of it with the optimizer.")
     scheduled = ScheduledLR(**{"reduce_on_plateau": isinstance(config["scheduler"], ReduceLROnPlateau), **config})
     if scheduled.interval not in _INTERVALS:
         raise MisconfigurationException(f"{where}: interval {scheduled.interval!r} must be one of {_INTERVALS}.")

@@ -151,6 +151,8 @@ def test_missing_columns_labels_and_images_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"csv\), class: labels are \d+ different whole numbers from 0 to 1000000000"):
         load_source(str(users), root=tmp_path)
     users.write_text("\n".join(rows) + "\n")
+    users.with_name("test.csv").write_text("user_id,image_id,class\n,a0,0\n7,a0,1\n")  # not every sample has a client
+    assert load_source(str(users), root=tmp_path).group_test is None
     users.with_name("test.csv").write_text("image_id,class\na0,5\n")
     with pytest.raises(ValueError, match=r"held-out samples have labels that no training sample has: \['5'\]"):
         load_source(str(users), root=tmp_path)
