@@ -116,10 +116,8 @@ class Session(RunContext):
             self.module.train()
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
-        begun = {
-            f"{name}.{k}".lstrip(".") for name, m in self.module.named_modules() for k in m._buffers
-        }  # may be None
-        begun |= self.module.state_dict().keys()
+        buffers = (f"{name}.{key}".lstrip(".") for name, m in self.module.named_modules() for key in m._buffers)
+        begun = {*self.module.state_dict(), *buffers}  # those that are None as well
         self.hooks("on_fit_start")
         self._begin_as_it_is()
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
