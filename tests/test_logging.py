@@ -245,3 +245,25 @@ def test_merging_records_in_order_gives_the_same_bits():
 def test_the_row_of_a_round_has_no_value_of_a_client_that_did_not_train(tmp_path):
     found = fit(tmp_path, Logs(), sampler=RoundRobin(), clients_per_round=1, max_rounds=2)
     assert found["sum"] == SIZES[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_have_the_bits_of_tensors(dtype):
+    tensors, numbers = LogCollector(), LogCollector()
+    numbers.numbers = True
+    values = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=dtype) * 1e3
+    for log in (tensors, numbers):
+        for i, value in enumerate(values):
+            log.log("loss", value, batch_size=i % 7 + 1)
+            log.log("largest", value, reduce_fx="max")
+            if i == 30:  # what a compiled step gives
+                log.merge("loss", values[0] * 3, torch.tensor(3.0))
+        log.log("diverged", torch.tensor(3e38), batch_size=10)
+        log.log("undefined", torch.tensor(float("nan")), batch_size=10)
+    found, expected = numbers.sums(), tensors.sums()
+    for name, (total, weight) in expected.items():
+        assert found[name][0].dtype == total.dtype
+        assert found[name][1] == weight
+        assert torch.equal(found[name][0].nan_to_num(7.0), total.nan_to_num(7.0))
+    assert found["diverged"][0].isinf()
+    assert found["undefined"][0].isnan()

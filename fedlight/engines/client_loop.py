@@ -49,6 +49,7 @@ class ClientLoop:
         self.held = Moving(module, found.moving, training.state, bool(found.changed))
         self.buffers = self.held.tensors
         self.log = LogCollector(self.device)
+        self.log.numbers = self.device.type == "cpu"
         self._precision = training.fabric.strategy.precision
         self._transfer = transfer_function(module, self.device)
         self._scaler: torch.amp.GradScaler | None = None

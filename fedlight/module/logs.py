@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_float
+from operator import add
 from typing import Any
 
 import torch
@@ -31,15 +33,19 @@ class LogCollector:
         own_loss: whether the module logs its loss itself.
         alone: whether this process works on data of its own: torchmetrics then computes from what it has seen here,
             and does not wait for the other processes.
+        numbers: whether sums for a mean are kept as Python's numbers, which are rounded as tensors are: on a CPU nobody
+            waits for a value, and to make two tensors of it in every step takes as long as a small layer.
     """
 
     def __init__(self, device: torch.device | str = "cpu", alone: bool = True) -> None:
         self.device, self.alone = torch.device(device), alone
         self.dtype = torch.float32
+        self.numbers = False
         self.batch_size = 1
         self.enabled, self.own_loss = True, False
         self.prog_bar: set[str] = set()
-        self._sums: dict[str, tuple[Tensor, Tensor | float]] = {}
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         self._reductions: dict[str, str] = {}
         self._metrics: dict[str, Metric] = {}
         self._seen: dict[str, float] = {}
@@ -114,8 +120,17 @@ class LogCollector:
 
     def add(self, name: str, value: Tensor, weight: Tensor | float, reduction: str = "mean") -> None:
         """Add a scalar tensor with a weight to a name."""
+        if self.numbers and reduction == "mean":
+            self._add_number(name, value, float(weight))
+            return
         value = value * weight if reduction == "mean" else value.clone()
         self.merge(name, value, weight if isinstance(weight, Tensor) else float(weight), reduction)
+
+    def _add_number(self, name: str, value: Tensor, weight: float) -> None:
+        old, weights = self._sums.get(name, (0.0, 0.0))
+        rounded = float if value.dtype is torch.float64 else _float32
+        self._sums[name] = rounded(float(old) + rounded(value.item() * weight)), weights + weight
+        self._reductions[name], self._dtypes[name] = "mean", value.dtype
 
     def merge(self, name: str, value: Tensor, weight: Tensor | float, reduction: str = "mean") -> None:
         """Add what another collector's :meth:`sums` gave for a name."""
@@ -123,29 +138,36 @@ class LogCollector:
         old = self._sums.get(name)
         if old is not None:
             weight = old[1] + weight
-            combine = {"min": torch.minimum, "max": torch.maximum}.get(reduction, torch.add)
+            combine: Any = {"min": torch.minimum, "max": torch.maximum}.get(reduction, add)
             value = combine(old[0], value)
         self._sums[name] = (value, weight)
 
     def sums(self, keep: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
         """The sums since the last :meth:`reset`: ``name -> (sum or extremum, weight)``; ``keep`` resets no metric."""
-        found = {name: (value, _like(value, weight)) for name, (value, weight) in self._sums.items()}
+        found = self._tensors()
         for name, metric in self._metrics.items():
             with with_attributes([metric] if self.alone else [], _ALONE):
                 value = self.scalar(name, metric.compute())
             found[name] = (value * self._seen[name], torch.full_like(value, self._seen[name]))
             self._reductions[name] = "mean"
         if not keep:
-            self._sums = dict(found)
+            self._sums.update(found)
             self._forget_metrics()
         return found
 
     def take(self) -> dict[str, tuple[Tensor, Tensor, str]]:
         """Values that were logged since the last call, with their reductions; metrics stay for :meth:`sums`."""
-        sums = self._sums.items()
-        taken = {name: (value, _like(value, weight), self._reductions[name]) for name, (value, weight) in sums}
+        taken = {name: (*sums, self._reductions[name]) for name, sums in self._tensors().items()}
         self._sums.clear()
         return taken
+
+    def _tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        # A weight is a number for as long as may be: nobody waits for it, and a step has fewer tensors to make.
+        found = {}
+        for name, (value, weight) in self._sums.items():
+            total = torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else self._dtypes[name])
+            found[name] = (total, weight if isinstance(weight, Tensor) else torch.full_like(total, weight))
+        return found
 
     def reduction(self, name: str) -> str:
         """How values of a name are combined."""
@@ -157,9 +179,8 @@ class LogCollector:
         return {name: total / weight if self.reduction(name) == "mean" else total for name, (total, weight) in sums}
 
 
-def _like(value: Tensor, weight: Tensor | float) -> Tensor:
-    # A weight is a number for as long as may be: nobody waits for it, and a step has fewer tensors to make.
-    return weight if isinstance(weight, Tensor) else torch.full_like(value, weight)
+def _float32(number: float) -> float:
+    return c_float(number).value
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class RecordedLoop(ClientLoop):
         compiled: CompiledStep | None,
     ) -> None:
         super().__init__(training, module, compiled)
-        self.pool, self.recorder, self._show.recorded = pool, recorder, True
+        self.pool, self.recorder, self._show.recorded, self.log.numbers = pool, recorder, True, False
         self.optimizer = configure_optimizers(module).optimizer
         fuse(self.optimizer, self.device)
         for group in self.optimizer.param_groups:
