@@ -28,7 +28,11 @@ def folder(tmp_path, monkeypatch):
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+        module = sys.modules[name]  # a folder without __init__.py has a path only
+        if any(
+            str(p).startswith(str(tmp_path))
+            for p in [module.__dict__.get("__file__"), *getattr(module, "__path__", [])]
+        ):
             del sys.modules[name]
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
