@@ -106,9 +106,13 @@ class OtherModels:
         # BatchNorm takes the batch's statistics: those that it keeps are of the model that trains.
         quiet = [m for m in module.modules() if not isinstance(m, _BatchNorm)]
         undone = nullcontext() if self.recorded else self._undone()
-        with undone, torch.no_grad(), with_attributes(quiet, {"training": False}):
+        # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
+        grad = torch.no_grad() if self.recorded else torch.enable_grad()
+        with undone, grad, with_attributes(quiet, {"training": False}):
             for name, params in models.items():
                 values = self._layout.views(params)
+                if not self.recorded:
+                    values = {key: value.detach().requires_grad_() for key, value in values.items()}
                 values |= {key: value.clone() for key, value in own if key not in values}
                 inner = {f"module.{key}": value for key, value in values.items()}
                 with with_attributes([step], {"model": name}):

@@ -45,7 +45,7 @@ class Outputs(Observation):
         """Keep what another model has put out for the step of the one that trains."""
         super().stop(model)
         if model is not None:
-            self._others |= {f"{model}/{name}": value for name, value in self.measured.items()}
+            self._others |= {f"{model}/{name}": value.detach() for name, value in self.measured.items()}
 
     def term(self, module: nn.Module) -> Tensor:
         """The penalty of the step."""
@@ -65,9 +65,9 @@ class Outputs(Observation):
 class Comparison(Penalty):
     """A penalty that sees what other models put out on the batch: the one that was broadcast, and more.
 
-    They run ``training_step`` before the model that trains does: without gradients or logs, in evaluation mode but for
-    BatchNorm, which takes the batch's statistics, and with no trace in the module. :meth:`penalty` finds ``features``,
-    ``logits`` and ``targets`` of the step in ``measured``, and those of the other models::
+    They run ``training_step`` before the model that trains does: without logs, in evaluation mode but for BatchNorm,
+    which takes the batch's statistics, and with no trace in the module; no gradient reaches them. :meth:`penalty` finds
+    ``features``, ``logits`` and ``targets`` of the step in ``measured``, and those of the other models::
 
         class Distillation(Comparison):
             def penalty(self, module, measured):

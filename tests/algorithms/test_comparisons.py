@@ -99,6 +99,28 @@ def test_the_other_models_leave_no_trace(tmp_path):
     assert {(True, True, True), (False, True, False)} == MODES  # as in the look before training
 
 
+class TakingGradients(networks.Network):
+    """Adds what has no weight and needs gradients with regard to inputs and parameters, as penalties on them do."""
+
+    def training_step(self, batch):
+        x = batch[0].clone().requires_grad_()
+        self.head.bias.requires_grad_(False).requires_grad_(True)
+        loss = super().training_step((x, batch[1]))
+        found = torch.autograd.grad(loss, [x, *self.parameters()], create_graph=True)
+        return loss + 0 * sum(g.square().sum() for g in found)
+
+
+@pytest.mark.parametrize("algorithm", [MOON(2.0), FedNTD(2.0)])
+def test_steps_may_take_gradients_of_their_own(tmp_path, algorithm):
+    found = []
+    for i, model in enumerate((networks.Network(), TakingGradients())):
+        trainer = quiet_trainer(tmp_path / str(i), algorithm=algorithm, engine="eager", max_rounds=2, local_epochs=2)
+        trainer.fit(model, networks.Points())
+        found.append((weights(model), trainer.callback_metrics["train/penalty"]))
+    assert found[0][1] != 0
+    torch.testing.assert_close(found[1], found[0])
+
+
 class Noted(Comparison):
     """Notes whether the other model's features are the module's own at the start, and adds their distance."""
 
