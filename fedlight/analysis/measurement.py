@@ -93,7 +93,7 @@ class Measurement:
             with torch.inference_mode(False), preserved_global_rng():
                 loss = subject.loss(double=self.float64)
                 few: dict[str, Any] = {"max_samples": 2, "batch_size": 2, "graph_memory": 0}
-                few |= {"transfer": subject.transfer, "collate_fn": subject.collate_fn}
+                few |= subject.reading(self.data)
                 operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **few)
                 operator.matvec(torch.ones(operator.size, dtype=operator.dtype, device=operator.device))
         except (NoSecondDerivativeError, ValueError, TypeError) as error:
@@ -131,7 +131,7 @@ class Measurement:
                 operator.release()
             if self.data != "clients" or subject.clients is None:
                 return result
-            start, drawn = perf_counter(), subject.options(self.max_samples, self.seed)
+            start, drawn = perf_counter(), subject.options("clients", self.max_samples, self.seed)
             values = clients_lambda_max(loss.module, subject.clients(), double=self.float64, **drawn)
         if bad := [client for client, value in enumerate(values) if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")

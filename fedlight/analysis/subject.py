@@ -42,7 +42,8 @@ class Subject:
         clients: gives each client's training data; None where there are no clients.
         weights: parameters and buffers by view; empty where the module holds what is to be measured.
         transfer: moves a batch to the device.
-        collate_fn: makes a batch of samples.
+        collate_fn: makes a batch of samples of training data.
+        val_collate_fn: the same of validation data.
         rank: of this process.
         world_size: processes that share the data.
         operator: makes the Hessian where the data are elsewhere, of a task loss, the view, samples and seed.
@@ -56,6 +57,7 @@ class Subject:
     clients: Callable[[], list[Dataset[Any]]] | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
     collate_fn: Callable[[list[Any]], Any] | None = None
+    val_collate_fn: Callable[[list[Any]], Any] | None = None
     rank: int = 0
     world_size: int = 1
     operator: Callable[[TaskLoss, str, int | None, int], HessianOperator] | None = None
@@ -79,9 +81,13 @@ class Subject:
         torch.distributed.all_reduce(value)
         return value
 
-    def options(self, max_samples: int | None, seed: int) -> dict[str, Any]:
+    def reading(self, name: DataName) -> dict[str, Any]:
+        """Arguments of the analyses: how batches are made of samples."""
+        return {"transfer": self.transfer, "collate_fn": self.val_collate_fn if name == "val" else self.collate_fn}
+
+    def options(self, name: DataName, max_samples: int | None, seed: int) -> dict[str, Any]:
         """Arguments of the analyses: how batches are drawn and read, and how processes share the work."""
-        out = {"max_samples": max_samples, "seed": seed, "transfer": self.transfer, "collate_fn": self.collate_fn}
+        out = {"max_samples": max_samples, "seed": seed, **self.reading(name)}
         if self.world_size > 1:
             out |= {"rank": self.rank, "world_size": self.world_size, "reduce": self.total}
             if self.device.type == "cpu":  # the processes share the machine's memory
@@ -96,7 +102,8 @@ class Subject:
         loss = self.loss(view, double)
         if self.operator is not None:
             return loss, self.operator(loss, view, max_samples, seed)
-        return loss, hessian_operator(loss.module, self.data(data), loss=loss, **self.options(max_samples, seed))
+        options = self.options(data, max_samples, seed)
+        return loss, hessian_operator(loss.module, self.data(data), loss=loss, **options)
 
 
 def is_federated(trainer: Any) -> bool:
@@ -132,6 +139,7 @@ def federated_subject(trainer: Any) -> Subject:
         weights={view: (params, state.buffers) for view, params in views.items()},
         transfer=trainer.evaluator.transfer,
         collate_fn=data.collate_fn,
+        val_collate_fn=data.eval_collate_fn,
         rank=trainer.global_rank,
         world_size=trainer.world_size,
         operator=getattr(trainer, "remote_operator", None),
@@ -142,8 +150,10 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
     """The module of a stock Lightning Trainer, with the datasets behind its loaders."""
     from fedlight.module.step import transfer_function
 
-    def dataset(loaders: Any, key: str) -> Dataset[Any]:
-        loader = loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
+    def only(loaders: Any) -> Any:
+        return loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
+
+    def dataset(loader: Any, key: str) -> Dataset[Any]:
         if not isinstance(loader, DataLoader):
             raise MisconfigurationException(f"`data: {key}` needs one DataLoader, found {type(loader).__name__}.")
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
@@ -159,14 +169,15 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
             rank_zero_warn(f"`data: {key}`: {what}. To weigh them so, give measure_hessian a list of its batches.")
         return loader.dataset if rows is None else Subset(loader.dataset, sorted({int(row) for row in rows}))
 
-    train: Any = trainer.train_dataloader
+    train, val = only(trainer.train_dataloader), only(trainer.val_dataloaders)
     return Subject(
         module=module,
         device=trainer.strategy.root_device,
         train=lambda: dataset(train, "train"),
-        val=lambda: dataset(trainer.val_dataloaders, "val") if trainer.val_dataloaders else None,
+        val=lambda: dataset(val, "val") if trainer.val_dataloaders else None,
         transfer=transfer_function(module, trainer.strategy.root_device),
         collate_fn=getattr(train, "collate_fn", None),
+        val_collate_fn=getattr(val, "collate_fn", None),
         rank=trainer.global_rank,
         world_size=trainer.world_size,
     )

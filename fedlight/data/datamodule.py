@@ -200,8 +200,8 @@ def share_among_processes(fabric: Fabric, data: FederatedDataModule) -> int:
     """
     if fabric.world_size == 1:
         return 0
-    sets = data.client_dataset(0), data.val_dataset(), data.test_dataset()
-    datasets = [in_memory(dataset, data.collate_fn) for dataset in sets]
+    datasets = [in_memory(dataset, data.eval_collate_fn) for dataset in (data.val_dataset(), data.test_dataset())]
+    datasets = [in_memory(data.client_dataset(0), data.collate_fn), *datasets]
     storages = list({id(d.storage): d.storage for d in datasets if isinstance(d, ArrayDataset)}.values())
     tensors = [tensor for storage in storages for tensor in storage.leaves]
     layout = [(str(t.dtype), tuple(t.shape)) for t in tensors]

@@ -78,7 +78,7 @@ class Evaluator:
             publish: receives the result before the end hook is called, so that callbacks find it; before the epoch's
                 end hook what is known by then, if anyone has that hook.
         """
-        dataset = in_memory(dataset, self._datamodule.collate_fn)
+        dataset = in_memory(dataset, self._datamodule.eval_collate_fn)
         call: Callable[..., object] = self._hooks.module_only if quiet else self._hooks
         log = LogCollector(self._fabric.device)
         log.dtype = torch.float64 if self._fabric.device.type != "mps" else torch.float32
@@ -129,7 +129,7 @@ class Evaluator:
 
     def attempt(self, dataset: Dataset[Any], stage: Stage) -> bool:
         """Evaluate the first batch without a trace; whether it left nothing, but in torchmetrics, for later ones."""
-        dataset = in_memory(dataset, self._datamodule.collate_fn)
+        dataset = in_memory(dataset, self._datamodule.eval_collate_fn)
         module, call, log = self._module, self._hooks.module_only, LogCollector(self._fabric.device)
         with self._untouched(), evaluating(module, False), collecting_logs(module, log), torch.no_grad():
             call(f"on_{stage}_start")
@@ -174,7 +174,7 @@ class Evaluator:
 
     def classified(self, dataset: Dataset[Any], limit: int | float | None = None) -> list[tuple[int, int]]:
         """The class of each sample, and what ``predict_step`` takes it for; by this process alone."""
-        dataset, pairs = in_memory(dataset, self._datamodule.collate_fn), []
+        dataset, pairs = in_memory(dataset, self._datamodule.eval_collate_fn), []
         with self._untouched(), evaluating(self._module), torch.no_grad():
             for index, batch in self._batches(dataset, self._num_batches(dataset, limit), share=False):
                 found = self.step("predict", batch, index)
@@ -213,7 +213,7 @@ class Evaluator:
         fabric, size = self._fabric, self._batch_size
         if "16" in str(fabric.strategy.precision.precision):  # what agrees there by chance depends on who is beside
             return {}
-        sets = {c: in_memory(self._datamodule.client_val_dataset(c), self._datamodule.collate_fn) for c in clients}
+        sets = {c: in_memory(self._datamodule.client_val_dataset(c), self._datamodule.eval_collate_fn) for c in clients}
         small = {c: data for c, data in sets.items() if isinstance(data, ArrayDataset) and 0 < len(data) <= size}
         ends, found = accumulate(len(data) for data in small.values()), dict[int, dict[str, float]]()
         # Who is looked at together does not depend on the number of processes, and so neither do the bits.

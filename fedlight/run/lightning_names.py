@@ -84,14 +84,15 @@ def _steps(t: Any, s: Any) -> int:
     return int(t.local_steps or t.local_epochs * math.ceil(_batches(t, s) / t.accumulate_grad_batches))
 
 
-def _loader(s: Any, dataset: Dataset[Any] | None, batch_size: int) -> DataLoader[Any] | None:
+def _loader(dataset: Dataset[Any] | None, batch_size: int, collate_fn: Any) -> DataLoader[Any] | None:
     # It has a generator of its own: to iterate takes no random number from the step that does so.
-    more = {"collate_fn": s.datamodule.collate_fn, "generator": torch.Generator()}
+    more: dict[str, Any] = {"collate_fn": collate_fn, "generator": torch.Generator()}
     return None if dataset is None else DataLoader(dataset, batch_size, **more)
 
 
 def _evaluated(dataset: str, t: Any, s: Any) -> DataLoader[Any] | None:
-    return _loader(s, getattr(s.datamodule, dataset)(), s.datamodule.eval_batch_size_on(s.fabric.device))
+    data = s.datamodule
+    return _loader(getattr(data, dataset)(), data.eval_batch_size_on(s.fabric.device), data.eval_collate_fn)
 
 
 def _num_evaluated(key: str, t: Any, s: Any) -> list[int]:
@@ -174,7 +175,9 @@ _VALUES: dict[str, Callable[[Any, Any], Any]] = {
     **dict.fromkeys(("estimated_stepping_batches", "max_steps"), _steps),
     "current_epoch": lambda t, s: t.current_round,
     "num_training_batches": _batches,
-    "train_dataloader": lambda t, s: _loader(s, s.datamodule.client_dataset(_client(t, s)), s.datamodule.batch_size),
+    "train_dataloader": lambda t, s: _loader(
+        s.datamodule.client_dataset(_client(t, s)), s.datamodule.batch_size, s.datamodule.collate_fn
+    ),
     **{f"{key}_dataloaders": partial(_evaluated, f"{key}_dataset") for key in ("val", "test")},
     **{f"num_{key}_batches": partial(_num_evaluated, key) for key in ("val", "test")},
     "enable_validation": lambda t, s: overrides(s.module, "validation_step") and sum(t.num_val_batches) > 0,

@@ -84,7 +84,8 @@ def check_data(run: RunContext) -> None:
     if anew and not is_hf(data[0]) and kind.__module__.split(".")[0] not in ("torch", "fedlight"):
         what = f"{type(given_data(datamodule)).__name__}.client_dataset makes a {kind.__name__} at every call"
         rank_zero_info(f"data: {what}, in each round again. Where that reads files, keep what it made.")
-    sets = [d for d in (in_memory(d, datamodule.collate_fn) for d in data) if isinstance(d, ArrayDataset)]
+    how = datamodule.collate_fn, datamodule.eval_collate_fn, datamodule.eval_collate_fn
+    sets = [d for d in map(in_memory, data, how) if isinstance(d, ArrayDataset)]
     _say_idle(run.settings, "tf32", None, run.fabric.device.type == "cuda", f"the device is {run.fabric.device}")
     kept = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
     _say_idle(run.settings, "buffers", "average", bool(kept), "the model has none")

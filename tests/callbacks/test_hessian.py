@@ -14,12 +14,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler, default_collate
 
 from fedlight import MAN, Checkpoint, HessianSpectrum, LossLandscape, RoundProgress
 from fedlight.analysis import pictures, records
 from fedlight.callbacks.pictures import PartitionPicture
 from fedlight.data.arrays import ArrayDataset
+from fedlight.data.dataset_partition import DatasetPartition
 from fedlight.run.loggers import read_metrics
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, weights
 
@@ -146,6 +147,15 @@ def test_validation_data(tmp_path):
     _, _, rows = fit(tmp_path, spectrum(data="val"))
     assert rows[0]["hessian/lambda_max"] == pytest.approx(by_hand(inputs(Clients().held_out))[0][0], rel=1e-3)
     assert rows[-1]["hessian/loss"] == pytest.approx(rows[-1]["val/loss"], rel=1e-5)
+    samples = Samples(*Clients().held_out.storage.leaves)
+    loaders = [DataLoader(samples, 5, collate_fn=how) for how in (None, doubled)]
+    _, _, rows = fit(tmp_path, spectrum(data="val"), data=DatasetPartition(*loaders, num_clients=2))
+    assert rows[-1]["hessian/loss"] == pytest.approx(rows[-1]["val/loss"], rel=1e-5)
+
+
+def doubled(samples):
+    x, y = default_collate(samples)
+    return 2 * x, y
 
 
 def test_each_clients_own_loss(tmp_path):
@@ -460,6 +470,21 @@ def test_in_a_stock_trainer_the_rows_of_the_sampler_are_measured_and_the_loggers
     largest = by_hand(model.data.x[:10])[0][0]
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)
     assert sum("own" in row for row in logger.metrics) == 6  # steps of training
+
+
+class Doubled(Plain):
+    """Its loaders make batches in ways of their own."""
+
+    def train_dataloader(self):
+        return DataLoader(self.data, 5, collate_fn=doubled)
+
+
+@pytest.mark.parametrize(("data", "factor"), [("train", 4), ("val", 1)])
+def test_in_a_stock_trainer_the_loader_of_the_data_makes_the_batches(tmp_path, data, factor):
+    callback = spectrum(data=data, every_n_rounds=3)
+    _, model = stock(tmp_path, callback, model=Doubled(), max_epochs=1, limit_train_batches=1)
+    x = model.data.x * factor**0.5
+    assert callback.results["server"].lambda_max == pytest.approx(by_hand(x)[0][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("by_batches", [False, True])

@@ -238,6 +238,30 @@ def test_validation_and_test_have_loaders_of_their_own():
     assert [ready(data, stage).eval_batch_size for stage in ("fit", "test", "validate")] == [3, 4, 3]
 
 
+def doubled(samples):
+    x, y = torch.utils.data.default_collate(samples)
+    return 2 * x, y
+
+
+class Largest(Regression):
+    """Logs the largest input."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("largest", batch[0].max(), reduce_fx="max")
+
+    test_step = validation_step
+
+
+def test_an_evaluation_makes_batches_as_its_own_loader_does(tmp_path):
+    x, y = numbers()
+    plain, own = DataLoader(TensorDataset(x, y), 24), DataLoader(TensorDataset(x, y), 24, collate_fn=doubled)
+    for data, largest in ((DatasetPartition(plain, own, num_clients=2), 2), (DatasetPartition(own, plain), 1)):
+        model, trainer = Largest(), quiet_trainer(tmp_path, max_rounds=1)
+        trainer.fit(model, data)
+        seen = trainer.callback_metrics["largest"], trainer.test(model, data)[0]["largest"]
+        assert (*map(float, seen),) == (float(largest * x.max()),) * 2
+
+
 class InOrder(Sampler):
     """Draws some rows; what they are called is up to its author."""
 
