@@ -91,9 +91,8 @@ class HessianResult:
         out |= {"loss": f"{self.loss:.5g}", "‖∇L‖": f"{self.gradient_norm:.5g}"}
         out[f"sharpness, ρ = {self.rho:g}"] = f"{self.sharpness:.5g}"
         out |= {f"λ_max of layer {name}": f"{value:.5g}" for name, value in self.layers.items()}
-        if self.clients:
-            out["λ_max of a client's loss, mean"] = f"{sum(self.clients) / len(self.clients):.5g}"
-            out["λ_max of a client's loss, max"] = f"{max(self.clients):.5g}"
+        clients, logged = "hessian/clients/lambda_max_", self.metrics().items()
+        out |= {f"λ_max of a client's loss, {k.removeprefix(clients)}": f"{v:.5g}" for k, v in logged if clients in k}
         head = f"{self.samples:,} samples, {self.parameters:,} parameters; ± residual, or standard error of the trace"
         lines = [head, *(f"{name:<32}{text}" for name, text in out.items())]
         lines.append("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in self.seconds.items()))

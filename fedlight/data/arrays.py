@@ -247,7 +247,10 @@ def in_memory(data: Any, collate_fn: Collate | None = None, read: bool = False) 
     batches are those of a loader; another ``collate_fn`` than torch's own wants samples. With ``read`` any dataset is
     read as a whole (twice) whose samples torch collates to tensors, if they do not depend on random numbers.
     """
-    if isinstance(data, ArrayDataset) or collate_fn not in (None, default_collate):
+    own = collate_fn not in (None, default_collate)
+    if own and isinstance(data, ArrayDataset):
+        raise ValueError("data: an ArrayDataset makes batches itself, so collate_fn has no part: give a TensorDataset.")
+    if own or isinstance(data, ArrayDataset):
         return data
     if isinstance(data, dict | tuple):
         return ArrayDataset.of(data)

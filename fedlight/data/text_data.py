@@ -118,10 +118,10 @@ class TextData(PartitionedDataModule):
         if len(val) + len(test) == 0:
             kept, out = held_out_for_test(strata[train], self.test_fraction)
             train, test = train[kept], train[out]
+        val, test = val if len(val) else test, test if len(test) else val
         if self.val_fraction > 0:
             kept, out = holdout(strata[train], self.val_fraction, generator(self.seed, "validation split"))
             train, val = train[kept], train[out]
-        val, test = val if len(val) else test, test if len(test) else val
         if not (len(train) and len(val)):
             raise ValueError(f"`data.source`: {len(train)} texts for training and {len(val)} held out are too few.")
         targets = None

@@ -176,6 +176,8 @@ def test_the_summary_says_everything():
     for part in ("30 samples", "λ_1", "λ_2", "λ_min", "residual", "trace", "±", "sharpness", "layer net.4", "seconds"):
         assert part in text
     assert HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [1.0], -1.0, 0.0, converged=False).summary().endswith("residuals.")
+    lines = HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [1.0], -1.0, 0.0, clients=[1.0, math.nan]).summary().splitlines()
+    assert [line.split()[-1] for line in lines if "client" in line] == ["nan", "nan"]
 
 
 def test_what_is_out_of_range_is_refused():

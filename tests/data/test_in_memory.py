@@ -120,6 +120,8 @@ def test_another_collate_function_gets_its_samples():
     dataset = TensorDataset(X, Y)
     assert in_memory(dataset, lambda samples: samples) is dataset
     assert isinstance(in_memory(dataset, default_collate), ArrayDataset)
+    with pytest.raises(ValueError, match="collate_fn has no part: give a TensorDataset"):
+        in_memory(in_memory(dataset), list)
 
 
 def test_nothing_is_copied_and_parts_share_what_they_are_parts_of():

@@ -61,6 +61,12 @@ def test_words_clients_and_what_is_held_out(tmp_path):
     assert data.partition_counts().sum() == 13
 
 
+def test_texts_for_validation_are_not_lost_where_others_are_held_out():
+    given = {"train": datasets.Dataset.from_list(MAILS[:12]), "val": datasets.Dataset.from_list(MAILS[12:])}
+    data = ready(given, val_fraction=0.25, num_clients=2)
+    assert [len(d) for d in (data.pooled_dataset(), data.val_dataset(), data.test_dataset())] == [8, 4, 6]
+
+
 def test_the_vocabulary_is_that_of_the_clients_that_train(tmp_path):
     rows = [{"text": f"word{c}", "label": 0, "client": c} for c in "abcd" for _ in range(5)]
     data = ready(jsonl(tmp_path / "rows.jsonl", rows), client="client", held_out_clients=1)
