@@ -332,6 +332,28 @@ def test_what_is_not_known_is_named_with_the_nearest_name(capsys, text):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.max_rounds=1:30"], "command line: trainer.max_rounds: 1:30 is 90 in YAML"),
+        (["--trainer.max_rounds", "1:30"], "command line: trainer.max_rounds: 1:30 is 90 in YAML"),
+        (["--algorithm=FedProx", "--algorithm.mu=1:30"], "algorithm.mu: 1:30 is 90"),
+        (["--trainer.callbacks+={class_path: MAN, init_args: {zeta: 010}}"], "callbacks+.init_args.zeta: 010 is 8"),
+        (["--algorithm={class_path: FedProx, init_args: {mu: 1, mu: 2}}"], "algorithm.init_args.mu is there twice"),
+    ],
+)
+def test_mistakes_of_yaml_on_the_command_line_are_named(capsys, args, message):
+    code, error = fails(capsys, "fit", *TINY, *args)
+    assert code == 2
+    assert message in " ".join(error.split())
+
+
+def test_words_with_colons_stay_words(capsys):
+    listed = "--trainer.transforms=[{class_path: SignFlip, init_args: {clients: [0, 1, 2, 3]}}]"
+    main(["fit", *TINY, "--trainer.name=1:30", "--trainer.max_rounds=010", listed])
+    assert "max_rounds: 10\n" in Path("runs/1:30/version_0/config.yaml").read_text()
+
+
 @pytest.mark.parametrize("args", [["--algorithm", "part.yaml"], ["--algorithm=part.yaml"], ["-c", "main.yaml"]])
 def test_a_key_that_a_part_has_twice_is_refused(capsys, args):
     Path("part.yaml").write_text("class_path: FedProx\ninit_args: {mu: 0.1, mu: 0.2}\n")

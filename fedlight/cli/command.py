@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,7 +54,9 @@ class FederatedArgumentParser(LightningArgumentParser):
         try:
             resolved = resolve_arguments([yaml_argument(a) for a in given])
             self._refuse_mistakes_in_parts([a.partition("=")[2] if a.startswith("-") else a for a in resolved])
-            return super().parse_args(resolved, *others, **kwargs)
+            read = super().parse_args(resolved, *others, **kwargs)
+            self._refuse_misread(resolved, tree_leaves(read.as_dict()))
+            return read
         except UnicodeDecodeError as error:
             self.error(f"a configuration that begins with {error.object[:60]!r} is not UTF-8: {error}; save it so")
 
@@ -74,6 +77,13 @@ class FederatedArgumentParser(LightningArgumentParser):
     def _refuse_mistakes(self, content: str, path: Any) -> None:
         if found := mistakes(content):
             self.error(f"{path}: {'; '.join(found)}.")
+
+    def _refuse_misread(self, args: Sequence[str], read: list[Any]) -> None:
+        words = [word for a in args for word in (a.split("=", 1) if a.startswith("-") else [a])]
+        for key, value in pairwise(words):
+            with suppress(YAMLError):  # a word with signs of YAML
+                if value[:1] in ("{", "[") or (":" in value and value not in read):
+                    self._refuse_mistakes(f"{key.lstrip('-')}: {value}", "command line")
 
     def _refuse_mistakes_in_parts(self, values: list[Any]) -> None:
         for value in values:

@@ -107,7 +107,7 @@ def mistakes(content: str) -> list[str]:
         for value in node.value if isinstance(node, yaml.SequenceNode) else []:
             look(value, above)
         for key, value in pairs:
-            holds_keys = key == "init_args" or (not above and key in ("trainer", *FOLDERS))
+            holds_keys = key == "init_args" or (not above and key in ("trainer", *FOLDERS) and "." not in key)
             empty = value.tag.endswith(":null") and key in ("init_args", "trainer")
             if holds_keys and (empty or isinstance(value, yaml.SequenceNode)):
                 found.append(f"{above}{key} holds no keys, but {'nothing: remove it' if empty else 'a list'}")
