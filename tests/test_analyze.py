@@ -86,6 +86,16 @@ def test_layers_are_drawn_with_the_norms_that_the_run_logged(tmp_path, monkeypat
     assert (last.name, last.norms) == ("net.2", {})
 
 
+def test_eigenvalues_are_drawn_once_by_rank_also_where_the_run_logged_some(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run, "draw_eigenvalues", lambda rounds, results, path: drawn.append(len(results)) or path)
+    monkeypatch.setattr(pictures, "draw_eigenvalues", lambda rounds, results, path: drawn.append(len(results)) or path)
+    trained(tmp_path, HessianSpectrum(every_n_rounds=1, density=False, trace=False, layerwise=False))
+    drawn.clear()
+    analyze(tmp_path)
+    assert drawn == [1]
+
+
 def test_a_module_as_it_is(tmp_path):
     found = analyze(tmp_path, ckpt_path=None)
     assert found["server"].samples == 28

@@ -50,7 +50,7 @@ class LossLine:
         """The highest loss between the models above the straight line between their losses; 0 where it lies below."""
         inside = (self.t >= 0) & (self.t <= 1)
         t, loss = self.t[inside], self.loss[inside]
-        return max(0.0, float((loss - (1 - t) * loss[0] - t * loss[-1]).max()))
+        return float((loss - (1 - t) * loss[0] - t * loss[-1]).max().clamp(min=0))
 
     def save(self, path: str | Path) -> None:
         """Write the line to an ``.npz`` file."""

@@ -47,21 +47,23 @@ def draw_densities(results: Mapping[str, HessianResult], path: Path) -> Path | N
     return pictures.draw_density(having if len(having) > 1 else next(iter(having.values())), path)
 
 
-def draw_rounds(module: nn.Module, rows: Rows, folder: Path, stem: str = "") -> list[Path]:
-    """``layers<stem>.png`` and, after two measurements, ``eigenvalues<stem>.png``, from the rows of ``metrics.csv``.
+def draw_rounds(module: nn.Module, rows: Rows, folder: Path) -> list[Path]:
+    """``layers.png`` and, after two measurements, ``eigenvalues.png``, from the rows of ``metrics.csv``.
 
     The ``module`` tells in which order layers and activations come.
     """
-    drawn = []
-    if layers := layer_histories(module, rows):
-        drawn.append(pictures.draw_layers(layers, folder / f"layers{stem}.png"))
+    drawn = draw_layers(module, rows, folder / "layers.png")
     measured = [row for row in rows if math.isfinite(row.get("hessian/lambda_max", math.nan))]
     if len(measured) > 1:
         rounds = [1 + int(row["round"]) for row in measured]
-        drawn.append(
-            pictures.draw_eigenvalues(rounds, [_from_row(row) for row in measured], folder / f"eigenvalues{stem}.png")
-        )
+        drawn.append(pictures.draw_eigenvalues(rounds, [*map(_from_row, measured)], folder / "eigenvalues.png"))
     return drawn
+
+
+def draw_layers(module: nn.Module, rows: Rows, path: Path) -> list[Path]:
+    """The layers' λ_max and activation norms over the rounds; nothing where none was measured."""
+    layers = layer_histories(module, rows)
+    return [pictures.draw_layers(layers, path)] if layers else []
 
 
 def draw_survey(surface: LossSurface, folder: Path, stem: str) -> list[Path]:

@@ -129,5 +129,5 @@ def _write(
     rows = [row for row in read_metrics(folder / "metrics.csv") if row["round"] < round]
     now = next((row for row in read_metrics(folder / "metrics.csv") if row["round"] == round), {})
     rows.append({**now, "round": round, **records.metrics({"server": first})})
-    drawn += [path for path in records.draw_rounds(subject.module, rows, plots, f"_{stem}") if "layers" in path.name]
+    drawn += records.draw_layers(subject.module, rows, plots / f"layers_{stem}.png")
     return [path for path in drawn if path is not None]

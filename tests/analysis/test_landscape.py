@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ def test_a_line_goes_through_both_models():
 def test_the_barrier_is_the_height_above_the_chord():
     t = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5], dtype=torch.float64)
     assert LossLine(t, torch.tensor([9.0, 1.0, 5.0, 3.0, 9.0], dtype=torch.float64)).barrier == 3
+    assert math.isnan(LossLine(t, torch.tensor([9.0, 1.0, math.nan, 3.0, 9.0], dtype=torch.float64)).barrier)
 
 
 def test_directions_have_the_length_of_every_filter():
