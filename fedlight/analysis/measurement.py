@@ -1,8 +1,9 @@
 """Settings: what to measure of the curvature, on which data, of which weights; and where to look at the loss."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import nan
+from math import isclose, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Literal, NoReturn, get_args
@@ -96,6 +97,12 @@ class Measurement:
                 few |= subject.reading(self.data)
                 operator = hessian_operator(loss.module, subject.data(self.data), loss=loss, **few)
                 operator.matvec(torch.ones(operator.size, dtype=operator.dtype, device=operator.device))
+                with suppress(Exception):  # what takes no single samples
+                    alone = hessian_operator(loss.module, subject.data(self.data), loss=loss, **few | {"batch_size": 1})
+                    whole, mean = (each.loss_at(each.flat()) for each in (operator, alone))
+                    if operator.samples == 2 and mean and isclose(whole, 2 * mean, rel_tol=1e-5):
+                        what = "training_step gives a sum over samples: figures are as many times as large as those"
+                        rank_zero_warn(f"{self.who}: {what} of their mean as a measured batch has samples.")
         except (NoSecondDerivativeError, ValueError, TypeError) as error:
             if "NoneType" in str(error):
                 return  # a hook that is still to come may bring it; that steps run is tried elsewhere

@@ -68,6 +68,18 @@ def by_hand(x):
     return torch.linalg.eigvalsh(hessian).flip(0).tolist(), hessian
 
 
+class Summed(Regression):
+    """The loss is a sum over samples."""
+
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self(batch[0]), batch[1], reduction="sum")
+
+
+def test_a_loss_that_is_a_sum_over_samples_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="HessianSpectrum: training_step gives a sum over samples"):
+        fit(tmp_path, spectrum(), model=Summed(), max_rounds=1)
+
+
 def inputs(dataset):
     return torch.stack([dataset[i][0] for i in range(len(dataset))])
 
