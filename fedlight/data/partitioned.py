@@ -118,7 +118,7 @@ class PartitionedDataModule(FederatedDataModule):
             self.num_clients = 1 if groups is None else len(torch.unique(groups))
         labels = torch.zeros(num_samples, dtype=torch.int64) if targets is None else targets
         parts = self.partitioner(labels, self.num_clients, generator(self.seed, "partition"), groups)
-        self.partition = Partition(parts)
+        self.partition, self._held_out, self._counts = Partition(parts), None, None
         if targets is not None:
             self.num_classes = num_classes or 1 + int(targets.max())
             self._counts = self.partition.counts(targets, self.num_classes)

@@ -225,4 +225,4 @@ def _damage(path: Path, load: Callable[[str], Any] = json.loads) -> str:
 
 def _natural(path: Path) -> list[tuple[int, str]]:
     """``version_10`` after ``version_9``."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]

@@ -151,6 +151,23 @@ def test_the_same_wrapper_is_used_twice_and_pooled(tmp_path):
     assert data.datamodule.calls[-1] == "teardown fit"
 
 
+class Folds(Stock):
+    """Holds out more in each fit."""
+
+    def setup(self, stage):
+        labelled = TensorDataset(torch.arange(24.0), torch.arange(24) % 3)
+        held_out = 6 * (1 + len(self.calls))  # teardowns
+        self.train, self.val = random_split(labelled, [24 - held_out, held_out])
+
+
+def test_what_is_held_out_anew_is_divided_anew():
+    data = Federated(Folds(), num_clients=2)
+    for held_out in (6, 12):
+        clients = [ready(data).client_val_dataset(client) for client in range(2)]
+        assert sum(map(len, clients)) == held_out
+        data.teardown("fit")
+
+
 def test_from_datasets_and_loaders_in_lists(tmp_path):
     stock = LightningDataModule.from_datasets(TensorDataset(*numbers()), [TensorDataset(*numbers(5))], batch_size=6)
     data = ready(Federated(stock, num_clients=2))

@@ -75,7 +75,9 @@ def test_sites_compute_what_a_simulation_computes(tmp_path, method):
     clients = list(map(str, range(simulation.federation.num_clients)))
     homes = [" ".join(clients[::2][::-1]), " ".join(clients[1::2])]
     transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, homes, allow="tests"))
-    trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
+    folder = tmp_path / "the server's folder, of a name so long that YAML would part it into lines, and whole"
+    trainer = serve(tmp_path / "config.yaml", {"folder": str(folder)}, transport)
+    assert trainer.run_dir.is_relative_to(folder)
     if simulation.personal.entries.any():  # which never leave their site
         assert rows(simulation)[-1].keys() == rows(trainer)[-1].keys()
         own = [k for k in rows(trainer)[-1] if k.startswith("clients/personal_")]
