@@ -29,6 +29,17 @@ def path_of(key: str, value: str | Path) -> Path:
     return path
 
 
+def check_paths(given: Mapping[str, Any]) -> None:
+    """Raise a MisconfigurationException with the key of an object whose folder has a ``~`` or $VARIABLE that stays."""
+    for key, value in given.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            path = getattr(one, "save_dir", None) or getattr(one, "dirpath", None) or ""
+            expands = type(one).__name__ == "TensorBoardLogger"
+            if not expands and re.search(r"^~|\$[A-Za-z_{]", str(path)) and not Path(path).exists():
+                what = f"{str(path)!r}: ~ and $VARIABLES are replaced by shells, not in files"
+                raise MisconfigurationException(f"{key}: {type(one).__name__} writes to {what}.")
+
+
 def check_objects(given: Mapping[str, Any]) -> None:
     """Raise a MisconfigurationException with the key where a class, or its name, stands for an object or among such."""
     for key, value in given.items():

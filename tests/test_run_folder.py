@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
 
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.data.sources import download_source, load_source
@@ -54,6 +56,21 @@ def test_variables_of_a_shell_are_refused_in_every_path(tmp_path, monkeypatch, c
     with pytest.raises(MisconfigurationException, match=f"{key}: .VARIABLES are replaced by shells, not in files"):
         call(quiet_trainer(tmp_path))
     assert not list(tmp_path.glob("*$*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"logger": CSVLogger("~/logs")}, "trainer.logger: CSVLogger writes to '~/logs'"),
+        ({"logger": [CSVLogger("$LOGS/x")]}, "trainer.logger: CSVLogger writes to '.LOGS/x'"),
+        ({"profiler": SimpleProfiler("~/profile")}, "trainer.profiler: SimpleProfiler writes to '~/profile'"),
+    ],
+)
+def test_folders_of_loggers_and_profilers_are_looked_at(tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MisconfigurationException, match=message):
+        quiet_trainer(tmp_path, **settings).fit(Regression(), Clients())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_torch_says_of_a_full_disk_is_said_in_words(tmp_path):

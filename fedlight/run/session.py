@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 
+from fedlight.checks import check_paths
 from fedlight.data.datamodule import FederatedDataModule, share_among_processes
 from fedlight.data.federated import not_federated, training_data
 from fedlight.engines import Engine, start_engine
@@ -75,6 +76,8 @@ class Session(RunContext):
 
     def __enter__(self) -> "Session":
         check_callbacks(self.trainer.callbacks)
+        written = {f"trainer.{key}": self.settings[key] for key in ("logger", "profiler")}
+        check_paths({"trainer.callbacks": self.trainer.callbacks, **written})
         if self.command == "fit":
             check_module(self.module)
             self.trainer._metrics = {}
