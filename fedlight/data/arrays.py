@@ -250,10 +250,11 @@ def in_memory(data: Any, collate_fn: Collate | None = None, read: bool = False) 
     own = collate_fn not in (None, default_collate)
     if own and isinstance(data, ArrayDataset):
         raise ValueError("data: an ArrayDataset makes batches itself, so collate_fn has no part: give a TensorDataset.")
+    if isinstance(data, dict | tuple):
+        arrays = ArrayDataset.of(data)
+        return Subset(arrays, range(len(arrays))) if own else arrays
     if own or isinstance(data, ArrayDataset):
         return data
-    if isinstance(data, dict | tuple):
-        return ArrayDataset.of(data)
     if type(data) is Subset:
         whole, rows = in_memory(data.dataset, None, read), torch.as_tensor(data.indices)
         if rows.dtype == torch.bool:

@@ -1,6 +1,5 @@
 """An app where it is run: its configuration, read, checked and changed as options say; what either side has of data."""
 
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import Dataset, Subset
 
@@ -76,7 +74,7 @@ def build(config: Path, trainer_class: type[FederatedTrainer], options: Mapping[
         given |= {"data.init_args.source": options["source"], "data.init_args.num_clients": 1}
     elif site and options.get("own-data"):
         arguments.append(f"--data={options['own-data']}")
-    arguments += [f"--{key}={yaml.safe_dump(value, width=math.inf).splitlines()[0]}" for key, value in given.items()]
+    arguments += [f"--{key}={value}" for key, value in given.items()]
     return Parts(arguments, trainer_class=trainer_class)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -211,7 +211,10 @@ def selected(runs: Sequence[PlannedRun], only: Sequence[str]) -> list[PlannedRun
         if key not in known:
             near = nearest(key, known)
             raise MisconfigurationException(f"--only {condition}: {key!r} is no parameter of this study{near}")
-        left = [run for run in left if text == str(run.parameters[key]) or yaml.safe_load(text) == run.parameters[key]]
+        value: Any = text
+        with suppress(yaml.YAMLError):
+            value = yaml.safe_load(text)
+        left = [run for run in left if run.parameters[key] in (text, value) or text == str(run.parameters[key])]
     if not left:
         raise MisconfigurationException(f"There is no run with {' and '.join(only)}: look at --dry-run without --only.")
     return left

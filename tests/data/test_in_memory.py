@@ -122,6 +122,12 @@ def test_another_collate_function_gets_its_samples():
     assert isinstance(in_memory(dataset, default_collate), ArrayDataset)
     with pytest.raises(ValueError, match="collate_fn has no part: give a TensorDataset"):
         in_memory(in_memory(dataset), list)
+    for tree in ((X, Y), {"x": X, "y": Y}):  # which stand for a dataset, and not for two samples
+        data = DatasetPartition(tree, num_clients=3, collate_fn=list)
+        data.setup()
+        assert [data.client_size(client) for client in range(3)] == [4, 4, 4]
+        assert data.num_classes == 3
+        assert type(data.client_dataset(0)[0]) is type(tree)
 
 
 def test_nothing_is_copied_and_parts_share_what_they_are_parts_of():

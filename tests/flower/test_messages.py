@@ -8,8 +8,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.flower.client import SiteState, clients_of
-from fedlight.flower.config import check_allowed
+from fedlight.flower.config import build, check_allowed
 from fedlight.flower.messages import Parcel, part
+from fedlight.trainer import FederatedTrainer
 
 try:
     with warnings.catch_warnings(action="ignore"):  # and it sets environment variables, which a test must not
@@ -66,6 +67,15 @@ def test_states_are_kept_until_the_server_cannot_go_back_to_them(tmp_path):
     assert state.load(2)["algorithm"]["h"].tolist() == [2, 2]
     with pytest.raises(FileNotFoundError, match="client 3: its state after round 1 is not in"):
         state.load(0)
+
+
+def test_texts_of_options_are_what_they_are(tmp_path):
+    config, folder = tmp_path / "config.yaml", f"{tmp_path}/{'a long: name #1 ' * 8}end"
+    config.write_text(
+        "model: {class_path: lightning.pytorch.demos.boring_classes.BoringModel}\ndata: {class_path: ImageData}"
+    )
+    found = build(config, FederatedTrainer, {"folder": folder, "rounds": 3}, site=False).trainer
+    assert (str(found.default_root_dir), found.max_rounds) == (folder, 3)
 
 
 @pytest.mark.parametrize("run", ["../../etc", "", "0" * 31 + "/"])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.studies.command import StudyRunner, selected
 from fedlight.studies.plan import PlannedRun, RunSlot, log_tail, plan
@@ -74,6 +75,13 @@ def test_a_report_knows_of_runs_that_are_left_out_later(tmp_path):
         kept = json.loads((tmp_path / "runs" / "tiny" / "study.json").read_text())["runs"]
         assert {entry["folder"] for entry in kept} == {r.name for r in [*runs, *fewer]}
     assert len(kept) == 3
+
+
+def test_runs_are_chosen_by_values_that_are_no_yaml():
+    runs = [PlannedRun({"layer": value}, value, value) for value in ("*.weight", "[a-z]: x")]
+    assert selected(runs, ["layer=*.weight"]) == runs[:1]
+    with pytest.raises(MisconfigurationException, match="no run with layer=@"):
+        selected(runs, ["layer=@"])
 
 
 def test_another_setting_of_the_command_is_another_run(tmp_path):
