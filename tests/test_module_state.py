@@ -350,8 +350,11 @@ def test_a_second_pass_captures_the_attributes_only_of_a_module_that_changes_som
     assert len(calls) == captures
 
 
-@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
-def test_what_hooks_of_the_start_register_is_refused_as_no_checkpoint_could_be_read_into_it(tmp_path, hook):
+_LATE = ["on_fit_start", "on_train_start", "on_round_start", "on_validation_start"]
+
+
+@pytest.mark.parametrize("hook", _LATE)
+def test_what_hooks_register_is_refused_as_no_checkpoint_could_be_read_into_it(tmp_path, hook):
     model = Regression()
     setattr(model, hook, lambda: model.net.register_buffer("late", torch.zeros(3)))
     with pytest.raises(

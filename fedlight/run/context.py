@@ -48,6 +48,7 @@ class RunContext:
     engine: Engine  # executes local trainings, in a fit
     experiment: dict[str, Any]  # what those that continue the run must agree with, in a fit
     changes: dict[str, list[Any]]  # where this run differs from the one that it continues
+    begun: set[str]  # names in the module's state when a fit began
     first_round: int  # that a fit begins with
     fresh: set[str]  # what has been logged in the present round so far
 

@@ -26,7 +26,7 @@ from fedlight.run.loggers import close_loggers, make_loggers, tell_wandb
 from fedlight.run.preflight import check_data, check_methods
 from fedlight.run.processes import deferred_signals, lost_process, resolve_devices, use_threads, watch_children
 from fedlight.run.results import destination
-from fedlight.run.snapshot import make_checkpoint, restore_callbacks, write_checkpoint
+from fedlight.run.snapshot import make_checkpoint, refuse_registered, restore_callbacks, write_checkpoint
 from fedlight.run.summary import say_end, say_start, say_stopped
 from fedlight.run.views import Views
 from fedlight.server.client_side import ClientSide
@@ -120,7 +120,7 @@ class Session(RunContext):
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
         buffers = (f"{name}.{key}".lstrip(".") for name, m in self.module.named_modules() for key in m._buffers)
-        begun = {*self.module.state_dict(), *buffers}  # those that are None as well
+        self.begun = {*self.module.state_dict(), *buffers}  # those that are None as well
         self.hooks("on_fit_start")
         self._begin_as_it_is()
         self._cleanup.callback(lambda: self._finished and self.hooks("on_fit_end"))
@@ -128,11 +128,8 @@ class Session(RunContext):
             self.hooks.once("on_train_start")  # steps are tried with what it prepares
             self.layout.check(self.module)
             self._begin_as_it_is()
-        if (added := sorted(self.module.state_dict().keys() - begun)) and self.settings["enable_checkpointing"]:
-            raise MisconfigurationException(
-                f"model: on_fit_start or on_train_start registers {added[0]!r}{' ...' * (len(added) > 1)}, which a"
-                " checkpoint could not be read into. Do so in __init__, setup or configure_model; set its value there."
-            )
+        if self.settings["enable_checkpointing"]:
+            refuse_registered(self)
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
 

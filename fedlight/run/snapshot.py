@@ -29,6 +29,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     server's model. The rest is under ``fedlight``. Randomness needs no state: every generator is seeded by its round.
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
+    refuse_registered(run)
     trainer, module, state, data = run.trainer, run.module, run.federation.state, given_data(run.datamodule)
     callbacks = {c.state_key: _copied(c.state_dict()) for c in trainer.callbacks}
     checkpoint = {
@@ -54,6 +55,15 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     added = {k: _copied(v) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
     return {**plain(checkpoint), **added, "fedlight": fedlight}
+
+
+def refuse_registered(run: RunContext) -> None:
+    """Refuse a module to which a hook or a step has added what a later one, made anew, does not have."""
+    if added := sorted(run.module.state_dict().keys() - run.begun):
+        raise MisconfigurationException(
+            f"model: a hook or step registers {added[0]!r}{' ...' * (len(added) > 1)}, which a checkpoint could not be"
+            " read into. Do so in __init__, setup or configure_model; set its value there."
+        )
 
 
 def _hyper_parameters(module: Any) -> dict[str, Any]:
