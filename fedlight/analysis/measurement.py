@@ -139,8 +139,9 @@ class Measurement:
             if self.data != "clients" or subject.clients is None:
                 return result
             start, drawn = perf_counter(), subject.options("clients", self.max_samples, self.seed)
-            values = clients_lambda_max(loss.module, subject.clients(), double=self.float64, **drawn)
-        if bad := [client for client, value in enumerate(values) if value != value]:
+            clients = subject.clients()
+            values = clients_lambda_max(loss.module, [*clients.values()], double=self.float64, **drawn)
+        if bad := [client for client, value in zip(clients, values, strict=True) if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")
         return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})
 

@@ -39,7 +39,7 @@ class Subject:
         device: where to compute.
         train: gives the training data of all clients.
         val: gives the validation data, or None.
-        clients: gives each client's training data; None where there are no clients.
+        clients: gives the training data of each client that has any; None where there are no clients.
         weights: parameters and buffers by view; empty where the module holds what is to be measured.
         transfer: moves a batch to the device.
         collate_fn: makes a batch of samples of training data.
@@ -54,7 +54,7 @@ class Subject:
     train: Callable[[], Dataset[Any]]
     val: Callable[[], Dataset[Any] | None]
     transfer: Callable[[Any], Any]
-    clients: Callable[[], list[Dataset[Any]]] | None = None
+    clients: Callable[[], dict[int, Dataset[Any]]] | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
     collate_fn: Callable[[list[Any]], Any] | None = None
     val_collate_fn: Callable[[list[Any]], Any] | None = None
@@ -135,7 +135,7 @@ def federated_subject(trainer: Any) -> Subject:
         device=trainer.strategy.root_device,
         train=data.pooled_dataset,
         val=data.val_dataset,
-        clients=lambda: [data.client_dataset(c) for c in range(data.num_clients) if data.client_size(c)],
+        clients=lambda: {c: data.client_dataset(c) for c in range(data.num_clients) if data.client_size(c)},
         weights={view: (params, state.buffers) for view, params in views.items()},
         transfer=trainer.evaluator.transfer,
         collate_fn=data.collate_fn,

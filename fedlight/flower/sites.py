@@ -113,9 +113,8 @@ class Sites:
         parcels = {n: Parcel(kind, {**given, "clients": some, **own(some)}, dict(tensors)) for n, some in jobs.items()}
         self.down_bytes += sum(parcel.num_bytes for parcel in parcels.values())
         for node, found in self._transport.exchange(parcels, self._timeout) if parcels else ():
-            if isinstance(found, str) or found.kind != kind:
-                why = found if isinstance(found, str) else str(found.info.get("why", found.kind))
-                self.missing |= dict.fromkeys(jobs[node], why)
+            if isinstance(found, str) or (why := _why_not(found, kind, jobs[node])):
+                self.missing |= dict.fromkeys(jobs[node], found if isinstance(found, str) else why)
                 continue
             self.up_bytes += found.num_bytes
             yield found
@@ -213,6 +212,15 @@ class RemoteClients(ClientSide):
             loss_scale=figures["loss_scale"],
             reply=reply,
         )
+
+
+def _why_not(found: Parcel, kind: str, clients: Sequence[int]) -> str:
+    """Why an answer for these clients is of no use; nothing where it is."""
+    if found.kind != kind:
+        return str(found.info.get("why", found.kind))
+    named, asked = {*map(str, found.info.get("clients", ()))}, {*map(str, clients)}
+    fits = named <= asked if kind == "evaluate" else named == asked  # validation may log nothing of some
+    return "" if fits else f"it answers for clients {sorted(named)}, and not {sorted(asked)}"
 
 
 def _check_alike(found: State, expected: State, some: bool = False) -> None:

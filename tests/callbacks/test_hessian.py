@@ -179,6 +179,18 @@ def test_each_clients_own_loss(tmp_path):
     assert rows[0]["hessian/lambda_max"] == pytest.approx(pooled, rel=1e-3)
 
 
+class BreaksOnFive(Regression):
+    """Its loss of five samples is NaN in evaluation."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (math.nan if len(batch[1]) == 5 and not self.training else 1)
+
+
+def test_a_client_whose_loss_is_not_finite_is_named_by_its_number(tmp_path):
+    with pytest.warns(UserWarning, match=r"the loss of clients \[2\] is NaN"):
+        fit(tmp_path, spectrum(data="clients"), model=BreaksOnFive(), data=Clients((0, 4, 5, 3)), max_rounds=1)
+
+
 def test_a_sample_of_the_data(tmp_path):
     callback = spectrum(max_samples=7, layerwise=["net"])
     fit(tmp_path, callback, max_rounds=1)

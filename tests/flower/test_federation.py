@@ -13,6 +13,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.cli.command import FederatedCLI
+from fedlight.flower.messages import Parcel
 from fedlight.flower.server import serve
 from fedlight.flower.sites import Sites
 from tests.flower.fake import FakeTransport, nodes
@@ -175,6 +176,25 @@ def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path,
     assert trainer.federation.clients.round_of(0) == -1
     assert [trainer.federation.clients.round_of(client) for client in (1, 2, 3)] == [0, 0, 0]
     assert torch.isfinite(trainer.federation.params).all()
+
+
+def test_an_answer_for_clients_of_another_site_is_refused(tmp_path):
+    simulated(tmp_path, "--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4", rounds=1)
+
+    def change(node, parcel):
+        if node != 100 or parcel.kind != "train":
+            return parcel
+        tensors = {f"3/{name[2:]}": value for name, value in parcel.tensors.items()}
+        figures = {**parcel.info["clients"]["0"], "num_samples": sizes[-1]}
+        clients = {**parcel.info["clients"], "3": figures}
+        return replace(parcel, info={**parcel.info, "clients": clients}, tensors={**parcel.tensors, **tensors})
+
+    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1 2 3"]), change=change)
+    sizes = [found.info["sizes"]["3"] for _, found in transport.exchange({101: Parcel("query", {"num_clients": 4})}, 1)]
+    said = r"without clients \[0\]: it answers for clients \['0', '3'\], and not \['0'\]"
+    with pytest.warns(UserWarning, match=said):
+        trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
+    assert [report.client for report in trainer.client_reports] == [1, 2, 3]
 
 
 def test_a_site_with_too_little_memory_is_refused_before_training(tmp_path, monkeypatch):
