@@ -184,11 +184,10 @@ def block_eigenvalues(
     *,
     generator: torch.Generator,
     tolerance: float = 1e-3,
-    max_products: int = 200,
 ) -> dict[str, Eigenpairs]:
     """The largest eigenvalue of each diagonal block. All iterations advance together and share every batch's graph."""
     sizes = {name: sum(operator.parameters[i].numel() for i in block) for name, block in blocks.items()}
-    settings = generator, False, tolerance, max_products
+    settings = generator, False, tolerance, 200
     iterations = {name: lanczos(operator, size, 1, *settings) for name, size in sizes.items()}
     return _driven(iterations, lambda asked: operator.products([(blocks[name], v) for name, v in asked.items()]))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from fedlight.analysis.operators import HessianOperator, check_products
 
 _CHUNK = 8  # random vectors that share one pass over the data
+_GRID = 1024  # points of a smoothed density
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Density:
         weights: their weights ``[n, m]``; each row sums to 1.
         grid: eigenvalues ``[g]`` at which the smoothed density is given.
         values: the density there ``[g]``: it integrates to 1.
-        width: standard deviation of the Gaussian that smooths it, in units of eigenvalues.
+        width: standard deviation of the Gaussian that smooths it, 1 % of the range of the nodes.
     """
 
     nodes: Tensor
@@ -88,7 +89,6 @@ def density(
     steps: int = 48,
     probes: int = 2,
     known: tuple[Tensor, Tensor] | None = None,
-    grid_points: int = 1024,
 ) -> Density:
     """The spectral density over the whole range, negative eigenvalues included, by stochastic Lanczos quadrature.
 
@@ -104,7 +104,6 @@ def density(
         probes: n, random vectors.
         known: eigenvalues ``[k]`` and eigenvectors ``[k, P]``, as for :func:`trace`. They get their exact share 1/P
             each, and the random vectors describe the rest, orthogonal to them. An outlier is else off by its own size.
-        grid_points: points of the smoothed density. Its width is 1 % of the range of the nodes.
 
     Raises:
         NonFiniteLossError: if a product holds NaN or infinity.
@@ -139,7 +138,7 @@ def density(
         exact, share = known[0].double().cpu().expand(probes, -1), 1 / operator.size
         weights = torch.cat([weights * (1 - len(known[0]) / operator.size), torch.full_like(exact, share)], 1)
         nodes = torch.cat([nodes, exact], 1)
-    return _smoothed(nodes, weights, grid_points)
+    return _smoothed(nodes, weights)
 
 
 def _without(columns: Tensor, found: Tensor | None) -> Tensor:
@@ -147,11 +146,11 @@ def _without(columns: Tensor, found: Tensor | None) -> Tensor:
     return columns if found is None else columns - found.T @ (found @ columns)
 
 
-def _smoothed(nodes: Tensor, weights: Tensor, grid_points: int) -> Density:
+def _smoothed(nodes: Tensor, weights: Tensor) -> Density:
     used = nodes[weights > 1e-12]
     low, high = float(used.min()), float(used.max())
     width = 0.01 * (max(high - low, 0.1 * max(abs(low), abs(high))) or 1.0)
-    grid = torch.linspace(low - 5 * width, high + 5 * width, grid_points, dtype=torch.float64)
+    grid = torch.linspace(low - 5 * width, high + 5 * width, _GRID, dtype=torch.float64)
     kernels = torch.exp(-0.5 * ((grid[:, None] - used) / width) ** 2) / (width * math.sqrt(2 * math.pi))
     values = kernels @ weights[weights > 1e-12] / len(nodes)
     return Density(nodes, weights, grid, values, width)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -93,25 +93,16 @@ def download_source(source: str, root: str | Path) -> None:
 
 
 def _digits() -> ImageArrays:
-    """scikit-learn's 1,797 handwritten digits, 1x8x8. Every fifth of a class, in the file's order, is a test image."""
-    rows = _digits_of_sklearn()  # 64 levels from 0 to 16, and the digit
+    """scikit-learn's 1,797 handwritten digits, 1x8x8. Every fifth of a class, in the file's order, is a test image.
+
+    They are read from its own file, as to load scikit-learn (and pandas) takes longer than a first round.
+    """
+    file = distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    rows = np.loadtxt(str(file), delimiter=",")  # 64 levels from 0 to 16, and the digit
     x = torch.from_numpy(np.rint(rows[:, :64] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
     y = torch.from_numpy(rows[:, 64].astype(np.int64))
     test = rank_in_group(y) % 5 == 4
     return ImageArrays(x[~test], y[~test], x[test], y[test], classes=[str(c) for c in range(10)])
-
-
-def _digits_of_sklearn() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Read from scikit-learn's own file, as to load scikit-learn (and pandas) takes longer than a first round."""
-    package = find_spec("sklearn")
-    if package is not None and package.origin is not None:
-        file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
-        if file.is_file():
-            return np.loadtxt(file, delimiter=",")
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return np.column_stack([digits.data, digits.target])
 
 
 def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
