@@ -14,13 +14,16 @@ _ADDED = ("perturbation", "trainer.personal", "trainer.aggregator")
 _METHOD = ("algorithm", "trainer.callbacks", "trainer.centralized", *_ADDED)
 # What changes where a run is kept, how fast it is, or what is measured, but not what is trained.
 _ASIDE = (
-    "ckpt_path", "trainer.default_root_dir", "trainer.name", "trainer.logger", "trainer.enable_progress_bar",
-    "trainer.enable_checkpointing", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "ckpt_path", "trainer.default_root_dir", "trainer.name", "trainer.logger", "trainer.enable_",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "trainer.engine", "trainer.client_state", "trainer.compile", "trainer.deterministic", "trainer.views",
     "trainer.check_val_every_n_rounds", "trainer.client_val_every_n_rounds", "trainer.fast_dev_run", "trainer.swa_",
-    "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download",
-    "data.init_args.num_workers", "data.init_args.eval_batch_size", "trainer.allow_changes", "trainer.profiler",
+    "trainer.limit_test_batches", "data.init_args.root", "data.init_args.download", "trainer.allow_changes",
+    "trainer.profiler",
 )  # fmt: skip
+_READING = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "eval_batch_size"}
+"""The same of data, also of those that are divided among clients."""
+_STOPS = "EarlyStopping"
 _DIVISION = (
     "data.init_args.partitioner", "data.init_args.num_clients", "trainer.sampler", "trainer.clients_per_round",
     "trainer.limit_train_batches",
@@ -68,7 +71,10 @@ class Method:
 def setting_of(config: Mapping[str, Any]) -> Items:
     """All of a configuration that is neither method nor seed nor a matter of where and how fast."""
     apart = tuple(f"{key}." for key in (*_METHOD, *SEEDS))
-    return _hashable({k: v for k, v in config.items() if not (f"{k}.".startswith(apart) or k.startswith(_ASIDE))})
+    reading = {k for k in config if k.startswith("data.") and k.rpartition(".")[2] in _READING}
+    own = {k: v for k, v in config.items() if not (f"{k}.".startswith(apart) or k.startswith(_ASIDE) or k in reading)}
+    stops = [c for c in _callbacks(config) if isinstance(c, Mapping) and _class(c.get("class_path", "")) == _STOPS]
+    return _hashable(own | {f"{_STOPS}.{k}": v for c in stops for k, v in (c.get("init_args") or {}).items()})
 
 
 def pooled(setting: Items) -> Items:

@@ -44,6 +44,10 @@ def test_names_follow_from_the_config(settings, name):
 def test_seeds_folders_and_devices_do_not_tell_settings_apart():
     one = setting_of(dotted(config(seed=0)))
     assert one == setting_of(dotted(config("FedDyn", seed=1, callbacks=[MAN], name="y", accelerator="gpu")))
+    assert one == setting_of(dotted(config(enable_plots=False)))
+    stock = {"class_path": "my.Data", "init_args": {"folder": "a", "num_workers": 0}}
+    divided = [dotted({"data": {"init_args": {"datamodule": stock}}}) for stock["init_args"]["num_workers"] in (0, 4)]
+    assert setting_of(divided[0]) == setting_of(divided[1])
     assert one != setting_of(dotted(config(alpha=0.6)))
     assert one != setting_of(dotted(config(local_epochs=2)))
     assert one != setting_of(dotted(config(limit_val_batches=2)))  # accuracies of other samples
@@ -87,6 +91,13 @@ def test_a_run_that_was_made_twice_counts_once():
     study = group_runs([run([0.1], seed=0), run([0.2], seed=0), run([0.4], seed=1)])
     assert study.groups[0].stat("val/accuracy").mean == pytest.approx(0.3)
     assert [r.last("val/accuracy") for r in study.repeated] == [0.1]
+
+
+def test_a_run_that_may_stop_early_repeats_no_other():
+    stops = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    study = group_runs([run([0.1, 0.2]), run([0.1], callbacks=[stops])])
+    assert study.repeated == []
+    assert "monitor=val/loss" in study.settings
 
 
 def test_runs_without_a_seed_are_repetitions_of_none():
