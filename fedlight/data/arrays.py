@@ -259,7 +259,7 @@ def in_memory(data: Any, collate_fn: Collate | None = None, read: bool = False) 
         whole, rows = in_memory(data.dataset, None, read), torch.as_tensor(data.indices)
         if rows.dtype == torch.bool:
             raise ValueError("data: a Subset has numbers of rows, and this one a mask. Give mask.nonzero().flatten().")
-        return whole.view(whole.positions(rows), whole.transform) if isinstance(whole, ArrayDataset) else data
+        return whole.view(whole.positions(rows.long()), whole.transform) if isinstance(whole, ArrayDataset) else data
     tensors = data.tensors if type(data) is TensorDataset else ()
     if not tensors and not (read and isinstance(data, Hashable)):
         return data

@@ -161,7 +161,7 @@ class PooledData(Wrapping):
 def draw_clients(data: FederatedDataModule) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The clients that train, of which some must be left, and those that ``held_out_clients`` keeps out of it."""
     total, wanted = data.num_clients, data.held_out_clients
-    count = max(1, round(wanted * total)) if isinstance(wanted, float) and wanted else int(wanted)
+    count = max(1, round(wanted * total)) if wanted % 1 else int(wanted)
     if count >= total:
         raise ValueError(f"`data.held_out_clients`={wanted} leaves none of {total} clients to train. Lower it.")
     drawn = torch.randperm(total, generator=generator(data.seed, "held_out_clients")).tolist()

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from fedlight.algorithms import SCAFFOLD
 from fedlight.callbacks import ClientMetrics
 from fedlight.data import DatasetPartition, DirichletClients, Federated
-from fedlight.data.federated import HeldOut, given_data, training_data
+from fedlight.data.federated import HeldOut, draw_clients, given_data, training_data
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes, weights
@@ -97,6 +98,12 @@ def test_a_resume_with_others_is_refused(run):
 def test_bad_numbers_are_refused(tmp_path, wanted, message):
     with pytest.raises((ValueError, MisconfigurationException), match=message):
         fit(tmp_path, Own(SIZES, held_out_clients=wanted), clients_per_round=3)
+
+
+@pytest.mark.parametrize("wanted", [2, 2.0, 0.5, np.float32(0.5)])
+def test_numbers_and_fractions_are_told_by_their_value(wanted):
+    trained, new = draw_clients(two_classes(held_out_clients=wanted))
+    assert (len(trained), len(new)) == (2, 2)
 
 
 def test_pooled_and_partitioned_data_are_without_them():

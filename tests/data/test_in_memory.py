@@ -4,6 +4,7 @@ import pickle
 import random
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
@@ -190,3 +191,9 @@ def test_a_mask_is_no_numbers_of_rows(mask):
     """A Subset would take samples 1 and 0."""
     with pytest.raises(ValueError, match=r"numbers of rows, and this one a mask. Give mask.nonzero\(\).flatten\(\)"):
         in_memory(Subset(TensorDataset(torch.zeros(2)), mask))
+
+
+@pytest.mark.parametrize("rows", [[], torch.tensor([3, 1], dtype=torch.uint8), np.array([3, 1], dtype=np.int16)])
+def test_numbers_of_rows_may_be_of_any_type(rows):
+    dataset = in_memory(Subset(TensorDataset(Y), rows))
+    assert dataset.batch(torch.arange(len(rows)))[0].tolist() == [int(Y[int(row)]) for row in rows]
