@@ -51,7 +51,11 @@ class Partitioner(ABC):
         if (needed := self.min_size * num_clients) > count:
             what = f"`data.partitioner.min_size` is {self.min_size}, but {num_clients} clients of that size"
             raise ValueError(f"{what} need {needed}, and there are {count}. Lower min_size or `data.num_clients`.")
-        parts = self.split(targets.long().cpu(), num_clients, generator, groups if groups is None else groups.cpu())
+        groups = groups if groups is None else groups.cpu()
+        made = self.split(targets.long().cpu(), num_clients, generator, groups)
+        parts = [torch.as_tensor(part, dtype=torch.int64) for part in made]
+        if len(parts) != num_clients:
+            raise ValueError(f"{name} makes {len(parts)} parts, and `data.num_clients` is {num_clients}.")
         if not torch.equal(torch.cat(parts).sort().values, torch.arange(count)):
             raise ValueError(f"{name} does not give every sample to exactly one client.")
         for client in (client for client, part in enumerate(parts) if len(part) == 0):

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,11 +82,22 @@ def test_a_partitioner_that_forgets_a_sample_is_caught():
         Forgetful()(torch.zeros(3, dtype=torch.int64), 2, rng())
 
 
+def test_rows_may_be_lists_or_arrays():
+    class Halves(Partitioner):
+        def split(self, targets, num_clients, generator, groups):
+            return [[0, 2], np.array([1, 3])]
+
+    parts = Halves()(torch.zeros(4, dtype=torch.int64), 2, rng())
+    assert [part.tolist() for part in parts] == [[0, 2], [1, 3]]
+
+
 def test_a_partitioner_that_leaves_a_client_empty_is_caught():
     class Greedy(Partitioner):
         def split(self, targets, num_clients, generator, groups):
             return [torch.arange(len(targets)), torch.tensor([], dtype=torch.int64)]
 
+    with pytest.raises(ValueError, match="Greedy makes 2 parts, and `data.num_clients` is 1"):
+        Greedy()(torch.zeros(3, dtype=torch.int64), 1, rng())
     with pytest.raises(ValueError, match="Greedy leaves client 1 of 2 without a sample"):
         Greedy()(torch.zeros(3, dtype=torch.int64), 2, rng())
 
