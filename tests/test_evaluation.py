@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from fedlight.callbacks import HessianSpectrum
 from fedlight.run.attempt import evaluating
@@ -269,6 +270,7 @@ class Best(Regression):
     def __init__(self):
         super().__init__()
         self.top, self.mean, self.outputs = MaxMetric(), MeanMetric(), []
+        self.each = ClasswiseWrapper(MeanMetric())
 
     def on_validation_start(self):
         self.outputs = [None]
@@ -278,8 +280,10 @@ class Best(Regression):
         self.outputs.append(batch_idx)
         self.mean.update(batch[1])
         self.log("val/mean", self.mean)
+        self.each.update(batch[1])
 
     def on_validation_epoch_end(self):
+        self.each.reset()
         self.best = len(self.outputs)
         self.top.update(self.best)
 

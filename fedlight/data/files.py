@@ -218,7 +218,8 @@ def _filled(name: str, table: Table) -> list[str]:
     try:
         return [name.format(**dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True)]
     except KeyError as error:
-        raise ValueError(f"`data.columns.image` names {error}, but the columns are {', '.join(table)}.") from error
+        found = ", ".join(filter(None, table))
+        raise ValueError(f"`data.columns.image` names {error}, but the columns are {found}.") from error
 
 
 def _pixels(images: list[Any]) -> Tensor:

@@ -166,7 +166,8 @@ def read_leaf(path: Path) -> dict[str, Table]:
 def column(table: Table, name: str, key: str, where: str = "") -> list[Any]:
     """A column by its name; errors name the columns that there are, or the first sample without it."""
     if name not in table:
-        raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source`{where} are {', '.join(table)}.")
+        found = ", ".join(filter(None, table))
+        raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source`{where} are {found}.")
     if lacking := [row for row, value in enumerate(table[name]) if value is None or value != value]:
         raise ValueError(f"`data.{key}`: {len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}.")
     return table[name]

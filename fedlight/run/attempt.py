@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from fedlight.engines.moving import Moving
 from fedlight.module.hooks import overrides
@@ -159,17 +160,18 @@ def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Seq
 
     What the first hooks of every evaluation change is found ``anew``.
     """
-    metrics = {f"self.{name}" for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
+    seen = {f"self.{name}": m for name, m in module.named_modules() if isinstance(m, Metric) and m.update_called}
+    metrics = {name for name, m in seen.items() if not isinstance(m, WrapperMetric)}  # what is inside has the numbers
     groups = tuple(f"self.{name}._" for name, m in module.named_modules() if isinstance(m, MetricCollection))
     changed = {name for name in kept.changes() if not name.startswith(groups)}  # found anew where they begin anew
     plain = changed - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
     if (names := metrics | plain) and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
         rank_zero_info(
-            f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: what is logged of it is"
-            f" another after a resume. Begin anew in on_{stage}_start, or keep it in on_save_checkpoint."
+            f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: unless it begins"
+            f" anew in on_{stage}_start, what is logged of it is another after a resume. Or keep it in on_save_checkpoint."
         )
     if plain and module.trainer.state.fn == "fit":
         rank_zero_info(
             f"model: {', '.join(sorted(plain))}: views and clients are evaluated with what the server's evaluation left"
-            " there; a torchmetrics.Metric begins anew for each of them."
+            " there, where they do not begin anew; a torchmetrics.Metric begins anew for each of them."
         )
