@@ -104,13 +104,16 @@ class Federated(Around, DatasetPartition):
 
 def not_federated(data: object) -> str:
     """What a trainer says of data that does not tell what each client has."""
-    name = "MyData" if data is None else type(data).__name__
-    return (
-        f"data: expected a FederatedDataModule that knows what each client has, found {data!r:.60}. A"
-        f" LightningDataModule is divided by `fit(model, Federated({name}(...), num_clients=20,"
-        f" partitioner=DirichletClients(0.3)))`, in YAML `{FEDERATED_YAML % name}`; datasets and DataLoaders by"
-        f" `fit(model, DatasetPartition({name}, num_clients=20))`; these are in fedlight.data."
-    )
+    cls: type = data if isinstance(data, type) else type(data)
+    name = "MyData" if data is None else cls.__name__
+    ways = [
+        f"A LightningDataModule is divided by `fit(model, Federated({name}(...), num_clients=20,"
+        f" partitioner=DirichletClients(0.3)))`, in YAML `{FEDERATED_YAML % name}`",
+        "A dataset, a DataLoader, arrays are divided by `fit(model, DatasetPartition(train, val=val, num_clients=20))`",
+    ]
+    fitting = ways if data is None else ways[:1] if issubclass(cls, LightningDataModule) else ways[1:]
+    what = f"expected a FederatedDataModule that knows what each client has, found {data!r:.60}"
+    return f"data: {what}. {'. '.join(fitting)}. These are in fedlight.data."
 
 
 _AS_GIVEN = ("prepare_data", "teardown", "eval_batch_size_on", "val_dataset", "test_dataset", "predict_dataloader")

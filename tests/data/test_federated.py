@@ -194,8 +194,9 @@ def test_what_is_not_called_is_refused():
     ("data", "line"),
     [
         (Stock(), r"fit\(model, Federated\(Stock\(...\), num_clients=20, .* in YAML .data: {class_path: Federated,"),
-        (DataLoader(TensorDataset(*numbers())), r"fit\(model, DatasetPartition\(DataLoader, num_clients=20"),
-        (TensorDataset(*numbers()), r"fit\(model, DatasetPartition\(TensorDataset, num_clients=20"),
+        (Stock, r"fit\(model, Federated\(Stock\(...\), num_clients=20, .*{class_path: Stock}"),
+        (DataLoader(TensorDataset(*numbers())), r"0x\w+\. A dataset, a DataLoader, .*\(model, DatasetPartition\(train, val"),
+        (TensorDataset(*numbers()), r"0x\w+\. A dataset, a DataLoader, .*\(model, DatasetPartition\(train, val"),
         (None, "expected a FederatedDataModule .* found None. .*MyData"),
     ],
 )
