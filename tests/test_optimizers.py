@@ -534,3 +534,15 @@ def test_momentum_is_not_carried_over(tmp_path):
     quiet_trainer(tmp_path, clients_per_round=1, max_rounds=3).fit(expected, data)  # single steps: momentum is idle
     assert torch.equal(weights(found), weights(expected))
     assert math.isfinite(weights(found).sum())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "said"), [(False, ["net.0.weight, net.0.bias, net.1.weight and 1 more"]), (True, [])]
+)
+def test_parameters_that_the_optimizer_does_not_have_are_said(tmp_path, caplog, frozen, said):
+    model = Regression(net=torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)))
+    model.net[:2].requires_grad_(not frozen)
+    model.configure_optimizers = lambda: SGD(model.net[2].parameters(), lr=0.1)
+    quiet_trainer(tmp_path, max_rounds=1).fit(model, Clients())
+    found = [m.split("no client trains ")[1] for m in caplog.messages if "no client trains" in m]
+    assert found == [f"{some}, which the optimizer does not have." for some in said]

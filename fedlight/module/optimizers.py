@@ -150,6 +150,10 @@ def check_schedules(module: LightningModule, sizes: Sequence[int], trainer: Any)
         for scheduled in optimization.schedulers:
             count = {"step": steps, "epoch": epochs, "round": trainer.max_rounds}[scheduled.interval]
             _check_schedule(module, scheduled, count)
+    taken = {id(p) for group in optimization.optimizer.param_groups for p in group["params"]}
+    if left := [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in taken]:
+        some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        rank_zero_info(f"model.configure_optimizers: no client trains {some}, which the optimizer does not have.")
 
 
 def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int) -> None:

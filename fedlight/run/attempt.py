@@ -167,8 +167,8 @@ def say_traces(module: LightningModule, stage: str, kept: ModuleState, anew: Seq
     plain = changed - {*anew, *(f"self.{name}" for name, _ in module.named_buffers())}
     if (names := metrics | plain) and module.trainer.state.fn == "fit" and not overrides(module, "on_save_checkpoint"):
         rank_zero_info(
-            f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: unless it begins"
-            f" anew in on_{stage}_start, what is logged of it is another after a resume. Or keep it in on_save_checkpoint."
+            f"model: {stage} changes {', '.join(sorted(names))}, and no checkpoint has it: unless it begins anew in"
+            f" on_{stage}_start, what is logged of it is another after a resume. Or keep it in on_save_checkpoint."
         )
     if plain and module.trainer.state.fn == "fit":
         rank_zero_info(

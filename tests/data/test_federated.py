@@ -195,8 +195,8 @@ def test_what_is_not_called_is_refused():
     [
         (Stock(), r"fit\(model, Federated\(Stock\(...\), num_clients=20, .* in YAML .data: {class_path: Federated,"),
         (Stock, r"fit\(model, Federated\(Stock\(...\), num_clients=20, .*{class_path: Stock}"),
-        (DataLoader(TensorDataset(*numbers())), r"0x\w+\. A dataset, a DataLoader, .*\(model, DatasetPartition\(train, val"),
-        (TensorDataset(*numbers()), r"0x\w+\. A dataset, a DataLoader, .*\(model, DatasetPartition\(train, val"),
+        (DataLoader(TensorDataset(*numbers())), r"0x\w+\. A dataset, .*\(model, DatasetPartition\(train, val"),
+        (TensorDataset(*numbers()), r"0x\w+\. A dataset, .*\(model, DatasetPartition\(train, val"),
         (None, "expected a FederatedDataModule .* found None. .*MyData"),
     ],
 )

@@ -168,7 +168,7 @@ def split(folder, train, test):
             {"client": "user"},
             r"`data.client` is 'user', but the columns of `data.source` are text, label, client",
         ),
-        ([{"": 0, **mail} for mail in MAILS], {"client": "user"}, r"the columns of `data.source` are text, label, client"),
+        ([{"": 0, **mail} for mail in MAILS], {"client": "user"}, r"of `data.source` are text, label, client"),
         ([*MAILS, {"text": "x", "label": "ham"}], {"client": "client"}, "1 samples have no 'client'; .* is sample 18"),
         ([*MAILS, {"text": "x", "label": float("nan")}], {}, "1 samples have no 'label'; the first is sample 18"),
         ([*MAILS, {"text": " ", "label": "ham"}], {}, "`data.text`: 1 texts are empty, or no texts; .* is sample 18"),
