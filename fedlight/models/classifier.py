@@ -85,14 +85,15 @@ class Classifier(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]``."""
-        logits: Tensor = self.net(x)
-        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+        logits: Any = self.net(x)
+        if getattr(logits, "shape", ())[1:] != (self.num_classes,):
+            found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise MisconfigurationException(
-                f"`model.net`: {type(self.net).__name__} returned shape {list(logits.shape)}, but with"
+                f"`model.net`: {type(self.net).__name__} returned {found}, but with"
                 f" `model.num_classes: {self.num_classes}` the logits must be [batch, {self.num_classes}]. Correct"
                 " `model.num_classes` or the network's own number of outputs."
             )
-        return logits
+        return logits  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The cross-entropy of a batch, a scalar."""

@@ -110,6 +110,9 @@ def test_what_makes_no_optimizer_and_a_dict_as_batch_are_refused_by_name():
 
 
 def test_number_of_classes_and_logits_must_agree():
+    pair = Classifier(nn.LSTM(3, 10), num_classes=10)  # as models of other libraries, whose outputs are objects
+    with pytest.raises(MisconfigurationException, match=r"`model.net`: LSTM returned a tuple, but"):
+        pair(torch.zeros(1, 3))
     with pytest.raises(MisconfigurationException, match=r"\[1, 7\].*model\.num_classes: 10"):
         Classifier(CifarCNN(num_classes=7), num_classes=10)(torch.zeros(1, 3, 32, 32))
 
