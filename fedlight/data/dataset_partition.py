@@ -98,7 +98,7 @@ class DatasetPartition(PartitionedDataModule):
         """Find the labels and divide the training data among the clients."""
         if self.partition is None:
             self._divide()
-        held = self._held["test" if stage == "test" else "val"]
+        held = self._held["test" if stage in ("test", "predict") else "val"]
         self.eval_batch_size = self._eval_size or held.batch_size or self.batch_size
         self.eval_collate_fn = self._by_hand.collate_fn or held.collate_fn or self.collate_fn
 

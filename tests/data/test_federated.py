@@ -253,7 +253,8 @@ def test_a_loader_is_taken_apart():
 def test_validation_and_test_have_loaders_of_their_own():
     loaders = [DataLoader(TensorDataset(*numbers(8)), size) for size in (2, 3, 4)]
     data = DatasetPartition(loaders[0], test=loaders[2], val=loaders[1], num_clients=2)
-    assert [ready(data, stage).eval_batch_size for stage in ("fit", "test", "validate")] == [3, 4, 3]
+    stages = ("fit", "test", "validate", "predict")  # of the test data
+    assert [ready(data, stage).eval_batch_size for stage in stages] == [3, 4, 3, 4]
 
 
 def doubled(samples):
