@@ -258,7 +258,8 @@ class ClientLoop:
                 raise
             raise MisconfigurationException(
                 f"trainer.callbacks: {type(step.penalties[0]).__name__} measures layers of a graph that training_step"
-                " has taken a gradient of. Name in `layers` those outside of it, or take it with retain_graph=True."
+                " or a hook takes a gradient of. Name in `layers` those outside of it, take it with retain_graph=True,"
+                " and let what a hook of a tensor differentiates be computed in it, under torch.enable_grad()."
             ) from error
         call("on_after_backward")
 

@@ -155,3 +155,39 @@ def test_a_layer_in_a_graph_that_the_step_has_used_up_is_named(tmp_path):
     fit(tmp_path / "without", model(Samples))
     with pytest.raises(MisconfigurationException, match="MAN measures layers of a graph .* retain_graph=True"):
         fit(tmp_path, model(Samples), MAN(ZETA))
+
+
+class FixedPoint(torch.nn.Module):
+    """Its gradient is that of the fixed point, for which a hook differentiates one more step."""
+
+    def __init__(self, within):
+        super().__init__()
+        self.inner, self.within = torch.nn.Linear(3, 3), within
+
+    def forward(self, x):
+        z, one = torch.tanh(self.inner(x)), x.detach()
+
+        def more():
+            point = z.detach().requires_grad_()
+            return point, torch.tanh(self.inner(point)) + one
+
+        made = None if self.within else more()
+
+        def hook(grad):
+            with torch.enable_grad():
+                point, out = made or more()
+                return grad + torch.autograd.grad(out, point, grad, retain_graph=True)[0]
+
+        if z.requires_grad:
+            z.register_hook(hook)
+        return z
+
+
+def test_what_a_hook_differentiates_is_to_be_computed_in_it(tmp_path):
+    def net(within):
+        return Regression(net=torch.nn.Sequential(FixedPoint(within), torch.nn.Linear(3, 1)))
+
+    with pytest.raises(MisconfigurationException, match=r"or a hook takes .* computed in it, under torch.enable"):
+        fit(tmp_path / "before", net(False), MAN(ZETA))
+    trainer = fit(tmp_path / "within", net(True), MAN(ZETA))
+    assert [key for key in trainer.callback_metrics if key.startswith("man/")] == ["man/net.0.tanh"]
