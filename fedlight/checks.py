@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from fedlight.penalties.numbers import current as current
 from fedlight.penalties.numbers import largest as largest
 
 
-def check_at_least_one(key: str, value: int) -> int:
-    """Return ``value``, or raise a ValueError that names its key."""
-    if value < 1:
-        raise ValueError(f"{key} must be at least 1, got {value}.")
-    return value
+def check_whole(key: str, value: Any, least: int = 1) -> int:
+    """Return a whole number, or raise a ValueError that names its key where it is none or too small."""
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{key} must be {f'at least {least}' if whole else 'a whole number'}, got {value!r}.")
+    return int(value)
 
 
 def path_of(key: str, value: str | Path) -> Path:

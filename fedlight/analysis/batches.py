@@ -11,7 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_whole
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.reading import picks_one, read_batches
 from fedlight.penalties.batches import batch_size as size_of
@@ -67,7 +67,7 @@ def analysis_batches(
         ValueError: if there is no data, or ``max_samples`` or ``batch_size`` is below 1.
     """
     for key, value in (("max_samples", max_samples), ("batch_size", batch_size)):
-        check_at_least_one(f"`{key}`", 1 if value is None else value)
+        check_whole(f"`{key}`", 1 if value is None else value)
     move = transfer if transfer is not None else partial(move_data_to_device, device=device)
     if data is None:
         raise ValueError("There is no data to measure the Hessian on: `data: val` needs validation data.")

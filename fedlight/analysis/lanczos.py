@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlight.analysis.operators import Block, HessianOperator, check_products
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 
 
 class KrylovSpace:
@@ -161,7 +161,7 @@ def top_eigenvalues(
         ValueError: if k is below 1, or the tolerance is not positive.
         NonFiniteLossError: if a product holds NaN or infinity.
     """
-    check_at_least_one("`top_k`", k)
+    check_whole("`top_k`", k)
     check_number("`tolerance`", tolerance, positive=True)
     if k > (size := operator.size):
         warnings.warn(f"`top_k` is {k}, but the model has {size} parameters; all {size} are computed.", stacklevel=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlight.analysis.operators import HessianOperator
 from fedlight.analysis.result import save_arrays
-from fedlight.checks import check_number
+from fedlight.checks import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def loss_surface(
         ValueError: if ``radius`` is not positive or ``points`` below 3.
     """
     check_number("`radius`", radius, positive=True)
-    _check(points)
+    check_whole("`points`", points, 3)
     grid = torch.linspace(-radius, radius, points, dtype=torch.float64)
     here, (first, second) = operator.flat(), directions.to(operator.parameters[0])
     loss = [[operator.loss_at(here + float(a) * first + float(b) * second) for b in grid] for a in grid]
@@ -131,7 +131,7 @@ def loss_line(
     Raises:
         ValueError: if the vectors do not fit the model, ``margin`` is negative or ``points`` below 3.
     """
-    _check(points)
+    check_whole("`points`", points, 3)
     check_number("`margin`", margin)
     for name, vector in (("start", start), ("end", end)):
         if vector.shape != (operator.size,):
@@ -145,8 +145,3 @@ def loss_line(
             before_each(position)
         loss.append(operator.loss_at(torch.lerp(start, end, position)))
     return LossLine(t, torch.tensor(loss, dtype=torch.float64))
-
-
-def _check(points: int) -> None:
-    if points < 3:
-        raise ValueError(f"`points` must be at least 3, got {points}.")

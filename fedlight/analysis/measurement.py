@@ -21,7 +21,7 @@ from fedlight.analysis.operators import Block, HessianOperator, NonFiniteLossErr
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.stochastic import TraceEstimate
 from fedlight.analysis.subject import DataName, Subject, Weights
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.run.checkpoint import check_state_dict, load_checkpoint
 from fedlight.seeding import generator, preserved_global_rng
 
@@ -53,8 +53,8 @@ class Measurement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least_one(f"{self.who}: `top_k`", self.top_k)
-        check_at_least_one(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
+        check_whole(f"{self.who}: `top_k`", self.top_k)
+        check_whole(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
         check_number(f"{self.who}: `sam_rho`", self.sam_rho, positive=True)
         check_number(f"{self.who}: `tolerance`", self.tolerance, positive=True)
         if self.data not in ("train", "val", "clients"):
@@ -185,9 +185,8 @@ class Survey:
         if self.directions not in _NAMES:
             raise ValueError(f"{self.who}: `directions` must be random or eigenvectors, got {self.directions!r}.")
         check_number(f"{self.who}: `radius`", 1 if self.radius is None else self.radius, positive=True)
-        check_at_least_one(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
-        if self.points < 3:
-            raise ValueError(f"{self.who}: `points` must be at least 3, got {self.points}.")
+        check_whole(f"{self.who}: `max_samples`", 1 if self.max_samples is None else self.max_samples)
+        check_whole(f"{self.who}: `points`", self.points, 3)
         if self.data not in ("train", "val"):
             raise ValueError(f"{self.who}: `data` must be train or val, got {self.data!r}.")
 

@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks._rounds import RoundCallback
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.run.checkpoint import CheckpointWriter, save_checkpoint
 from fedlight.run.names import nearest, preferred_metric, smaller_is_better
 
@@ -40,7 +40,7 @@ class Checkpoint(RoundCallback):
         max_overhead: float = 0.1,
     ) -> None:
         self.monitor, self.mode = monitor, mode
-        self.every_n_rounds = check_at_least_one("Checkpoint.every_n_rounds", every_n_rounds)
+        self.every_n_rounds = check_whole("Checkpoint.every_n_rounds", every_n_rounds)
         self.max_overhead = check_number("Checkpoint.max_overhead", max_overhead, positive=True, at_most=1)
         self._begin()
 

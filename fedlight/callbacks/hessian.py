@@ -13,7 +13,7 @@ from fedlight.analysis import records
 from fedlight.analysis.measurement import Measurement
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import Subject, is_federated, output_folder, subject_of
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_whole
 from fedlight.run.folder import optional
 from fedlight.run.loggers import log_picture, read_metrics
 from fedlight.written import Remembers
@@ -64,7 +64,7 @@ class HessianSpectrum(Remembers, Measurement, Callback):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_one("HessianSpectrum: `every_n_rounds`", self.every_n_rounds)
+        check_whole("HessianSpectrum: `every_n_rounds`", self.every_n_rounds)
         self.results: dict[str, HessianResult] = {}
         self._undrawn: int | None = None
         self._drawn_at, self._epoch = 0.0, -1

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedlight.checks import check_number
+from fedlight.checks import check_number, check_whole
 
 
 class BatchTransform:
@@ -41,7 +41,7 @@ class BatchTransform:
     ) -> None:
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(f"`data.normalize` needs one mean and one positive std per channel, got {mean} and {std}.")
-        check_number("`data.crop_padding`", crop_padding)
+        check_whole("`data.crop_padding`", crop_padding, 0)
         self.flip, self.crop_padding = check_number("`flip`", flip, at_most=1), crop_padding
         self.crop_probability = check_number("`crop_probability`", crop_probability, at_most=1)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))

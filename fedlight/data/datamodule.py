@@ -16,7 +16,7 @@ from torch.serialization import set_default_mmap_options
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, default_collate
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_whole
 from fedlight.data.arrays import ArrayDataset, in_memory
 from fedlight.seeding import generator
 from fedlight.written import Remembers
@@ -60,9 +60,9 @@ class FederatedDataModule(Remembers, LightningDataModule):
         held_out_clients: int | float = 0,
     ) -> None:
         super().__init__()
-        self.batch_size = self.eval_batch_size = check_at_least_one("`data.batch_size`", batch_size)
+        self.batch_size = self.eval_batch_size = check_whole("`data.batch_size`", batch_size)
         if eval_batch_size is not None:
-            self.eval_batch_size = check_at_least_one("`data.eval_batch_size`", eval_batch_size)
+            self.eval_batch_size = check_whole("`data.eval_batch_size`", eval_batch_size)
         self.num_workers, self.collate_fn, self.eval_collate_fn, self.seed = num_workers, collate_fn, collate_fn, seed
         self.held_out_clients = held = held_out_clients
         if isinstance(held, bool) or not 0 <= held < (1 if held % 1 else math.inf):

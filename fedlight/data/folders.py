@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_whole
 from fedlight.data.images import ImageArrays, held_out_for_test
 from fedlight.data.pixels import read_images
 
@@ -53,7 +53,7 @@ def load_folder(
     read in two ways is refused.
     """
     if image_size is not None:
-        check_at_least_one("`data.image_size`", image_size)
+        check_whole("`data.image_size`", image_size)
     files, test_files, said = read_tree(root, EXTENSIONS, test_domains, test_fraction)
     domains = sorted({f.domain for f in files + test_files} - {""})
     classes = in_order({f.label for f in files})

@@ -5,7 +5,7 @@ import math
 import torch
 from lightning.fabric.utilities import rank_zero_info
 
-from fedlight.checks import check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.augment import BatchTransform
 from fedlight.data.images import ImageArrays, channel_statistics, holdout, limit
@@ -91,7 +91,7 @@ class ImageData(PartitionedDataModule):
         super().__init__(num_clients, partitioner or DirichletClients(), batch_size, size, **more)
         self._eval_batch_size_is_given = eval_batch_size is not None
         check_number("`data.val_fraction`", val_fraction, below=1)
-        check_number("`data.crop_padding`", crop_padding)
+        check_whole("`data.crop_padding`", crop_padding, 0)
         if isinstance(normalize, str) and normalize not in ("auto", "none", *STATISTICS):
             known = ", ".join(["auto", "none", *STATISTICS])
             raise ValueError(f"`data.normalize` is {normalize!r}, but must be one of {known}, or [means, deviations].")

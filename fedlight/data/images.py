@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.checks import check_at_least_one
+from fedlight.checks import check_whole
 from fedlight.data.partition import rank_in_group
 from fedlight.data.pixels import FULL_SCALES, white_of
 from fedlight.seeding import generator
@@ -176,7 +176,7 @@ def take(arrays: ImageArrays, train: Tensor, test: Tensor) -> ImageArrays:
 
 def limit(arrays: ImageArrays, num_samples: int, rng: torch.Generator) -> ImageArrays:
     """At most ``num_samples`` training and as many test images, drawn at random and kept in order."""
-    check_at_least_one("`data.limit_samples`", num_samples)
+    check_whole("`data.limit_samples`", num_samples)
     sizes = len(arrays.y_train), len(arrays.y_test)
     classes = arrays.classes or [str(c) for c in range(arrays.num_classes)]  # a rare class may lose its last image
     rows = (torch.randperm(size, generator=rng)[:num_samples].sort().values for size in sizes)

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.data.partition import (
     Partitioner,
     apportion,
@@ -91,8 +91,8 @@ class DirichletClasses(Partitioner):
 
     def __init__(self, alpha: float = 0.3, min_size: int = 1, max_tries: int = 100) -> None:
         self.alpha = check_number("`data.partitioner.alpha`", alpha, positive=True)
-        self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
-        self.max_tries = check_at_least_one("`data.partitioner.max_tries`", max_tries)
+        self.min_size = check_whole("`data.partitioner.min_size`", min_size)
+        self.max_tries = check_whole("`data.partitioner.max_tries`", max_tries)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw numbers of samples until they meet the minimum, then cut."""
@@ -138,7 +138,7 @@ class Shards(Partitioner):
     """
 
     def __init__(self, classes_per_client: int = 2) -> None:
-        self.classes_per_client = check_at_least_one("`data.partitioner.classes_per_client`", classes_per_client)
+        self.classes_per_client = check_whole("`data.partitioner.classes_per_client`", classes_per_client)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Cut the classes into shards and deal them in k rounds of one shard per client."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 
 
 class Partitioner(ABC):
@@ -97,7 +97,7 @@ class QuantitySkew(Partitioner):
 
     def __init__(self, sigma: float = 1.0, min_size: int = 1) -> None:
         self.sigma = check_number("`data.partitioner.sigma`", sigma)
-        self.min_size = check_at_least_one("`data.partitioner.min_size`", min_size)
+        self.min_size = check_whole("`data.partitioner.min_size`", min_size)
 
     def split(self, targets: Tensor, num_clients: int, generator: Generator, groups: Tensor | None) -> list[Tensor]:
         """Draw sizes and cut a random order of all samples."""

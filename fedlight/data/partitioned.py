@@ -7,7 +7,7 @@ from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fedlight.checks import check_at_least_one, check_objects
+from fedlight.checks import check_objects, check_whole
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partition import NaturalGroups, Partitioner, apportion, by_client
@@ -80,7 +80,7 @@ class PartitionedDataModule(FederatedDataModule):
     ) -> None:
         super().__init__(batch_size, *others, **more)
         if num_clients is not None:
-            self.num_clients = check_at_least_one("`data.num_clients`", num_clients)
+            self.num_clients = check_whole("`data.num_clients`", num_clients)
         elif not isinstance(partitioner, NaturalGroups):
             raise ValueError("`data.num_clients` may be null only with `data.partitioner: NaturalGroups`.")
         check_objects({"data.partitioner": partitioner})

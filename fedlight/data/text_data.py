@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.federated import draw_clients
 from fedlight.data.images import held_out_for_test, holdout, say_shared
@@ -88,9 +88,8 @@ class TextData(PartitionedDataModule):
         clients = num_clients or (None if isinstance(partitioner or usual, NaturalGroups) else 20)
         more = {"seed": seed, "held_out_clients": held_out_clients}
         super().__init__(clients, partitioner or usual, batch_size, eval_batch_size, **more)
-        self.max_length = check_at_least_one("`data.max_length`", max_length)
-        if vocab_size < 3:
-            raise ValueError(f"`data.vocab_size` must be at least 3: padding and unknown are two. Found {vocab_size}.")
+        self.max_length = check_whole("`data.max_length`", max_length)
+        check_whole("`data.vocab_size`", vocab_size, 3)
         check_number("`data.val_fraction`", val_fraction, below=1)
         if next_token and (label is None or tokenizer not in ("words", "chars")):
             raise ValueError("`data.next_token` needs `data.label`, and `data.tokenizer` words or chars.")

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedlight.checks import check_whole
+
 Batch = tuple[Tensor, Tensor]
 """Inputs ``[B, ...]`` and labels ``[B]`` int64."""
 
@@ -62,8 +64,7 @@ class Classifier(LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"`model.num_classes` must be at least 2, got {num_classes}.")
+        check_whole("`model.num_classes`", num_classes, 2)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"`model.label_smoothing` must be in [0, 1), got {label_smoothing}.")
         if lr_interval not in ("round", "epoch", "step"):

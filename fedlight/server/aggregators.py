@@ -7,7 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from fedlight.checks import check_at_least_one, check_number
+from fedlight.checks import check_number, check_whole
 from fedlight.perturbations.base import Perturbation, State
 
 _COLUMNS = 2**18
@@ -90,7 +90,7 @@ class GeometricMedian(Aggregator):
     """
 
     def __init__(self, iterations: int = 10, smoothing: float = 1e-6) -> None:
-        self.iterations = check_at_least_one(f"{_KEY}.iterations", iterations)
+        self.iterations = check_whole(f"{_KEY}.iterations", iterations)
         self.smoothing = check_number(f"{_KEY}.smoothing", smoothing, positive=True)
 
     def __call__(self, values: Tensor, updates: Tensor, weights: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class Krum(Aggregator):
 
     def __init__(self, attackers: int = 1, keep: int = 1) -> None:
         self.attackers, self.keep = int(check_number(f"{_KEY}.attackers", attackers)), keep
-        self.min_clients = max(2 * self.attackers + 3, self.attackers + 2 + check_at_least_one(f"{_KEY}.keep", keep))
+        self.min_clients = max(2 * self.attackers + 3, self.attackers + 2 + check_whole(f"{_KEY}.keep", keep))
 
     def tolerates(self, clients: int) -> int:
         """``attackers``."""
