@@ -5,14 +5,14 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from fedlight.cli.classes import taking
-from fedlight.cli.configs import nearest
+from fedlight.cli.configs import configs, nearest
 from fedlight.data.federated import FEDERATED_YAML
 from fedlight.written import arguments
 
@@ -32,7 +32,7 @@ def readable(message: str) -> str:
     return "\n".join(seen.values()) or message
 
 
-def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -> list[str]:
+def suggestions(message: str, keys: Collection[str], classes: Mapping[str, str]) -> list[str]:
     """A sentence for each unknown name in a parser's message; ``classes`` has the key that each belongs under."""
     message = re.sub(r"Group '([\w.]+)' does not accept option '", r"does not accept option '\1.", message)
     inner = re.findall(r"Got value: Namespace\(class_path='([\w.]+)'", message)
@@ -49,8 +49,10 @@ def suggestions(message: str, keys: Iterable[str], classes: Mapping[str, str]) -
     found += ["YAML is indented with spaces, not with tabs"] * (r"'\t' that cannot start any token" in message)
     for value in re.findall(r"Expected a <class 'str'>\. Got value: (\S+)", message):
         found.append(f"YAML reads {value.lower()} as another thing than a word: write it in quotes")
-    if word := re.search(r"nrecognized arguments: ([-–—]?)(\w+\.[\w.]+)", message):
-        found.append(f"two hyphens begin an option: --{word[2]}")
+    for word in re.findall(r"nrecognized arguments: [-–—]?(\w[\w./-]*)", message):
+        is_file = word.endswith((".yaml", ".yml")) or word in configs()
+        found += [f"-c reads a configuration: -c {word}"] * is_file
+        found += [f"two hyphens begin an option: --{word}"] * (not is_file and ("." in word or word in keys))
     found += [nearest(os.path.relpath(path)) for path in re.findall(r"File does not exist: '(.+)'", message)]
     for path in re.findall(r"Import path ([\w.]+) does not correspond to a subclass of FederatedDataModule", message):
         found.append(f"a LightningDataModule is divided among clients by `{FEDERATED_YAML % path}`")
