@@ -148,6 +148,12 @@ class TextData(PartitionedDataModule):
         rank_zero_info(said + (f"; {len(self.classes)} labels: {names}." if names else "."))
         trained, tested = ([table["text"][row] for row in rows] for rows in (train, test))
         say_shared("data: {} test texts are training texts", trained, tested)
+        if self.next_token and self.tokenizer == "chars":  # windows of one text
+            held = [table["text"][row] for row in {*val.tolist(), *test.tolist()}]
+            known, ends = {*held}, (table["label"][row] for row in train)
+            later = (f"{text}{end}"[1:] for text, end in zip(trained, ends, strict=True))
+            said = "data: {} held-out windows are in training, one character later"
+            say_shared(said, (text for text in later if text in known), held)
 
     def _read(self) -> tuple[Table, np.ndarray[Any, Any]]:
         """All texts with labels and clients, in one table, and the split of each."""

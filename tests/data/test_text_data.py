@@ -115,7 +115,7 @@ def test_a_tokenizer_of_hugging_face_pads_with_its_own_number(tmp_path):
     assert found == {(1, 1, 2, 2, 9, 9), (1, 1, 2, 3, 4, 5)}
 
 
-def test_shakespeare_of_leaf_names_the_next_character(tmp_path):
+def test_shakespeare_of_leaf_names_the_next_character(tmp_path, caplog):
     data = ready(str(layouts.shakespeare(tmp_path)), client="client", tokenizer="chars", max_length=80, next_token=True)
     assert (data.num_clients, data.client_size(1), len(data.client_val_dataset(1))) == (2, 12, 3)
     ids, labels = batch(data.client_dataset(0))
@@ -124,6 +124,7 @@ def test_shakespeare_of_leaf_names_the_next_character(tmp_path):
         spoken = "".join(data.vocabulary[i - 2] for i in [*row, label])
         assert spoken in layouts.LINE * 3
     assert data.partition_counts() is None
+    assert "data: 2 of 6 held-out windows are in training, one character later, too" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "folders", "hf", "saved"])
