@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from fedlight import __version__
+from fedlight.analysis.measurement import Measurement, Survey
 from fedlight.analysis.memory import free_memory, graph_bytes
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.data.datamodule import first_samples
@@ -100,7 +101,8 @@ def answer(job: Parcel, config: Path, node: Mapping[str, Any]) -> Parcel:
         check_allowed(yaml.safe_load(config.read_text()), str(node.get("allow", "")))
         cli = build(config, FederatedTrainer, {**job.info.get("options", {}), **node}, site=True)
         trainer, data, mine = cli.trainer, cli.datamodule, clients_of(node)
-        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, RoundCallback)]  # no round is complete
+        of_rounds = RoundCallback, Measurement, Survey  # and no round is complete here
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, of_rounds)]
         if node.get("source") or node.get("own-data"):
             if len(mine) > 1:
                 raise MisconfigurationException("node-config: a site with its own data is one client (partition-id).")

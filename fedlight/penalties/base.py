@@ -114,13 +114,10 @@ class Penalty(_CallbackBase, Term):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Detach."""
-        self._end(pl_module)
+        if (step := penalized_step(pl_module)) is not None:
+            step.remove(self, over=True)
 
     on_exception = teardown = on_fit_end
-
-    def _end(self, module: nn.Module) -> None:
-        if (step := penalized_step(module)) is not None:
-            step.remove(self, over=True)
 
     def _check(self, module: nn.Module) -> None:
         name, owner = type(self).__name__, type(module).__name__

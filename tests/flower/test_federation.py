@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from fedlight import LossLandscape
 from fedlight.cli.command import FederatedCLI
 from fedlight.flower.messages import Parcel
 from fedlight.flower.server import serve
@@ -178,8 +179,11 @@ def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path,
     assert torch.isfinite(trainer.federation.params).all()
 
 
-def test_an_answer_for_clients_of_another_site_is_refused(tmp_path):
-    simulated(tmp_path, "--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4", rounds=1)
+def test_an_answer_for_clients_of_another_site_is_refused(tmp_path, monkeypatch):
+    settings = ["--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4"]
+    simulated(tmp_path, *settings, "--trainer.callbacks+={class_path: LossLandscape, init_args: {points: 3}}", rounds=1)
+    checked = []  # what the server alone measures, no site checks
+    monkeypatch.setattr(LossLandscape, "check", lambda self, subject, view: checked.append(view))
 
     def change(node, parcel):
         if node != 100 or parcel.kind != "train":
@@ -195,6 +199,7 @@ def test_an_answer_for_clients_of_another_site_is_refused(tmp_path):
     with pytest.warns(UserWarning, match=said):
         trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
     assert [report.client for report in trainer.client_reports] == [1, 2, 3]
+    assert checked == ["server", "server"]  # before and after training
 
 
 def test_a_site_with_too_little_memory_is_refused_before_training(tmp_path, monkeypatch):
