@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.cli.command import main
 from fedlight.data import IID, DatasetPartition, DirichletClients
+from fedlight.data.reading import class_names
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM
 from fedlight.report.runs import read_run
@@ -353,6 +355,15 @@ def test_classes_of_other_names_are_refused(tmp_path, call):
     with pytest.raises(MisconfigurationException, match=r"data.classes.1: .*bee.*cat"):
         command(Net(), classes("ant", "cat"), "last")
     command(Net(), classes("ant", "bee"), "last")
+
+
+@pytest.mark.parametrize("classes", [None, 2, np.array(["ant", "bee"])])
+def test_a_datamodule_may_call_anything_its_classes(tmp_path, classes):
+    data = Clients()
+    data.classes = classes
+    quiet_trainer(tmp_path, max_rounds=1).fit(Regression(), data)
+    quiet_trainer(tmp_path, max_rounds=2).fit(Regression(), data, "last")
+    assert class_names(data) == ["ant", "bee"] * (type(classes) is np.ndarray)
 
 
 def test_a_buffer_that_comes_with_a_hook_is_read_from_the_checkpoint(tmp_path):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedlight.analysis.pictures import drawn, line_style
 from fedlight.callbacks._rounds import RoundCallback
 from fedlight.data.picture import partition_csv, save_partition_picture
+from fedlight.data.reading import class_names
 from fedlight.run.folder import atomic_write
 from fedlight.run.loggers import log_picture, read_metrics
 from fedlight.run.names import aggregate
@@ -65,7 +66,7 @@ class PartitionPicture(RoundCallback):
         counts = None if picture.exists() else trainer.datamodule.partition_counts()
         if counts is None:
             return
-        names = getattr(trainer.datamodule, "classes", None) or None
+        names = class_names(trainer.datamodule)
         picture.parent.mkdir(exist_ok=True)
         save_partition_picture(counts, picture, names)
         atomic_write(Path(trainer.run_dir) / "partition.csv", partition_csv(counts, names).encode())

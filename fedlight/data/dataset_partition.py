@@ -15,7 +15,7 @@ from fedlight.data.folders import in_order
 from fedlight.data.images import say_shared
 from fedlight.data.partition import IID, NaturalGroups, Partitioner
 from fedlight.data.partitioned import PartitionedDataModule
-from fedlight.data.reading import LABELS, Loaded, is_hf, label_of, loaded, numbered
+from fedlight.data.reading import LABELS, Loaded, class_names, is_hf, label_of, loaded, numbered
 from fedlight.seeding import preserved_global_rng
 
 
@@ -114,7 +114,7 @@ class DatasetPartition(PartitionedDataModule):
             if below == whole and (what == "test" or self._val is not self._test):
                 say_shared(f"data: {{}} {what} samples are training samples", rows, held_out)
         self._encode()
-        names, *others = map(_class_names, (self._train, self._val, self._test))
+        names, *others = map(class_names, (self._train, self._val, self._test))
         for key, other in zip(("val", "test"), others, strict=True):
             if names and any(a != b for a, b in zip(names, other, strict=False)):
                 raise ValueError(
@@ -214,14 +214,6 @@ def _one_coding(sets: dict[str, Any], column: str) -> tuple[dict[str, Any], list
         except ValueError as error:
             raise ValueError(f"`data.{key[1:]}`: labels are not those of training, {names[:5]}: {error}.") from error
     return out, names
-
-
-def _class_names(dataset: Any) -> list[str]:
-    """The names of its classes by number, where a dataset has them in ``classes``."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    names = getattr(dataset, "classes", None)
-    return [str(name) for name in names] if isinstance(names, list | tuple) else []
 
 
 def find_targets(dataset: Any, keys: Sequence[str] = LABELS, names: Sequence[str] = ()) -> Tensor | None:

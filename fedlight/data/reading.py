@@ -193,6 +193,14 @@ def label_of(sample: Any) -> Any:
     return _plain(label)
 
 
+def class_names(data: Any) -> list[str]:
+    """The names of classes by number, where a dataset or datamodule has them in ``classes``; others have numbers."""
+    while isinstance(data, Subset):
+        data = data.dataset
+    names = getattr(data, "classes", None)
+    return [str(name) for name in names] if isinstance(names, list | tuple | np.ndarray) else []
+
+
 def _plain(value: Any) -> Any:
     """A value as Python has it, where it is one value."""
     value = value.item() if hasattr(value, "item") and np.shape(value) in ((), (1,)) else value

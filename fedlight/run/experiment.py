@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Subset
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.data.partitioned import Partition
+from fedlight.data.reading import class_names
 from fedlight.penalties.numbers import settings_of
 from fedlight.run.context import RunContext
 from fedlight.seeding import preserved_global_rng, seed_global_rng
@@ -33,7 +34,7 @@ _TRAINER = (
 )
 _DATA = (
     *("num_clients", "batch_size", "seed", "partitioner", "collate_fn"),
-    *("tokenizer", "max_length", "vocab_size", "classes"),
+    *("tokenizer", "max_length", "vocab_size"),
 )
 _HOW = ("params", "initial_lr", "foreach", "fused", "capturable", "differentiable")
 _SAMPLES = 8
@@ -134,6 +135,7 @@ def _data(data: FederatedDataModule) -> dict[str, Any]:
     return {
         "class_path": type(data).__name__,
         **{key: plain(getattr(data, key, None)) for key in _DATA},
+        "classes": class_names(data),
         "transform": plain(getattr(first, "transform", None)),
         "held_out_clients": list(data.new_clients),
         "partition": indices.hexdigest(),

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fedlight.checks import path_of
 from fedlight.data.datamodule import first_samples
 from fedlight.data.federated import given_data
+from fedlight.data.reading import class_names
 from fedlight.module.hooks import overrides
 from fedlight.run.attempt import evaluating, watch
 from fedlight.run.context import RunContext
@@ -136,7 +137,7 @@ def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | 
     if all(isinstance(o, Tensor) and o.ndim and o.shape[1:] == outputs[0].shape[1:] for o in outputs):
         joined = torch.cat(outputs)
     about: dict[str, Any] = {"view": view, "checkpoint": checkpoint_name(run, folder), "rounds": rounds}
-    if names := _names(joined, getattr(given_data(run.datamodule), "classes", ())):
+    if names := _names(joined, class_names(given_data(run.datamodule))):
         about["classes"] = names
     with writing(where):
         where.mkdir(parents=True, exist_ok=True)
@@ -152,12 +153,12 @@ def _write(run: RunContext, view: str, outputs: list[Any], output: str | Path | 
     print(f"predictions: {where / name}.pt", flush=True)
 
 
-def _names(predictions: Any, classes: Any) -> list[str]:
+def _names(predictions: Any, classes: list[str]) -> list[str]:
     """The data's names of classes by number, if predictions are such numbers; else none."""
     numbers = isinstance(predictions, Tensor) and predictions.ndim == 1 and predictions.dtype == torch.int64
     if not (numbers and len(predictions) and 0 <= int(predictions.min()) <= int(predictions.max()) < len(classes)):
         return []
-    return list(classes)
+    return classes
 
 
 def export(run: RunContext, to: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.checks import check_objects, path_of
 from fedlight.data.federated import given_data
+from fedlight.data.reading import class_names
 from fedlight.module.optimizers import RoundSchedule
 from fedlight.run.checkpoint import load_checkpoint
 from fedlight.run.context import RunContext
@@ -111,7 +112,7 @@ def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> No
     if type(data).__qualname__ in checkpoint:
         data.load_state_dict(checkpoint[type(data).__qualname__])
     trained = checkpoint.get("fedlight", {}).get("experiment", {}).get("data", {}).get("classes")
-    changes = differences(trained or [], list(getattr(data, "classes", [])), "data.classes")
+    changes = differences(trained or [], class_names(data), "data.classes")
     if trained and command != "fit":  # which compares everything
         for key, (old, new) in changes.items():
             raise MisconfigurationException(

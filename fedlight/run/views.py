@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fedlight.data.reading import class_names
 from fedlight.module.hooks import overrides
 from fedlight.module.parameters import load_flat_parameters, load_tensors
 from fedlight.personal.base import Personalization
@@ -88,7 +89,7 @@ class Views:
         run, classes = self._run, getattr(self._run.module, "num_classes", None)
         dataset, limit = self._data(stage)
         if isinstance(classes, int) and dataset is not None and overrides(run.module, "predict_step"):
-            names = getattr(run.datamodule, "classes", None) or [str(number) for number in range(classes)]
+            names = class_names(run.datamodule) or [str(number) for number in range(classes)]
             log_confusion(logger, stage.removesuffix("idation"), run.evaluator.classified(dataset, limit), names)
 
     def evaluate_round(self) -> Row:
