@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,11 +96,9 @@ def analysis_batches(
 
 def _of_arrays(data: ArrayDataset, parts: list[Tensor], device: torch.device, move: Callable[[Any], Any]) -> Batches:
     sizes = [len(part) for part in parts]
-    if data.fits(device):
-        here, parts = data.to(device), [part.to(device) for part in parts]
-        return Batches(lambda index: move(here.batch(parts[index])), sizes)
-    drawn = data.view(data.positions(torch.cat(parts)), data.transform)  # read by every product, but never all at once
-    ends = torch.tensor(sizes).cumsum(0).tolist()
+    ends = list(accumulate(sizes))
+    drawn = data.view(data.positions(torch.cat([torch.arange(0), *parts])), data.transform)
+    drawn = drawn.to(device) if drawn.fits(device) else drawn  # which every product reads, but never all at once
     return Batches(lambda index: move(drawn.part(ends[index] - sizes[index], ends[index], device)), sizes)
 
 

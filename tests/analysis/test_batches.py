@@ -119,6 +119,7 @@ def test_data_that_does_not_fit_on_the_device_is_read_in_parts(monkeypatch, rank
     settings = {"device": torch.device("cpu"), "max_samples": 23, "batch_size": 5, "rank": rank, "world_size": 2}
     expected = list(analysis_batches(data, **settings))
     monkeypatch.setattr(ArrayDataset, "fits", lambda self, device: False)
+    assert len(analysis_batches(data, **settings | {"rank": 30, "world_size": 31})) == 0
     found = list(analysis_batches(data, **settings))
     assert len(found) == len(expected) == (3 if rank == 0 else 2)
     for a, b in zip(found, expected, strict=True):
