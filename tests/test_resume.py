@@ -362,8 +362,12 @@ def test_a_datamodule_may_call_anything_its_classes(tmp_path, classes):
     data = Clients()
     data.classes = classes
     quiet_trainer(tmp_path, max_rounds=1).fit(Regression(), data)
-    quiet_trainer(tmp_path, max_rounds=2).fit(Regression(), data, "last")
-    assert class_names(data) == ["ant", "bee"] * (type(classes) is np.ndarray)
+    second = quiet_trainer(tmp_path, max_rounds=2)
+    second.fit(Regression(), data, "last")
+    names = ["ant", "bee"] * (type(classes) is np.ndarray)
+    assert class_names(data) == names
+    written = load_checkpoint(second.run_dir / "checkpoints" / "last.ckpt")["fedlight"]["experiment"]["data"]
+    assert written["classes"] == (names or classes)  # as checkpoints from before have it
 
 
 def test_a_buffer_that_comes_with_a_hook_is_read_from_the_checkpoint(tmp_path):

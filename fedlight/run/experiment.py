@@ -135,7 +135,7 @@ def _data(data: FederatedDataModule) -> dict[str, Any]:
     return {
         "class_path": type(data).__name__,
         **{key: plain(getattr(data, key, None)) for key in _DATA},
-        "classes": class_names(data),
+        "classes": class_names(data) or plain(getattr(data, "classes", None)),
         "transform": plain(getattr(first, "transform", None)),
         "held_out_clients": list(data.new_clients),
         "partition": indices.hexdigest(),
