@@ -14,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight import LossLandscape
 from fedlight.cli.command import FederatedCLI
-from fedlight.flower.messages import Parcel
 from fedlight.flower.server import serve
 from fedlight.flower.sites import Sites
 from tests.flower.fake import FakeTransport, nodes
@@ -144,6 +143,7 @@ BAD = {
     "another name": (lambda p: {"0/message/other": torch.zeros(3)}, {}, "it has \\['other', 'params'\\]"),
     "other samples": (lambda p: {}, {"num_samples": 10**6}, "it counts 1000000 samples"),
     "endless steps": (lambda p: {}, {"lr_sum": float("nan")}, "steps .*nan"),
+    "another site's": (lambda p: {}, None, "it answers for clients \\['0', '3'\\], and not \\['0'\\]"),
     "no figures": (lambda p: {}, {"lengths": None}, "its message is refused"),
     "not finite": (lambda p: {k: v * float("nan") for k, v in p.tensors.items() if "0/" in k}, {}, "left out clients"),
 }
@@ -159,13 +159,19 @@ class Spoiling(FakeTransport):
                 yield node, parcel
                 continue
             for tensors, figures, _ in BAD.values():
-                info = {**parcel.info, "clients": {"0": {**parcel.info["clients"]["0"], **figures}}}
+                own = parcel.info["clients"]["0"]
+                clients = {"0": own, "3": own} if figures is None else {"0": {**own, **figures}}
+                info = {**parcel.info, "clients": clients}
                 yield node, replace(parcel, info=info, tensors={**parcel.tensors, **tensors(parcel)})
                 self.said.append(self.sites.missing.get(0, ""))
 
 
 def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path, monkeypatch):
-    simulated(tmp_path, "--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4", rounds=1)
+    checked = []  # what the server alone measures, no site checks
+    monkeypatch.setattr(LossLandscape, "check", lambda self, subject, view: checked.append(view))
+    monkeypatch.setattr(LossLandscape, "on_train_end", lambda self, trainer, module: None)
+    settings = ["--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4"]
+    simulated(tmp_path, *settings, "--trainer.callbacks+=LossLandscape", rounds=1)
     transport = Spoiling(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1 2 3"]))
     made = Sites.__init__
     monkeypatch.setattr(Sites, "__init__", lambda self, t, o: (made(self, t, o), setattr(t, "sites", self))[0])
@@ -177,29 +183,7 @@ def test_messages_that_are_not_what_they_should_be_are_refused_by_name(tmp_path,
     assert trainer.federation.clients.round_of(0) == -1
     assert [trainer.federation.clients.round_of(client) for client in (1, 2, 3)] == [0, 0, 0]
     assert torch.isfinite(trainer.federation.params).all()
-
-
-def test_an_answer_for_clients_of_another_site_is_refused(tmp_path, monkeypatch):
-    settings = ["--trainer.client_val_every_n_rounds=0", "--trainer.clients_per_round=4"]
-    simulated(tmp_path, *settings, "--trainer.callbacks+={class_path: LossLandscape, init_args: {points: 3}}", rounds=1)
-    checked = []  # what the server alone measures, no site checks
-    monkeypatch.setattr(LossLandscape, "check", lambda self, subject, view: checked.append(view))
-
-    def change(node, parcel):
-        if node != 100 or parcel.kind != "train":
-            return parcel
-        tensors = {f"3/{name[2:]}": value for name, value in parcel.tensors.items()}
-        figures = {**parcel.info["clients"]["0"], "num_samples": sizes[-1]}
-        clients = {**parcel.info["clients"], "3": figures}
-        return replace(parcel, info={**parcel.info, "clients": clients}, tensors={**parcel.tensors, **tensors})
-
-    transport = FakeTransport(tmp_path / "config.yaml", nodes(tmp_path, ["0", "1 2 3"]), change=change)
-    sizes = [found.info["sizes"]["3"] for _, found in transport.exchange({101: Parcel("query", {"num_clients": 4})}, 1)]
-    said = r"without clients \[0\]: it answers for clients \['0', '3'\], and not \['0'\]"
-    with pytest.warns(UserWarning, match=said):
-        trainer = serve(tmp_path / "config.yaml", {"folder": str(tmp_path / "server")}, transport)
-    assert [report.client for report in trainer.client_reports] == [1, 2, 3]
-    assert checked == ["server", "server"]  # before and after training
+    assert checked == ["server", "server"]  # in the simulation, and now
 
 
 def test_a_site_with_too_little_memory_is_refused_before_training(tmp_path, monkeypatch):
