@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from fedlight.algorithms.fedavg import FedAvg
+from fedlight.algorithms.moon import MOON
 from fedlight.data import DatasetPartition
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.seeding import generator
@@ -29,6 +30,21 @@ SIZES = (6, 12, 8, 3)  # no batch of one sample, for BatchNorm
 
 def normalised():
     return Regression(net=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("algorithm", [FedAvg(), MOON()])
+def test_a_part_of_torchscript_trains_as_it_does_in_python(tmp_path, algorithm):
+    """Its parameters and buffers lie in what is no dictionary of Python's."""
+    found = []
+    for i, scripted in enumerate((False, True)):
+        model = normalised()
+        if scripted:
+            model.net[1] = torch.jit.script(model.net[1])
+        fit(tmp_path / str(i), model, algorithm=algorithm, engine="eager", max_rounds=2)
+        found.append(model.state_dict())
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

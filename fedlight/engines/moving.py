@@ -41,7 +41,8 @@ class Moving:
         Raises:
             MisconfigurationException: if one has another shape or type, or is gone.
         """
-        replaced = {id(old): owner.get(key) for owner, key, old in self._places if owner.get(key) is not old}
+        held = [dict(owner.items()).get(key) for owner, key, _ in self._places]  # TorchScript's have no `get`
+        replaced = {id(old): new for new, (_, _, old) in zip(held, self._places, strict=True) if new is not old}
         found = {n: value for n, t in self.tensors.items() if (value := replaced.get(id(t), t)) is not None}
         for name, kind in self._kinds.items():
             if name not in found or _kind(found[name]) != kind:
@@ -57,7 +58,7 @@ class Moving:
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Put the tensors themselves back in their places, with these values."""
         for owner, key, tensor in self._places:
-            if owner.get(key) is not tensor:
+            if key not in owner or owner[key] is not tensor:
                 owner[key] = tensor
         self.add(values.keys() - self.tensors.keys())
         for name, value in values.items():

@@ -67,8 +67,8 @@ class Reach(nn.Module):
         super().__init__()
         self.module = module
         first = {id(t): name for name, t in [*self.named_parameters(), *self.named_buffers()]}
-        both = [(name, m._parameters | m._buffers) for name, m in self.named_modules()]
-        places = [(f"{name}.{key}", t) for name, held in both for key, t in held.items() if t is not None]
+        both = [(name, [*m._parameters.items(), *m._buffers.items()]) for name, m in self.named_modules()]
+        places = [(f"{name}.{key}", t) for name, held in both for key, t in held if t is not None]
         self._places = {place: first[id(t)] for place, t in places}
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:

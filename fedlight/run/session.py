@@ -119,7 +119,9 @@ class Session(RunContext):
             self.module.train()
         own = self.trainer.algorithm.penalty
         self._cleanup.enter_context(own.attached(self.module) if own else nullcontext())
-        buffers = (f"{name}.{key}".lstrip(".") for name, m in self.module.named_modules() for key in m._buffers)
+        buffers = (
+            f"{name}.{key}".lstrip(".") for name, m in self.module.named_modules() for key, _ in m._buffers.items()
+        )
         self.begun = {*self.module.state_dict(), *buffers}  # those that are None as well
         self.hooks("on_fit_start")
         self._begin_as_it_is()
