@@ -22,12 +22,11 @@ from fedlight.perturbations.base import Perturbation
 from fedlight.run.loggers import LoggerName
 from fedlight.run.session import Session
 from fedlight.run.views import monitors_known
-from fedlight.seeding import generator
 from fedlight.server.aggregators import Aggregator
 from fedlight.server.clients import Where
 from fedlight.server.federation import BufferPolicy, View
 from fedlight.server.privacy import sampling_seed
-from fedlight.server.sampling import Sampler, Uniform, balance
+from fedlight.server.sampling import Sampler, Uniform, balance, draw
 from fedlight.transforms.base import Transform
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true", "32", "bf16", "16", "64"]
@@ -188,8 +187,7 @@ class FederatedTrainer(Commands):
         session.hooks("on_round_start")
         session.layout.check(session.module)
         seed = sampling_seed(federation.privacy, session.fabric, self.seed)
-        clients = self.sampler.sample(round, generator(seed, "sampling", round))
-        shares = balance(clients, federation.sizes, federation.rows.owners, self.world_size)
+        shares = balance(draw(self.sampler, round, seed), federation.sizes, federation.rows.owners, self.world_size)
         with clock("train"):
             mine = federation.rows.bring(shares)
             federation.begin()

@@ -48,6 +48,10 @@ def test_a_parameter_may_be_a_scalar():
     assert (flat.params.tolist(), flat.grad.tolist()) == ([4.0, 3.0], [0.0, 5.0])
 
 
+class Scaled(nn.LayerNorm):
+    """A normalisation by another name."""
+
+
 def test_masks_by_kind():
     layout = ParameterLayout.of(network())
     sizes = {"is_norm": 8 + 8, "is_bias": 4 + 4 + 4}
@@ -55,6 +59,13 @@ def test_masks_by_kind():
         assert int(layout.mask(lambda info, kind=kind: getattr(info, kind)).sum()) == size
     mask = layout.mask(lambda info: info.name == "3.weight")
     assert mask.nonzero().flatten().tolist() == list(range(layout.numel - 8, layout.numel))
+
+
+def test_biases_of_attention_and_every_norm_are_known():
+    net = nn.ModuleList([nn.MultiheadAttention(4, 2), nn.InstanceNorm2d(3, affine=True), nn.LSTM(2, 2), Scaled(4)])
+    found = {info.name: (info.is_bias, info.is_norm) for info in ParameterLayout.of(net).parameters}
+    assert {name for name, (bias, _) in found.items() if bias} == {name for name in found if "bias" in name}
+    assert {name for name, (_, norm) in found.items() if norm} == {"1.weight", "1.bias", "3.weight", "3.bias"}
 
 
 def test_loading_writes_trainable_parameters_only():

@@ -14,6 +14,7 @@ from fedlight.server.sampling import (
     Uniform,
     WeightedBySamples,
     balance,
+    draw,
     draw_subset,
     expected_clients,
     resolve_clients_per_round,
@@ -90,6 +91,27 @@ def test_impossible_numbers_are_refused(given):
 def test_a_sampler_must_sample():
     with pytest.raises(NotImplementedError, match="Sampler must define sample"):
         Sampler().sample(0, generator(0, "x"))
+
+
+class Listed(Sampler):
+    def __init__(self, drawn):
+        self.drawn = drawn
+
+    def sample(self, round, rng):
+        return self.drawn
+
+
+def test_what_a_sampler_of_ones_own_draws_are_different_clients_by_numbers():
+    """Tensors hash by where they are: what such a client keeps would be found in no later round."""
+    listed = Listed(torch.tensor([5, 2]))
+    listed.setup(7, 2, torch.ones(7))
+    clients = draw(listed, 0, seed=0)
+    assert (clients, {type(client) for client in clients}) == ([2, 5], {int})
+    for listed.drawn in ([0, 0, 1], [-1, 2], [1, 7]):
+        with pytest.raises(
+            MisconfigurationException, match=r"trainer\.sampler: Listed draws .* each client once"
+        ):
+            draw(listed, 0, seed=0)
 
 
 def test_work_is_shared_by_size():

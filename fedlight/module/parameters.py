@@ -1,5 +1,6 @@
 """Flat parameters: a module's trainable parameters and their gradients as views into one vector each."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -7,9 +8,6 @@ from functools import cached_property
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,13 @@ class ParameterInfo:
 
     @property
     def is_norm(self) -> bool:
-        """Whether it belongs to a normalisation layer."""
-        return issubclass(self.owner, _NORMS)
+        """Whether it belongs to a normalisation layer: its class, or one above, is called so (``InstanceNorm2d``)."""
+        return any(re.search(r"norm(\dd)?$", cls.__name__.lower()) for cls in self.owner.__mro__)
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is a bias."""
-        return self.name.rsplit(".", 1)[-1].startswith("bias")
+        """Whether it is a bias, as ``bias_ih_l0`` and ``in_proj_bias`` are."""
+        return "bias" in self.name.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)

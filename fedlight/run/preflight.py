@@ -26,10 +26,9 @@ from fedlight.personal.parts import PersonalParts
 from fedlight.run.attempt import LossesSaid, check_gradient, prepared, trial_step
 from fedlight.run.context import RunContext
 from fedlight.run.labels import check_finite, check_labels, check_vocabulary, extreme_labels
-from fedlight.seeding import generator
 from fedlight.server.federation import Federation
 from fedlight.server.incoming import check_enough
-from fedlight.server.sampling import WeightedBySamples
+from fedlight.server.sampling import WeightedBySamples, draw
 from fedlight.transforms.attack import attacks_by
 
 _MISFITS = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)
@@ -180,7 +179,7 @@ def _check_enough(trainer: Any, federation: Federation) -> None:
     if aggregator is None and not attacks:
         return
     rounds = range(trainer.current_round, trainer.max_rounds)
-    drawn = [sampler.sample(round, generator(trainer.seed, "sampling", round)) for round in rounds]
+    drawn = [draw(sampler, round, trainer.seed) for round in rounds]
     present = {client for clients in drawn for client in clients}
     for attack in attacks:
         if drawn and attack.attackers.isdisjoint(present):

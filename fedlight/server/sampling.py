@@ -8,6 +8,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from fedlight.seeding import generator
+
 
 def resolve_clients_per_round(clients_per_round: int | float, num_clients: int) -> int:
     """K from ``trainer.clients_per_round``: a number of clients, or (a float up to 1) a fraction of all, at least one.
@@ -107,6 +109,19 @@ class RoundRobin(Sampler):
         """K clients; every client trains once in N/K rounds."""
         n, k = len(self.candidates), self.clients_per_round
         return sorted(int(self.candidates[(round * k + j) % n]) for j in range(k))
+
+
+def draw(sampler: Sampler, round: int, seed: int) -> list[int]:
+    """The clients of a round, in increasing order, as ``sampler`` draws them by (seed, "sampling", round).
+
+    Raises:
+        MisconfigurationException: if it draws one twice, or one that does not exist.
+    """
+    clients = sorted(map(int, sampler.sample(round, generator(seed, "sampling", round))))  # each tensor is another key
+    if len({*clients}) < len(clients) or not all(0 <= client < sampler.num_clients for client in clients):
+        what = f"draws {clients[:20]}; it may draw each client once, by numbers below {sampler.num_clients}"
+        raise MisconfigurationException(f"trainer.sampler: {type(sampler).__name__} {what}.")
+    return clients
 
 
 def draw_subset(n: int, k: int, rng: torch.Generator) -> Tensor:
