@@ -145,7 +145,7 @@ class Commands(TrainerInterface):
             metrics = session.views.evaluate(stage)
             session.views.load("server")
             if verbose and self.is_global_zero:
-                width = max(map(len, metrics))
+                width = max(map(len, metrics), default=0)
                 print("\n".join(f"{name:<{width}}  {value:.4f}" for name, value in metrics.items()), flush=True)
             if self.is_global_zero and not self.fast_dev_run:
                 limit = f"limit_{stage[:4].removesuffix('i')}_batches"

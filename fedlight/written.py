@@ -66,13 +66,14 @@ def written(value: Any, key: str, lost: Lost) -> Any:
 
 def _made_with(value: Any) -> tuple[dict[str, Any], Lost]:
     """What it remembers, or hyperparameters and attributes of an argument's name if the same can be made of them."""
-    cls, taken = type(value), sorted(arguments(type(value)))
+    cls: Any = type(value)
+    taken = sorted(arguments(cls))
     held = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
     if "_made_with" in held:
         args, missing = held["_made_with"]
         # A number or word that was set anew since then is what it is now.
         return args | {k: held[k] for k, v in args.items() if v is not None and type(held.get(k)) in _PLAIN}, missing
-    if not hasattr(value, "__dict__") or "*" in taken:
+    if not hasattr(value, "__dict__") or "*" in taken or cls.__new__ is not object.__new__:  # as tensors
         return {}, {"": f"a {cls.__name__} does not tell what it was made with"}
     held |= getattr(value, "hparams", {})
     names = {name: k for name in taken for k in (f"_{name}", name) if k in held}

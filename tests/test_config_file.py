@@ -127,6 +127,19 @@ def not_written(model, data, **settings):
     return yaml.safe_load(config_yaml(quiet_trainer("x", **settings), model, data)).get("not_written", [])
 
 
+class Weighted(Regression):
+    def __init__(self, weight=None, make=None):
+        super().__init__()
+        self.weight, self.make = weight, make
+
+
+def test_tensors_and_positional_arguments_are_not_written_as_their_class_alone():
+    assert not_written(Weighted(torch.ones(2), partial(torch.optim.SGD, [])), Sized()) == [
+        "model.make: a partial does not tell what it was made with",
+        "model.weight: a Tensor does not tell what it was made with",
+    ]
+
+
 def test_what_cannot_be_written_is_refused_by_the_command_line(tmp_path, capsys):
     class Local(Callback):
         pass

@@ -209,6 +209,18 @@ def test_clients_are_not_evaluated_for_nothing(tmp_path, caplog):
     ]
 
 
+class Silent(Regression):
+    def test_step(self, batch, batch_idx):
+        self.tested = True
+
+
+def test_a_test_may_log_nothing(tmp_path):
+    """What is missing then is not the data."""
+    module = Silent()
+    assert quiet_trainer(tmp_path).test(module, Clients()) == [{}]
+    assert module.tested
+
+
 class Merging(nn.Linear):
     """Adds a small matrix to its weight for evaluations, as LoRA does."""
 

@@ -108,9 +108,7 @@ def test_what_a_sampler_of_ones_own_draws_are_different_clients_by_numbers():
     clients = draw(listed, 0, seed=0)
     assert (clients, {type(client) for client in clients}) == ([2, 5], {int})
     for listed.drawn in ([0, 0, 1], [-1, 2], [1, 7]):
-        with pytest.raises(
-            MisconfigurationException, match=r"trainer\.sampler: Listed draws .* each client once"
-        ):
+        with pytest.raises(MisconfigurationException, match=r"trainer\.sampler: Listed draws .* each client once"):
             draw(listed, 0, seed=0)
 
 

@@ -48,10 +48,14 @@ class FedOpt(Algorithm):
         """The model, the number of steps, and room for all that the optimizer keeps.
 
         Raises:
-            MisconfigurationException: if the optimizer wants a closure.
+            MisconfigurationException: if the optimizer wants a closure, or keeps what is no tensor.
         """
-        probe, optimizer = self._prepare(params, largest)
-        probe.grad = torch.zeros_like(params)
+        try:
+            probe, optimizer = self._prepare(params, largest)
+        except ValueError as error:
+            raise MisconfigurationException(f"algorithm.optimizer: {error}.") from error
+        probe.grad, group = torch.zeros_like(params), optimizer.param_groups[0]
+        before = dict(group)
         try:
             optimizer.step()
         except TypeError as error:
@@ -59,6 +63,13 @@ class FedOpt(Algorithm):
                 f"algorithm.optimizer: {type(optimizer).__name__} evaluates a closure, which a server that only sees"
                 " updates cannot give. Use SGD, Adam, RMSprop or another optimizer that needs none."
             ) from error
+        lost = [name for name, value in group.items() if value is not before.get(name)]
+        lost += [name for name, value in optimizer.state[probe].items() if isinstance(value, int | float)]
+        if lost:
+            raise MisconfigurationException(
+                f"algorithm.optimizer: {type(optimizer).__name__} keeps {', '.join(lost)} as Python has it, and of"
+                " its state the server keeps tensors. Let it keep a tensor in `state[parameter]`, as torch's do."
+            )
         room = {name: torch.zeros_like(value) for name, value in _tensors(optimizer, probe).items()}
         return {"params": params, "steps": torch.zeros((), dtype=torch.int64), **room}
 

@@ -114,7 +114,7 @@ class Views:
         if not overrides(run.module, f"{stage}_step"):
             raise MisconfigurationException(f"model: {type(run.module).__name__} does not define {stage}_step.")
         metrics = as_floats(self._evaluate(stage))
-        if not metrics:
+        if not metrics and self._data(stage)[0] is None:
             raise MisconfigurationException(f"data: {type(run.datamodule).__name__} has no {stage} data.")
         self.load("server")
         tell_wandb(run.loggers, lambda logger: self.log_confusion(logger, stage))

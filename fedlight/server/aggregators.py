@@ -117,7 +117,7 @@ class Krum(Aggregator):
     """
 
     def __init__(self, attackers: int = 1, keep: int = 1) -> None:
-        self.attackers, self.keep = int(check_number(f"{_KEY}.attackers", attackers)), keep
+        self.attackers, self.keep = check_whole(f"{_KEY}.attackers", attackers, 0), keep
         self.min_clients = max(2 * self.attackers + 3, self.attackers + 2 + check_whole(f"{_KEY}.keep", keep))
 
     def tolerates(self, clients: int) -> int:

@@ -149,5 +149,5 @@ def unpack(transforms: Sequence[Transform], received: State, packed: Packed) -> 
         if (found := list(message[name].shape)) not in ([lengths[0]], [] if lengths[0] == 1 else None):
             raise ValueError(f"{name}, {[lengths[0]]}, arrives as {found}")
         if name == "params":
-            message[name] = received["params"] + message[name]
+            message[name] = received["params"] + message[name].to(received["params"])
     return message

@@ -31,6 +31,8 @@ class Quantize(Transform):
 
     def encode(self, vector: Tensor, own: State, rng: torch.Generator) -> tuple[Tensor, State, State]:
         """The levels, packed into bytes, and beside them where they lie."""
+        if vector.dtype.itemsize < 4:  # half precision rounds what lies between two of many levels
+            vector = vector.float()
         low, high = vector.aminmax()
         step = (high - low) / (2**self.bits - 1)
         draws = torch.rand(vector.shape, generator=rng, dtype=vector.dtype).to(vector.device)

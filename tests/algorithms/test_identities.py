@@ -269,6 +269,29 @@ def test_fedopt_refuses_an_optimizer_that_wants_a_closure():
         Driver(FedOpt(torch.optim.LBFGS))
 
 
+class Counting(torch.optim.SGD):
+    """Counts its steps in its group or, as torch's once did, as an integer of a parameter's state."""
+
+    def __init__(self, params, where):
+        super().__init__(params, lr=1.0)
+        self.where = where
+        self.param_groups[0]["count"] = 0
+
+    def step(self, closure=None):
+        group = self.param_groups[0]
+        kept = group if self.where == "group" else self.state[group["params"][0]]
+        kept["count"] = kept.get("count", 0) + 1
+        super().step()
+
+
+@pytest.mark.parametrize("where", ["group", "state"])
+def test_fedopt_refuses_an_optimizer_that_would_count_from_0_in_every_round(where):
+    with pytest.raises(MisconfigurationException, match=r"algorithm\.optimizer: Counting keeps count as Python has it"):
+        Driver(FedOpt(partial(Counting, where=where)))
+    with pytest.raises(MisconfigurationException, match=r"algorithm\.optimizer: Nesterov momentum requires"):
+        Driver(FedAvgM(momentum=0.0, nesterov=True))
+
+
 def test_clients_that_were_not_sampled_have_no_state():
     problem = Problem(sizes=(10,) * 1000, rounds=((3, 997), (3,)), lrs=(0.1, 0.1), steps=(2,) * 1000)
     driver = Driver(FedDC(), problem)

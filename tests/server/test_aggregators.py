@@ -184,7 +184,9 @@ def test_feddyn_takes_k_times_what_comes_of_it_for_the_sum(tmp_path):
     [
         (lambda: TrimmedMean(0.5), "2·trim·K below K"),
         (lambda: TrimmedMean(0), "trim=0 must be above 0"),
-        (lambda: Krum(-1), "attackers must be a finite number at least 0"),
+        (lambda: Krum(-1), "attackers must be at least 0"),
+        (lambda: Krum(1.5), "attackers must be a whole number, got 1.5"),
+        (lambda: GeometricMedian(2.5), "iterations must be a whole number"),
         (lambda: Krum(1, keep=0), "keep must be at least 1"),
         (lambda: GeometricMedian(0), "iterations must be at least 1"),
         (lambda: GeometricMedian(smoothing=0), "smoothing must be"),

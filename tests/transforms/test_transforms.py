@@ -91,6 +91,16 @@ def test_equal_entries_are_quantized_exactly(value):
     assert torch.equal(sent([Quantize(4)], update)[0], update)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_levels_are_not_rounded_to_half_precision(dtype):
+    """There 200.3 is 200, and a level and its part of the way one above."""
+    update = (2 * torch.rand(1000, generator=torch.Generator().manual_seed(1)) - 1).to(dtype)
+    found = [sent([Quantize(12)], update, seed=seed)[0] for seed in range(30)]
+    assert {value.dtype for value in found} == {dtype}
+    error = (torch.stack(found).double() - update.double()).mean(0)
+    assert float(error.abs().max()) <= 2 / (2**12 - 1) + float(torch.finfo(dtype).eps) / 2
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("chain", [[ClipUpdate()], [TopK(0.5)], [Quantize(8)]])
 def test_what_is_not_finite_arrives_as_such(chain, bad):
