@@ -13,6 +13,7 @@ import zipfile
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -167,6 +168,29 @@ class Untyped(Regression):
     def __init__(self, lr=0.1, optimizer=SLOW):
         super().__init__(lr)
         self.save_hyperparameters()
+
+
+def test_what_is_of_numpy_is_read_as_pythons(tmp_path):
+    """A learning rate of ``np.logspace`` made checkpoints that torch refuses to read; a callback's state was lost."""
+
+    class Counting(Callback):
+        rounds = np.int64(0)
+
+        def on_round_end(self, trainer, pl_module):
+            self.rounds += 1
+
+        def state_dict(self):
+            return {"rounds": self.rounds, "by client": {np.int64(3): np.str_("word")}}
+
+        def load_state_dict(self, state_dict):
+            self.rounds, self.word = state_dict["rounds"], state_dict["by client"][3]
+
+    counting = Counting()
+    numbers = {"seed": np.int64(1), "clients_per_round": np.float32(0.5), "gradient_clip_val": np.float64(9)}
+    fit(tmp_path, 1, model=Regression(np.float64(0.2)), callbacks=[Counting()], **numbers)
+    _, trainer = fit(tmp_path, 2, "last", model=Regression(np.float64(0.2)), callbacks=[counting], **numbers)
+    assert (counting.rounds, counting.word) == (2, "word")
+    assert torch.load(trainer.run_dir / "checkpoints" / "last.ckpt")["hyper_parameters"] == {"lr": 0.2}
 
 
 def test_a_module_whose_arguments_have_no_types_is_loaded_with_its_plain_ones(tmp_path):

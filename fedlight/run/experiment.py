@@ -76,10 +76,10 @@ def describe(run: RunContext) -> dict[str, Any]:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """A value as numbers, strings, lists and dictionaries; an object as its class and what it was made with."""
-    value = settings_of(value) or value
+    value = value.item() if isinstance(value, np.generic) else settings_of(value) or value
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Tensor | np.ndarray | np.generic):
+    if isinstance(value, Tensor | np.ndarray):
         return value.item() if math.prod(value.shape) == 1 else [list(value.shape), _number(value)]
     if isinstance(value, torch.dtype | torch.device | PurePath | enum.Enum):
         return str(value)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -253,6 +254,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         MisconfigurationException: naming the YAML key, what was found and what is possible.
     """
+    settings |= {key: value.item() for key, value in settings.items() if isinstance(value, np.generic)}
     check_objects({k: settings[k] for k in _OBJECTS if k != "personal" or not isinstance(settings[k], str | list)})
     if settings["local_epochs"] is not None and settings["local_steps"] is not None:
         raise MisconfigurationException("trainer.local_epochs and trainer.local_steps exclude each other; set one.")

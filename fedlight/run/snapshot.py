@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -54,7 +55,7 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     run.hooks("on_save_checkpoint", checkpoint)
     added = {k: _copied(v) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
-    return {**plain(checkpoint), **added, "fedlight": fedlight}
+    return {**plain(checkpoint), **added, "fedlight": {**plain(fedlight), "clients": fedlight["clients"]}}
 
 
 def refuse_registered(run: RunContext) -> None:
@@ -139,12 +140,12 @@ def restore_callbacks(run: RunContext, checkpoint: Mapping[str, Any]) -> None:
 def plain(value: Any) -> Any:
     """The part of a value that ``torch.load(weights_only=True)`` reads: tensors, numbers, strings and containers."""
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items() if _is_plain(v)}
+        return {plain(k): plain(v) for k, v in value.items() if _is_plain(v)}
     if isinstance(value, list | tuple):
         return type(value)(plain(v) for v in value if _is_plain(v)) if type(value) in (list, tuple) else None
     if isinstance(value, Tensor):
         return value.detach()
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _copied(value: Any) -> Any:
@@ -153,4 +154,5 @@ def _copied(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor | Mapping) or type(value) in (bool, int, float, str, list, tuple)
+    read = type(value) in (bool, int, float, str, list, tuple)
+    return value is None or read or isinstance(value, Tensor | Mapping | np.number | np.bool_ | np.str_)
