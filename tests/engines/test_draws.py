@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
 from fedlight.engines.vmap import functions
 from fedlight.engines.vmap.functions import ClientDropout
+from tests.engines.cases import Images, Net
+from tests.helpers.tiny import quiet_trainer
 
 SEED, STEP = torch.tensor(1234567), torch.tensor(3)
 
@@ -63,3 +66,16 @@ def test_rows_have_their_own_masks_wherever_they_are():
     assert not torch.equal(rows[0], rows[1])
     assert torch.equal(vmap(step)(seeds[1:2], x[:1])[0], rows[1])
     assert torch.equal(step(seeds[1], x[0]), rows[1])
+
+
+class FixedNoise(Net):
+    """Adds the same noise to every batch."""
+
+    def training_step(self, batch, batch_idx):
+        noise = torch.randn(batch[0].shape, generator=torch.Generator().manual_seed(1), dtype=batch[0].dtype)
+        return super().training_step((batch[0] + noise, batch[1]), batch_idx)
+
+
+def test_a_generator_of_the_steps_own_is_refused_as_clients_would_draw_otherwise(tmp_path):
+    with pytest.raises(MisconfigurationException, match="vmap: training_step of FixedNoise draws .* a generator"):
+        quiet_trainer(tmp_path, engine="vmap", max_rounds=1).fit(FixedNoise(), Images())

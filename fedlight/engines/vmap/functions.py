@@ -124,6 +124,8 @@ class ClientDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if kwargs.get("generator") is not None:
+            raise RuntimeError("randomness of a generator, which would give every client others")
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func is torch.dropout:
