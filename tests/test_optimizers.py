@@ -146,6 +146,11 @@ def test_a_plateau_of_something_unknown_is_an_error(tmp_path):
         quiet_trainer(tmp_path).fit(scheduled(ReduceLROnPlateau, "epoch"), Clients())
 
 
+def test_a_schedule_that_would_step_every_0_epochs_is_refused():
+    with pytest.raises(MisconfigurationException, match="frequency=0 must be a whole number from 1 on"):
+        configure_optimizers(scheduled(lambda o: ExponentialLR(o, 0.5), "epoch", frequency=0))
+
+
 @pytest.mark.parametrize("interval", [{}, {"interval": "epoch"}, {"interval": "round"}])
 def test_plateaus_of_epochs_are_those_of_rounds(tmp_path, interval, capsys):
     """Lightning's default interval; two rounds without improvement, patience 1."""

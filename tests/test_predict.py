@@ -111,6 +111,16 @@ class Untested(Clients):
         return None
 
 
+class Empty(Clients):
+    def predict_dataloader(self):
+        return DataLoader([], 1)
+
+
+def test_a_loader_without_a_batch_is_named(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"data: Empty\.predict_dataloader gives no batch"):
+        quiet_trainer(tmp_path).predict(Regression(), Empty())
+
+
 def test_without_data_there_is_nothing_to_predict(tmp_path):
     with pytest.raises(MisconfigurationException, match="Untested has nothing to predict from: .*predict_dataloader"):
         quiet_trainer(tmp_path).predict(Regression(), Untested())

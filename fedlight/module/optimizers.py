@@ -114,6 +114,8 @@ def _scheduled(entry: dict[str, Any], optimizer: Optimizer, module: LightningMod
     scheduled = ScheduledLR(**{"reduce_on_plateau": isinstance(config["scheduler"], ReduceLROnPlateau), **config})
     if scheduled.interval not in _INTERVALS:
         raise MisconfigurationException(f"{where}: interval {scheduled.interval!r} must be one of {_INTERVALS}.")
+    if type(scheduled.frequency) is not int or scheduled.frequency < 1:
+        raise MisconfigurationException(f"{where}: frequency={scheduled.frequency!r} must be a whole number from 1 on.")
     if getattr(scheduled.scheduler, "optimizer", optimizer) is not optimizer:
         raise MisconfigurationException(f"{where}: a scheduler belongs to an optimizer that was not returned.")
     if scheduled.reduce_on_plateau:

@@ -110,6 +110,8 @@ def predict(run: RunContext, view: str, output: str | Path | None) -> list[Any]:
         run.hooks("on_predict_epoch_end")
         run.hooks("on_predict_end")
     everyone = from_all(own, fabric.world_size)
+    if not any(everyone):
+        raise MisconfigurationException(f"data: {type(run.datamodule).__name__}.predict_dataloader gives no batch.")
     outputs = [found for _, found in sorted((pair for part in everyone for pair in part), key=lambda pair: pair[0])]
     if run.is_zero and not run.trainer.fast_dev_run:
         _write(run, view, outputs, output)

@@ -14,7 +14,7 @@ class ALIE(Attack):
 
     Args:
         z: how many standard deviations.
-        clients: who attacks: indices, or a part of all clients.
+        clients: who attacks: indices, or a number or part of all clients.
 
     Source: Baruch et al., "A Little Is Enough: Circumventing Defenses For Distributed Learning", NeurIPS 2019,
     algorithm 3; the paper works z out of the numbers of clients and attackers.
@@ -24,7 +24,7 @@ class ALIE(Attack):
     colludes = True
     _sent: Tensor | None = None
 
-    def __init__(self, z: Number = 1.5, clients: list[int] | float = 0.2) -> None:
+    def __init__(self, z: Number = 1.5, clients: list[int] | int | float = 0.2) -> None:
         super().__init__(clients)
         self.z = check_hyperparameter("trainer.transforms.z", z)
 

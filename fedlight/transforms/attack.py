@@ -1,6 +1,7 @@
 """What hostile clients do."""
 
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ class Attack(Transform):
     All others send the same bits as without. Attacks come first in a chain: what bounds updates, bounds theirs, too.
 
     Args:
-        clients: who attacks: indices, or a part of all clients, drawn by (seed, "attack"), for all attacks the same.
+        clients: who attacks: indices, or a number (an int) or part (a float) of all clients, drawn by (seed, "attack"),
+            for all attacks the same.
 
     Attributes:
         colludes: whether attackers wait for one another (:meth:`meet`) before they send.
@@ -31,9 +33,11 @@ class Attack(Transform):
     attackers: frozenset[int] = frozenset()
     num_classes: int | None = None
 
-    def __init__(self, clients: list[int] | float = 0.2) -> None:
-        if not (clients if isinstance(clients, list) else 0 < clients <= 1):
-            what = "a list of clients, or a part of all in (0, 1]"
+    def __init__(self, clients: list[int] | int | float = 0.2) -> None:
+        several = isinstance(clients, list) and all(isinstance(client, Integral) for client in clients)
+        part = isinstance(clients, float) and 0 < clients <= 1
+        if not ((several and clients) or part or (type(clients) is int and clients > 0)):
+            what = "a list of clients, or a number (an int) or part (a float up to 1) of all"
             raise MisconfigurationException(f"trainer.transforms.clients={clients!r} must be {what}.")
         self.clients = clients
 
@@ -41,7 +45,9 @@ class Attack(Transform):
         """Find out who attacks."""
         chosen = self.clients
         if not isinstance(chosen, list):
-            count = max(1, round(chosen * num_clients))
+            count = chosen if isinstance(chosen, int) else max(1, round(chosen * num_clients))
+            if count > num_clients:
+                raise MisconfigurationException(f"trainer.transforms.clients={count} of {num_clients} clients.")
             chosen = draw_subset(num_clients, count, generator(seed, "attack")).tolist()
         if beyond := [client for client in chosen if client not in range(num_clients)]:
             raise MisconfigurationException(f"trainer.transforms.clients: there is no {beyond} among {num_clients}.")

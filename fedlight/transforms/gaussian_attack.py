@@ -12,13 +12,13 @@ class GaussianAttack(Attack):
 
     Args:
         std: standard deviation of each entry.
-        clients: who attacks: indices, or a part of all clients.
+        clients: who attacks: indices, or a number or part of all clients.
 
     Source: Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017,
     section 5, with std = 200.
     """
 
-    def __init__(self, std: Number = 1.0, clients: list[int] | float = 0.2) -> None:
+    def __init__(self, std: Number = 1.0, clients: list[int] | int | float = 0.2) -> None:
         super().__init__(clients)
         self.std = check_hyperparameter("trainer.transforms.std", std, positive=True)
 

@@ -21,7 +21,7 @@ class LabelFlip(Attack):
     A label is the last part of a sample, or what it calls so. Those below 0, which losses ignore, stay.
 
     Args:
-        clients: who attacks: indices, or a part of all clients.
+        clients: who attacks: indices, or a number or part of all clients.
 
     Source: Fang et al., "Local Model Poisoning Attacks to Byzantine-Robust Federated Learning", USENIX Security 2020.
     """
@@ -64,6 +64,8 @@ def _flipped(sample: Any, classes: int) -> Any:
         raise MisconfigurationException(f"trainer.transforms: LabelFlip finds no label in a {what}")
     if isinstance(sample, Mapping):
         return {**sample, **found}
+    if isinstance(sample, tuple):  # a named one
+        return sample._replace(**found)  # type: ignore[attr-defined]
     vars(other := copy.copy(sample)).update(found)
     return other
 

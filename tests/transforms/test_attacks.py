@@ -1,6 +1,7 @@
 """Hostile clients: who they are, what they send, and that all others do what they did without them."""
 
 import json
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fedlight.server.sampling import Uniform
 from fedlight.transforms import ALIE, ClipUpdate, GaussianAttack, LabelFlip, Quantize, SignFlip
 from fedlight.transforms.attack import Attack
 from fedlight.transforms.base import check_chain
+from fedlight.transforms.label_flip import _flipped
 from tests.helpers.tiny import Clients, Regression, Samples, quiet_trainer, seeded, two_classes, weights
 
 SIZES = (5, 12, 8, 3, 6)
@@ -50,6 +52,23 @@ def arrived(folder, *transforms, rounds=1, **settings):
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
     return arrived(tmp_path_factory.mktemp("honest"))[0][0]
+
+
+@pytest.mark.parametrize(
+    ("clients", "attackers"), [(1, 1), (4, 4), (1.0, 5), (0.2, 1), ([0, np.int64(3)], 2), (6, None), ((1, 2), None)]
+)
+def test_a_whole_number_of_attackers_is_no_part_of_all(clients, attackers):
+    if attackers is None:
+        with pytest.raises(MisconfigurationException, match=r"trainer\.transforms\.clients="):
+            SignFlip(clients=clients).setup(5, seed=0)
+    else:
+        (attack := SignFlip(clients=clients)).setup(5, seed=0)
+        assert len(attack.attackers) == attackers
+
+
+def test_a_named_tuple_has_its_label_flipped():
+    sample = namedtuple("Sample", "image label")("image", 0)
+    assert _flipped(sample, 3) == sample._replace(label=2)
 
 
 def sign(updates):
