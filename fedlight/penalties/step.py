@@ -148,7 +148,7 @@ class PenalizedStep:
             )
         wide = torch.promote_types(loss.dtype, torch.float32)  # what a schedule multiplies is float64
         added = [o for o in self._observations if not o.findings.over]
-        penalty = reduce(torch.add, [o.term(self.module).to(loss.device, wide) for o in added])
+        penalty = reduce(torch.add, [_scalar(o, self.module).to(loss.device, wide) for o in added])
         self.task_loss, self.penalty = loss.detach(), penalty.detach()
         self._log(batch, {"train/penalty": self.penalty})
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
@@ -184,6 +184,16 @@ class PenalizedStep:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "task_loss": None, "penalty": None}
+
+
+def _scalar(observation: Observation, module: nn.Module) -> Tensor:
+    term: Any = observation.term(module)
+    if isinstance(term, int | float):  # a sum over no layers
+        return torch.tensor(float(term))
+    if not isinstance(term, Tensor) or term.numel() != 1:
+        found = f"shape {list(term.shape)}" if isinstance(term, Tensor) else type(term).__name__
+        raise TypeError(f"{type(observation.penalty).__name__}.penalty must return a scalar Tensor, not {found}.")
+    return term
 
 
 _EVALUATIONS = {"sanity_check", "validate", "test", "predict"}

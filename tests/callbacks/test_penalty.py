@@ -50,6 +50,28 @@ class LogitNorm(Penalty):
         return {f"norm/{name}": value for name, value in measured.items()}
 
 
+@pytest.mark.parametrize("value", [None, torch.ones(2), "1"])
+def test_what_is_no_scalar_is_refused(value):
+    class Odd(WeightDecay):
+        def penalty(self, module, measured):
+            return value
+
+    module = Lit()
+    with Odd().attached(module), pytest.raises(TypeError, match=r"Odd\.penalty must return a scalar Tensor, not "):
+        module.training_step(BATCH, 0)
+
+
+def test_a_penalty_may_be_a_number():
+    class Constant(WeightDecay):
+        def penalty(self, module, measured):
+            return sum(measured.values())
+
+    module = Lit()
+    task = module.training_step(BATCH, 0)
+    with Constant().attached(module):
+        assert torch.equal(module.training_step(BATCH, 0), task)
+
+
 def test_a_penalty_of_the_parameters_is_added_to_loss_and_gradient():
     module = Lit()
     task = module.training_step(BATCH, 0)
