@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +33,7 @@ class _Storage:
         if len({(*leaf.shape[:1], leaf.device) for leaf in self.leaves}) != 1 or not self.leaves[0].ndim:
             found = ", ".join(f"{list(leaf.shape)} on {leaf.device}" for leaf in self.leaves)
             raise ValueError(f"Tensors of a dataset need an entry for each sample, and one device; found {found}.")
-        flat = type(tree) in (tuple, list) and len(tree) == len(leaves)
+        flat = type(tree) in (tuple, list) and len(tree) == len(leaves) and all(map(is_, tree, leaves))
         self.build = type(tree) if flat else partial(tree_unflatten, treespec=self.spec)
         self._copies: dict[torch.device, _Storage] = {self.device: self}
         self._refused: dict[torch.device, bool] = {}

@@ -106,6 +106,13 @@ def test_survives_copy_and_pickle(dataset):
         assert len(twin) == 5
 
 
+@pytest.mark.parametrize("made", [lambda x, y: ({"x": x}, y), lambda x, y: ([x], y), lambda x, y: ([], x)])
+def test_a_batch_is_a_tree_as_the_data_are(made):
+    x, y = torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])
+    batch = ArrayDataset.of(made(x, y)).batch(torch.tensor([0, 2]))
+    assert str(batch) == str(made(x[[0, 2]], y[[0, 2]]))
+
+
 def test_a_target_for_each_input():
     with pytest.raises(ValueError, match=r"need an entry for each sample.*found \[3, 1\] on cpu, \[2\] on cpu"):
         ArrayDataset(torch.zeros(3, 1), torch.zeros(2))
