@@ -159,7 +159,7 @@ class ClientLoop:
 
             def gradient() -> Tensor | None:
                 states.append(self._set_gradient(objective, batches, state))
-                return None if self._output is None else self._output["loss"]
+                return (self._output or {}).get("loss")
 
             self.own(self.batch_idx, gradient)
             state = states[-1]
@@ -243,6 +243,7 @@ class ClientLoop:
             self._show(self._models, self.log, batch, index)
             loss = step_loss(self.module, self.log, batch, index, nth == 0, self.training.is_last(nth))
         if loss is None:
+            self._output = self._output if nth else {}  # as in Lightning, and not that of a step before
             return
         if nth == 0:
             self._output = {"loss": loss.detach()}

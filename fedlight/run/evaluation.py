@@ -154,8 +154,9 @@ class Evaluator:
             for index, batch in self._batches(dataset, self._num_batches(dataset, None), share=False):
                 output, samples = self.step("training", batch, index), batch_size(batch)
                 found = output["loss"] if isinstance(output, Mapping) else output
-                total, size = total + samples * found.detach().double().cpu(), size + samples
-        return float(total / size)
+                if found is not None:  # what training skips has no loss
+                    total, size = total + samples * found.detach().double().cpu(), size + samples
+        return float(total / max(1, size))
 
     def step(self, stage: str, batch: Any, index: int) -> Any:
         """Call a step of the module as it is called in training, with its precision."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,6 +40,29 @@ def fit(folder, algorithm, model=None, **settings):
 def test_without_q_it_is_fedavg(tmp_path):
     torch.testing.assert_close(fit(tmp_path, QFedAvg(0)), fit(tmp_path, FedAvg()), rtol=1e-6, atol=1e-7)
     assert not torch.allclose(fit(tmp_path, QFedAvg(2.0)), fit(tmp_path, FedAvg()), rtol=1e-3)
+
+
+class Skipping(Regression):
+    """Has a loss of every second batch only."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx % 2 else loss
+
+
+class Outputs(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append((batch_idx % 2, sorted(outputs)))
+
+
+def test_a_batch_without_a_loss_is_skipped_and_is_not_given_that_of_the_one_before(tmp_path):
+    outputs = Outputs()
+    settings = {"algorithm": QFedAvg(), "clients_per_round": 2, "callbacks": [outputs], "max_rounds": 1}
+    quiet_trainer(tmp_path, **settings).fit(Skipping(), Clients((12, 12), batch_size=4))
+    assert {*map(str, outputs.seen)} == {"(0, ['loss'])", "(1, [])"}
 
 
 @pytest.mark.parametrize("engine", ["eager", "vmap"])
