@@ -1,6 +1,7 @@
 """Image classification in memory, divided among clients."""
 
 import math
+from collections.abc import Sized
 
 import torch
 from lightning.fabric.utilities import rank_zero_info
@@ -92,7 +93,8 @@ class ImageData(PartitionedDataModule):
         self._eval_batch_size_is_given = eval_batch_size is not None
         check_number("`data.val_fraction`", val_fraction, below=1)
         check_whole("`data.crop_padding`", crop_padding, 0)
-        if isinstance(normalize, str) and normalize not in ("auto", "none", *STATISTICS):
+        pair = isinstance(normalize, list | tuple) and [isinstance(part, Sized) for part in normalize] == [True, True]
+        if not pair and normalize not in ("auto", "none", *STATISTICS):
             known = ", ".join(["auto", "none", *STATISTICS])
             raise ValueError(f"`data.normalize` is {normalize!r}, but must be one of {known}, or [means, deviations].")
         self.source, self.root, self.download, self.limit_samples = source, root, download, limit_samples

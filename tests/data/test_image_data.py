@@ -119,6 +119,12 @@ def test_evaluation_is_never_augmented_and_training_only_if_drawn(npz):
     assert set(ready(augment=True, crop_padding=0).client_dataset(0).draw(2, rng)) == {"flip"}
 
 
+@pytest.mark.parametrize("value", [None, [0.5, 0.5], ([0.5],), "cifar"])
+def test_statistics_that_are_no_pair_are_refused(value):
+    with pytest.raises(ValueError, match=r"`data\.normalize` is .*, but must be one of auto"):
+        ImageData(normalize=value)
+
+
 def test_normalisation(npz):
     auto = ready(source=npz, augment=False)
     x, _ = auto.pooled_dataset().batch(torch.arange(90))
