@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +88,10 @@ def test_a_class_of_ones_own():
     assert differences(plain(Renamed()), plain(Renamed(rho=2.0)), "a") == {"a.rho": [0.2, 2.0]}
 
 
+class Kind(IntEnum):
+    SMALL, LARGE = 1, 2
+
+
 def decay(gamma):
     return lambda round: gamma**round
 
@@ -105,6 +110,7 @@ def decay(gamma):
         (torch.arange(5.0), torch.arange(5.0) + 1e-9, torch.arange(5.0).flip(0)),
         (np.float64(0.1), 0.1, 0.2),
         (torch.float32, torch.float32, torch.float64),
+        (Kind.SMALL, 1, Kind.LARGE),
         (0.1, 0.1, 0.10001),
         (float("nan"), float("nan"), 0.0),
         (None, None, 0),

@@ -364,6 +364,28 @@ def test_what_hooks_register_is_refused_as_no_checkpoint_could_be_read_into_it(t
     quiet_trainer(tmp_path, max_rounds=1, enable_checkpointing=False).fit(model, Clients())
 
 
+@pytest.mark.parametrize(("extra", "refused"), [({"a": [1, torch.ones(2)]}, False), ({1, 2}, True)])
+def test_extra_state_that_no_checkpoint_can_be_read_with_is_refused(tmp_path, extra, refused):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return extra
+
+        def set_extra_state(self, state):
+            assert str(state) == str(extra)
+
+    def model():
+        module = Regression()
+        module.net = Extra(3, 1)
+        return module
+
+    if refused:
+        with pytest.raises(MisconfigurationException, match="'net._extra_state' of its state is a set"):
+            quiet_trainer(tmp_path).fit(model(), Clients())
+        return
+    quiet_trainer(tmp_path, max_rounds=1).fit(model(), Clients())
+    quiet_trainer(tmp_path, max_rounds=2).fit(model(), Clients(), "last")
+
+
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
 @pytest.mark.parametrize("owner", ["module", "callback"])
 def test_what_hooks_of_the_start_set_is_what_training_begins_with(tmp_path, hook, owner, caplog):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fedlight.run.folder import atomic_file, writing
@@ -127,7 +128,8 @@ def check_state_dict(path: Path, saved: dict[str, Any], module: LightningModule)
             owner._buffers[key] = None if value is None else value.to(module.device, copy=True)
     expected = module.state_dict()
     missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
-    shapes = [k for k in expected if k in saved and expected[k].shape != saved[k].shape]
+    both = {k: (here, saved[k]) for k, here in expected.items() if k in saved and isinstance(here, Tensor)}
+    shapes = [k for k, (here, there) in both.items() if here.shape != there.shape]  # the rest is get_extra_state's
     details = [
         f"it {verb} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         for verb, names in (("lacks", missing), ("has", surplus))

@@ -77,6 +77,7 @@ def describe(run: RunContext) -> dict[str, Any]:
 def plain(value: Any, depth: int = 0) -> Any:
     """A value as numbers, strings, lists and dictionaries; an object as its class and what it was made with."""
     value = value.item() if isinstance(value, np.generic) else settings_of(value) or value
+    value = value.value if isinstance(value, enum.Enum) and isinstance(value, int | str) else value
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor | np.ndarray):

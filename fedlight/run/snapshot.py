@@ -59,8 +59,14 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
 
 
 def refuse_registered(run: RunContext) -> None:
-    """Refuse a module to which a hook or a step has added what a later one, made anew, does not have."""
-    if added := sorted(run.module.state_dict().keys() - run.begun):
+    """Refuse a module of whose state a later one, made anew, could not be given all."""
+    state = run.module.state_dict()
+    if odd := next((name for name, value in state.items() if not _is_plain(value)), None):
+        raise MisconfigurationException(
+            f"model: {odd!r} of its state is a {type(state[odd]).__name__}, which a checkpoint could not be read with."
+            " Let get_extra_state return tensors, numbers, texts, or lists and dicts of these."
+        )
+    if added := sorted(state.keys() - run.begun):
         raise MisconfigurationException(
             f"model: a hook or step registers {added[0]!r}{' ...' * (len(added) > 1)}, which a checkpoint could not be"
             " read into. Do so in __init__, setup or configure_model; set its value there."
