@@ -150,13 +150,13 @@ class PenalizedStep:
         added = [o for o in self._observations if not o.findings.over]
         penalty = reduce(torch.add, [_scalar(o, self.module).to(loss.device, wide) for o in added])
         self.task_loss, self.penalty = loss.detach(), penalty.detach()
-        self._log(batch, {"train/penalty": self.penalty})
+        self._log(batch, {"train/penalty": self.penalty}, added)
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
 
-    def _log(self, batch: Any, metrics: dict[str, Tensor]) -> None:
+    def _log(self, batch: Any, metrics: dict[str, Tensor], added: list[Observation]) -> None:
         if not _can_log(self.module):
             return
-        for observation in self._observations:
+        for observation in added:
             metrics |= observation.penalty.metrics(observation.measured)
         # Lightning infers the size of a batch too, and stops where it cannot.
         size = batch_size(batch)

@@ -461,3 +461,18 @@ def test_a_plain_loop_with_a_compiled_module():
     with penalty.attached(compiled):
         assert torch.equal(compiled.training_step(BATCH), expected)
     assert is_untouched(module)
+
+
+def test_in_a_copy_a_penalty_whose_fit_is_over_logs_nothing():
+    class Largest(LogitNorm):
+        def metrics(self, measured):
+            return {"largest": max(measured.values())}
+
+    module, logged, over = Lit(), {}, Largest()
+    step = over.attach(module)
+    WeightDecay().attach(module)
+    clone = copy.deepcopy(module)
+    step.remove(over, over=True)
+    clone.log = lambda name, value, **_: logged.update({name: value})
+    clone.training_step(BATCH, 0)
+    assert set(logged) == {"train/penalty"}
