@@ -11,7 +11,7 @@ class QFedAvg(Algorithm):
         w ← w + Σ p_i·F_i^q·Δ_i / Σ p_i·(F_i^q + q·F_i^(q−1)·‖Δ_i‖²/lr)
 
     F_i is the loss of the model that was broadcast on all of the client's training data, without penalties: one more
-    pass without gradients over it, which every client makes before it trains. That of the local steps would be cheaper,
+    forward pass over it, which every client makes before it trains. That of the local steps would be cheaper,
     and of other models. It is sent with the update, and taken as F_i + 1e-10.
 
     Args:
