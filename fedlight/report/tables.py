@@ -156,7 +156,7 @@ def default_target(groups: Sequence[Group], metric: str) -> float | None:
     """What every method reaches: the lowest final mean, rounded down to a whole percent."""
     stats = [g.stat(metric) for g in groups if not g.method.is_central]
     means = [s.mean for s in stats if s is not None]
-    return math.floor(min(means) * 100) / 100 if means and is_share(metric) else None
+    return math.floor(min(means) * 100 + 1e-9) / 100 if means and is_share(metric) else None
 
 
 Column = tuple[str, Callable[[Group], str]]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.run.folder import atomic_write, versions, writing
@@ -42,7 +43,10 @@ def plan(study: Study, count: int | None = None) -> list[PlannedRun]:
         raise MisconfigurationException(f"{study.name}: {why}")
     chosen = list(itertools.islice(_grid(study) if study.method == "grid" else _draws(study), limit))
     varying = sorted({names[0] for names, distribution in study.parameters.items() if distribution.varies})
-    return [_planned(study, parameters, varying) for parameters in chosen]
+    once = {run.name: run for run in (_planned(study, parameters, varying) for parameters in chosen)}
+    if again := len(chosen) - len(once):
+        rank_zero_info(f"{study.name}: {again} of {len(chosen)} runs have the parameters of another: each is run once.")
+    return [*once.values()]
 
 
 def _grid(study: Study) -> Iterator[dict[str, Any]]:

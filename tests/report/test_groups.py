@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from fedlight.report.groups import Stat, gain, group_runs, left_out
 from fedlight.report.naming import Method, setting_of
 from fedlight.report.runs import Run, find_runs
+from fedlight.report.tables import default_target
 from fedlight.run.names import dotted
 from tests.report.folders import MAN, config, write_run, write_study
 
@@ -157,6 +158,12 @@ def test_rounds_to_a_target():
     stat, reached = study.groups[0].cost_to("val/accuracy", 0.5)
     assert (stat.mean, reached) == (3.0, 2)
     assert study.groups[0].cost_to("val/accuracy", 0.7) == (None, 0)
+
+
+@pytest.mark.parametrize(("final", "target"), [(0.57, 0.57), (0.579, 0.57), (0.29, 0.29)])
+def test_the_target_is_a_whole_percent(final, target):
+    groups = group_runs([run([final]), run([0.9], callbacks=[MAN])]).groups
+    assert default_target(groups, "val/accuracy") == target
 
 
 def test_what_was_sent_until_a_target():

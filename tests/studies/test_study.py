@@ -57,6 +57,12 @@ def test_a_random_study_draws_the_same_values_every_time(tmp_path):
     assert [run.parameters["lr"] for run in more][:40] == rates
 
 
+def test_what_is_drawn_again_is_run_once_and_said(tmp_path, caplog):
+    runs = plan(load(tmp_path, method="random", run_cap=6, parameters={"k": {"values": [1, 2]}}))
+    assert sorted(run.parameters["k"] for run in runs) == [1, 2]
+    assert "4 of 6 runs have the parameters of another: each is run once" in caplog.text
+
+
 def test_labels_say_what_differs(tmp_path):
     man = [{"class_path": "MAN", "init_args": {"zeta": 0.15}}]
     parameters = {
