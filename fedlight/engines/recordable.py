@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import StringIO
+from pathlib import Path
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from fedlight.penalties.numbers import scheduled
 from fedlight.penalties.step import penalized_step
 
 _LIBRARIES = ("/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/penalties/")
+_OURS = str(Path(__file__).parents[1])
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
 
 
@@ -153,7 +155,8 @@ def _metric_of(name: str, metrics: list[str]) -> str | None:
 def seen_outside(module: nn.Module, found: set[str]) -> Iterator[None]:
     """Note in ``found`` what is printed, logged and changed of the variables that the module's methods see; undo it."""
     before, printed, handler = variables(module), StringIO(), logging.Handler(logging.INFO)
-    handler.emit = lambda record: found.add("logs")  # type: ignore[method-assign]
+    # Our own lines, as that of MAN's layers, reach the root's handlers where a user has set these up.
+    handler.emit = lambda record: None if record.pathname.startswith(_OURS) else found.add("logs")  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     try:
         with redirect_stdout(printed):

@@ -119,6 +119,15 @@ def test_auto_is_the_fast_engine_where_nothing_is_lost(tmp_path, module, setting
     assert fit(tmp_path, module(), **settings)[0].startswith(expected)
 
 
+def test_what_mans_own_line_goes_through_makes_no_difference(tmp_path, monkeypatch, caplog):
+    """With handlers at the root, as of `logging.basicConfig`, Lightning's loggers may pass their lines on."""
+    for name in ("lightning.fabric", "lightning.pytorch", "pytorch_lightning"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    assert fit(tmp_path, Small(), callbacks=[MAN(0.1)])[0].startswith("Vmap: auto;")
+    assert "MAN: 1 layer" in caplog.text
+    assert fit(tmp_path, Logs(), callbacks=[MAN(0.1)])[0].startswith("Eager: auto; Logs.training_step logs")
+
+
 def test_a_trial_leaves_no_trace_outside(tmp_path, capsys):
     steps = 2 * sum(-(-size // 4) for size in SIZES)
     for cls, found in ((Counts, lambda: counted), (Notes, lambda: len(noted))):
