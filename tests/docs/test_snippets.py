@@ -17,6 +17,11 @@ def parser():
     return Parser()
 
 
+def places(module):
+    """Where a module lies; a folder without __init__.py has a path only."""
+    return [str(getattr(module, name, "")) for name in ("__file__", "__path__")]
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder like the repository's root; modules that a page writes into it are forgotten."""
@@ -27,13 +32,9 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     before = set(sys.modules)
     yield tmp_path
-    for name in set(sys.modules) - before:
-        module = sys.modules[name]  # a folder without __init__.py has a path only
-        if any(
-            str(p).startswith(str(tmp_path))
-            for p in [module.__dict__.get("__file__"), *getattr(module, "__path__", [])]
-        ):
-            del sys.modules[name]
+    new = {name: sys.modules[name] for name in sys.modules.keys() - before}
+    for name in [name for name, module in new.items() if any(str(tmp_path) in place for place in places(module))]:
+        del sys.modules[name]
     if "wandb" in sys.modules:
         sys.modules["wandb"].teardown()
 
