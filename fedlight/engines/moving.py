@@ -41,7 +41,8 @@ class Moving:
         Raises:
             MisconfigurationException: if one has another shape or type, or is gone.
         """
-        held = [dict(owner.items()).get(key) for owner, key, _ in self._places]  # TorchScript's have no `get`
+        # TorchScript's have no `get`.
+        held = [owner[key] if key in owner else None for owner, key, _ in self._places]  # noqa: SIM401
         replaced = {id(old): new for new, (_, _, old) in zip(held, self._places, strict=True) if new is not old}
         found = {n: value for n, t in self.tensors.items() if (value := replaced.get(id(t), t)) is not None}
         for name, kind in self._kinds.items():

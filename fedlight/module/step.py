@@ -20,7 +20,7 @@ from fedlight.module.logs import LOSS, LogCollector, with_attributes
 from fedlight.module.parameters import ParameterLayout
 from fedlight.module.state import ModuleState, attributes_of
 from fedlight.penalties.batches import batch_size, cloned
-from fedlight.penalties.step import penalized_step
+from fedlight.penalties.step import PenalizedStep, penalized_step
 from fedlight.seeding import preserved_global_rng
 
 IndexedBatch = tuple[Any, int]
@@ -95,24 +95,31 @@ class OtherModels:
     def __init__(self, module: LightningModule, layout: ParameterLayout, recorded: bool = False) -> None:
         self._module, self._reach, self._layout, self.recorded = module, Reach(module), layout, recorded
         self._attributes: ModuleState | None = None
+        self._with_grad = False
 
     def __call__(self, models: Mapping[str, Tensor], log: LogCollector, batch: Any, index: int) -> None:
         """Let penalties see what the models ``[P]`` put out on a batch."""
-        module, step = self._module, penalized_step(self._module)
+        step = penalized_step(self._module)
         if not models or step is None:
             return
         log.enabled = False
+        try:
+            self._run(step, models, batch, index)
+        except RuntimeError as error:
+            if self.recorded or self._with_grad or "grad" not in str(error):
+                raise
+            self._with_grad = True  # the step takes gradients by itself, as in a gradient penalty
+            self._run(step, models, batch, index)
+
+    def _run(self, step: PenalizedStep, models: Mapping[str, Tensor], batch: Any, index: int) -> None:
+        module, grad = self._module, self._with_grad
         own = [*module.named_parameters(), *module.named_buffers()]
         # BatchNorm takes the batch's statistics: those that it keeps are of the model that trains.
         quiet = [m for m in module.modules() if not isinstance(m, _BatchNorm)]
         undone = nullcontext() if self.recorded else self._undone()
-        # Gradients are on: a step may take some by itself (`autograd.grad`, as in a gradient penalty).
-        grad = torch.no_grad() if self.recorded else torch.enable_grad()
-        with undone, grad, with_attributes(quiet, {"training": False}):
+        with undone, torch.set_grad_enabled(grad), with_attributes(quiet, {"training": False}):
             for name, params in models.items():
-                values = self._layout.views(params)
-                if not self.recorded:
-                    values = {key: value.detach().requires_grad_() for key, value in values.items()}
+                values = {k: v.detach().requires_grad_() if grad else v for k, v in self._layout.views(params).items()}
                 values |= {key: value.clone() for key, value in own if key not in values}
                 inner = {f"module.{key}": value for key, value in values.items()}
                 with with_attributes([step], {"model": name}):
@@ -122,9 +129,11 @@ class OtherModels:
     def _undone(self) -> Iterator[None]:
         self._attributes = self._attributes or attributes_of(self._module)
         self._attributes.refresh()
-        with preserved_global_rng():
-            yield
-        self._attributes.restore()
+        try:
+            with preserved_global_rng():
+                yield
+        finally:
+            self._attributes.restore()
 
 
 def transfer_function(module: LightningModule, device: torch.device) -> Callable[[Any], Any]:

@@ -131,7 +131,7 @@ class Session(RunContext):
             self.layout.check(self.module)
             self._begin_as_it_is()
         if self.settings["enable_checkpointing"]:
-            refuse_registered(self)
+            refuse_registered(self, self.module.state_dict())
         self.engine = self.make_engine()
         self._cleanup.callback(self.engine.teardown)
 

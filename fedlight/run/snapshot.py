@@ -30,11 +30,11 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     server's model. The rest is under ``fedlight``. Randomness needs no state: every generator is seeded by its round.
     Tensors that training leaves as they are stay where they are, and are not copied.
     """
-    refuse_registered(run)
     trainer, module, state, data = run.trainer, run.module, run.federation.state, given_data(run.datamodule)
+    refuse_registered(run, own := module.state_dict())
     callbacks = {c.state_key: _copied(c.state_dict()) for c in trainer.callbacks}
     checkpoint = {
-        "state_dict": server_state_dict(run),
+        "state_dict": server_state_dict(run, own),
         "hyper_parameters": _copied(_hyper_parameters(module)),
         "pytorch-lightning_version": lightning.__version__,
         "epoch": state.round,
@@ -58,9 +58,8 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     return {**plain(checkpoint), **added, "fedlight": {**plain(fedlight), "clients": fedlight["clients"]}}
 
 
-def refuse_registered(run: RunContext) -> None:
-    """Refuse a module of whose state a later one, made anew, could not be given all."""
-    state = run.module.state_dict()
+def refuse_registered(run: RunContext, state: Mapping[str, Any]) -> None:
+    """Refuse a module of whose state, its ``state_dict()``, a later one, made anew, could not be given all."""
     if odd := next((name for name, value in state.items() if not _is_plain(value)), None):
         raise MisconfigurationException(
             f"model: {odd!r} of its state is a {type(state[odd]).__name__}, which a checkpoint could not be read with."
@@ -123,15 +122,14 @@ def _write(run: RunContext, path: Path, content: dict[str, Any]) -> None:
         deque(content["fedlight"]["clients"].get("rows", ()), maxlen=0)
 
 
-def server_state_dict(run: RunContext) -> dict[str, Tensor]:
-    """The module's ``state_dict`` with the server's parameters and buffers; the module itself may hold others."""
-    module, known = run.module, run.layout.views(run.federation.params) | run.federation.state.buffers
+def server_state_dict(run: RunContext, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The module's ``state_dict``, its ``own``, with the server's parameters and buffers where it may hold others."""
+    known = run.layout.views(run.federation.params) | run.federation.state.buffers
     by_tensor: dict[int, str] = {}
-    for name, tensor in tensor_names(module).items():  # tied ones have several names, and one value
+    for name, tensor in tensor_names(run.module).items():  # tied ones have several names, and one value
         first = by_tensor.setdefault(tensor, name)
         if first in known:
             known[name] = known[first]
-    own = module.state_dict()
     return {k: known[k] if k in known else v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
 
 

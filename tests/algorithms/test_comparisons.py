@@ -18,6 +18,7 @@ from fedlight.engines.cuda_graph.engine import CudaGraph
 from fedlight.engines.vmap import programs
 from fedlight.penalties.batches import cloned
 from fedlight.penalties.comparison import Comparison
+from fedlight.penalties.step import penalized_step
 from fedlight.perturbations import SAM
 from tests.algorithms import networks
 from tests.algorithms.fitted import fit_network
@@ -119,6 +120,17 @@ def test_steps_may_take_gradients_of_their_own(tmp_path, algorithm):
         found.append((weights(model), trainer.callback_metrics["train/penalty"]))
     assert found[0][1] != 0
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_other_models_have_gradients_only_where_a_step_takes_some(tmp_path):
+    class Asked(networks.Network):
+        def training_step(self, batch):
+            modes.add((getattr(penalized_step(self), "model", None) is None, torch.is_grad_enabled()))
+            return super().training_step(batch)
+
+    modes = set()
+    quiet_trainer(tmp_path, algorithm=MOON(), engine="eager", max_rounds=1).fit(Asked(), networks.Points())
+    assert modes == {(True, True), (False, False)}
 
 
 class Noted(Comparison):
