@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 
 import fedlight.algorithms
@@ -111,6 +112,7 @@ def decay(gamma):
         (np.float64(0.1), 0.1, 0.2),
         (torch.float32, torch.float32, torch.float64),
         (Kind.SMALL, 1, Kind.LARGE),
+        (torch.__version__, str(torch.__version__), "0.4"),
         (0.1, 0.1, 0.10001),
         (float("nan"), float("nan"), 0.0),
         (None, None, 0),
@@ -123,6 +125,8 @@ def test_plain_values_are_stable_and_tell_what_differs(one, same, changed):
     values = [plain(v) for v in (one, same, changed)]
     # What lambdas are called after is where they stand.
     assert "0x" not in repr(values)
+    # A checkpoint holds them as they are: a class of its own, as that of torch's version, could not be read.
+    assert {type(leaf) for leaf in tree_leaves(values)} <= {bool, int, float, str, type(None)}
     assert differences(values[0], values[1], "k") == {}
     assert differences(values[0], values[2], "k") != {}
 

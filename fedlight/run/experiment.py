@@ -79,7 +79,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     value = value.item() if isinstance(value, np.generic) else settings_of(value) or value
     value = value.value if isinstance(value, enum.Enum) and isinstance(value, int | str) else value
     if value is None or isinstance(value, bool | int | float | str):
-        return value
+        return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
     if isinstance(value, Tensor | np.ndarray):
         return value.item() if math.prod(value.shape) == 1 else [list(value.shape), _number(value)]
     if isinstance(value, torch.dtype | torch.device | PurePath | enum.Enum):

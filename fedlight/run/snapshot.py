@@ -55,7 +55,8 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     run.hooks("on_save_checkpoint", checkpoint)
     added = {k: _copied(v) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
-    return {**plain(checkpoint), **added, "fedlight": {**plain(fedlight), "clients": fedlight["clients"]}}
+    kept = {key: fedlight.pop(key) for key in ("clients", "experiment")}  # these are plain, and large
+    return {**plain(checkpoint), **added, "fedlight": {**plain(fedlight), **kept}}
 
 
 def refuse_registered(run: RunContext, state: Mapping[str, Any]) -> None:
