@@ -47,18 +47,23 @@ def differentiable_once(loss: Tensor) -> list[str]:
 
     Autograd treats what their backward pass returns as a constant, so that the Hessian would be wrong without a word.
     """
-    found, seen, stack = set(), set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    found = set()
+    for node in nodes(loss):
         function = getattr(type(node), "_forward_cls", None)
         code = getattr(getattr(function, "backward", None), "__code__", None)
         if function is not None and getattr(code, "co_filename", "") == torch.autograd.function.__file__:
             found.add(function.__name__)
-        stack += [following for following, _ in node.next_functions]
     return sorted(found)
+
+
+def nodes(loss: Tensor) -> set[Any]:
+    """The graph behind ``loss``."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        if (node := stack.pop()) is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return seen
 
 
 def explain(error: RuntimeError, module: nn.Module, run: Callable[[], Any]) -> NoSecondDerivativeError:

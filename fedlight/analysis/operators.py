@@ -198,7 +198,7 @@ class HessianOperator:
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 "The loss does not depend on any trainable parameter. A training_step that detaches its loss cannot be"
-                " analysed, nor one that calls a function bound to another module: the analysis runs on a copy."
+                " analysed."
             )
         return loss, list(gradients)
 

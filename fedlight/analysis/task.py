@@ -14,7 +14,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fedlight.analysis.layers import differentiable_once, explain
+from fedlight.analysis.layers import differentiable_once, explain, nodes
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState
@@ -56,6 +56,7 @@ class TaskLoss:
     def __init__(
         self, module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
+        self._original = module
         # Under inference mode, where Lightning evaluates, parameters could not be differentiated.
         with torch.inference_mode(False):
             self.module = _copied(module).to(dtype=dtype, device=device)
@@ -77,6 +78,7 @@ class TaskLoss:
 
         Raises:
             NoSecondDerivativeError: if a part of it can be differentiated once only.
+            ValueError: if it uses parameters of the module itself, as a closure in it may.
         """
         seed_global_rng(index)
         if self._state is None:
@@ -86,6 +88,12 @@ class TaskLoss:
         self._state.restore()  # it is a function: no call changes the next
         if not self._checked and loss.requires_grad:
             self._checked = True
+            used = {id(getattr(node, "variable", None)) for node in nodes(loss)}
+            if names := [name for name, p in self._original.named_parameters() if id(p) in used]:
+                raise ValueError(
+                    f"A function in {type(self.module).__name__} uses its parameter {names[0]}, also in a copy of the"
+                    " module, on which the analysis runs. Make a lambda or closure of it a method."
+                )
             if names := differentiable_once(loss):
                 error = RuntimeError(f"autograd function {', '.join(names)} is marked once_differentiable")
                 raise self.explain(error, batch, index)

@@ -80,15 +80,14 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
         yield f"{step} changes {name}, which a recorded step would freeze"
     if findings.replaced and engine == "cuda_graph":
         yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
-    if engine != "cuda_graph" or training.compile:
-        yield from _at_parameters(module, findings)
+    yield from _at_parameters(module, findings if engine != "cuda_graph" or training.compile else Findings())
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
 
 
 def _at_parameters(module: LightningModule, findings: Findings) -> Iterator[str]:
-    """What autograd does with a parameter by itself, and a function that gives all gradients does not."""
+    """What autograd does with a parameter by itself, and a copy, or a function that gives all gradients, does not."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"parameter {name} has a hook, which a recorded step would not call"

@@ -254,6 +254,16 @@ def test_a_loss_that_does_not_reach_the_parameters_is_refused():
         hessian_operator(Detached(mlp()), [(X, Y)]).loss_and_gradient()
 
 
+def test_a_closure_that_uses_the_module_itself_is_refused():
+    """It would be analysed without the curvature in what the closure uses."""
+    model = Task(mlp())
+    model.net.register_forward_hook(lambda net, given, out: out * net[0].weight.mean())
+    assert hessian_operator(model, [(X, Y)]).loss_and_gradient()[0] > 0
+    model.net.register_forward_hook(lambda net, given, out: out * model.net[0].weight.mean())
+    with pytest.raises(ValueError, match="function in Task uses its parameter net.0.weight, also in a copy"):
+        hessian_operator(model, [(X, Y)]).loss_and_gradient()
+
+
 def test_errors_of_the_module_itself_come_through():
     w = nn.Parameter(torch.ones(2))
 

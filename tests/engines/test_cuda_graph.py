@@ -278,6 +278,47 @@ def test_what_changes_from_step_to_step_is_named(tmp_path, monkeypatch):
         train(tmp_path, CudaGraph(recorder=Tape))
 
 
+class Marked(cases.Net):
+    """Its optimizer goes by attributes of parameters."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        for parameter in self.parameters():
+            parameter.decay = 0.5 * (parameter.ndim - 1)
+
+    def configure_optimizers(self):
+        groups = [{"params": [p], "weight_decay": getattr(p, "decay", 0.0)} for p in self.parameters()]
+        return optim.SGD(groups, lr=0.125, fused=True)
+
+
+def test_slots_know_what_parameters_are_marked_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "Net", Marked)
+    assert_same(train(tmp_path, CudaGraph(slots=2, recorder=Tape)), train(tmp_path, "eager"))
+
+
+def hooked(net):
+    net.fc2.weight.register_hook(lambda gradient: gradient / 10)
+
+
+def closed(net):
+    net.fc2.register_forward_hook(lambda layer, given, out: out * net.fc2.weight.mean())
+
+
+REFUSED = {hooked: "parameter fc2.weight has a hook", closed: "uses its parameter fc2.weight, also in a copy"}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_a_slots_copy_of_the_module_would_do_otherwise_is_refused(change, tmp_path, monkeypatch):
+    class Changed(cases.Net):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            change(self)
+
+    monkeypatch.setattr(cases, "Net", Changed)
+    with pytest.raises(MisconfigurationException, match=f"engine=cuda_graph: .*{REFUSED[change]}"):
+        train(tmp_path, CudaGraph(recorder=Tape))
+
+
 def test_auto_says_why_it_is_eager(tmp_path, monkeypatch):
     monkeypatch.setattr("fedlight.engines._accelerated", lambda device: True)
     with pytest.warns(UserWarning, match="engine=auto is eager, which is slower, because of .*needs a CUDA device"):

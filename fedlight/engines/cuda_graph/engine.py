@@ -130,7 +130,11 @@ class CudaGraph(Engine):
         try:
             slot = self._new_slot(example)
             if rehearse:
+                module.zero_grad()
                 slot.rehearse(example)
+                for name in (name for name, parameter in module.named_parameters() if parameter.grad is not None):
+                    what = f"a function in the module uses its parameter {name}, also in a copy of the module"
+                    raise Unrecordable("cuda_graph", f"{what}. Make a lambda or closure of it a method")
             slot.prepare(0, example)
             return slot
         except MisconfigurationException:
@@ -142,6 +146,8 @@ class CudaGraph(Engine):
 
     def _new_slot(self, example: ClientTask) -> RecordedLoop:
         module = copy.deepcopy(self._training.module)
+        for parameter, own in zip(self._training.module.parameters(), module.parameters(), strict=True):
+            vars(own).update(vars(parameter))  # what configure_optimizers may go by; a copy has lost it
         module.trainer = self._training.module._trainer
         pool = _pool(example, self._device)
         return RecordedLoop(self._training, module, pool, self._recorder(self._device), self._compiled)
