@@ -6,6 +6,7 @@ from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -29,7 +30,7 @@ class _Storage:
 
     def __init__(self, tree: Any) -> None:
         leaves, self.spec = tree_flatten(tree)
-        self.leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(leaf) for leaf in leaves]
+        self.leaves = [leaf if isinstance(leaf, Tensor) else torch.as_tensor(_native(leaf)) for leaf in leaves]
         if len({(*leaf.shape[:1], leaf.device) for leaf in self.leaves}) != 1 or not self.leaves[0].ndim:
             found = ", ".join(f"{list(leaf.shape)} on {leaf.device}" for leaf in self.leaves)
             raise ValueError(f"Tensors of a dataset need an entry for each sample, and one device; found {found}.")
@@ -70,6 +71,11 @@ class _Storage:
 
     def __reduce__(self) -> Any:
         return _Storage, (self.build(self.leaves),)  # a worker process or a file needs no copies
+
+
+def _native(array: Any) -> Any:
+    """A NumPy array in this machine's byte order that does not run backwards, as torch takes it."""
+    return array.astype(array.dtype.newbyteorder("="), "C", copy=False) if isinstance(array, np.ndarray) else array
 
 
 class ArrayDataset(Dataset[Any]):

@@ -149,7 +149,9 @@ class DatasetPartition(PartitionedDataModule):
             if found is None:
                 raise ValueError(f"`data.{key}` is {given!r}, which is no column or attribute of the training data.")
         elif given is None and key == "targets":
-            found = find_values(self._train, LABELS) if find_targets(self._train) is not None else None
+            found = find_values(self._train, LABELS)
+            lost = any(value is None for value in found or ())
+            found = found if lost or find_targets(self._train) is not None else None
             spec = self._train.storage.spec if isinstance(self._train, ArrayDataset) else None
             if found is not None and spec is not None and spec.type is not dict and (n := spec.num_leaves) > 2:
                 rank_zero_info(f"data: the class of a sample is the last of its {n} tensors, or `data.targets`.")
@@ -220,7 +222,7 @@ def find_targets(dataset: Any, keys: Sequence[str] = LABELS, names: Sequence[str
     """The class of each sample as the dataset itself tells it, ``[n]`` int64; None if it does not."""
     try:
         found = find_values(dataset, keys)
-        return None if found is None else numbered(found, names)[0]
+        return None if found is None else numbered(found, names, "" if keys is LABELS else keys[0])[0]
     except (TypeError, ValueError, RuntimeError):
         return None  # regression, boxes, text: no classes
 

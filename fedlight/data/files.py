@@ -32,9 +32,9 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
         # Opened here: NumPy leaves a file open that turns out to be torn.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             found = list(file.files)
-            held = {key: file[key] for key in found if _role(key) or key in ("classes", "groups")}
+            held = {key: _array(file[key]) for key in found if _role(key) or key in ("classes", "groups")}
     except (ValueError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        what = str(error)
+        what = f"{error}. Strings are written as np.array(words, dtype=str)" if "Object" in str(error) else str(error)
         if path.suffix != ".npz":
             what = "it must be one, a CSV file, or a folder. numpy.savez(file, x_train=..., y_train=...) writes one"
         raise ValueError(f"`data.source` ({path}) is not a readable .npz file: {what}") from error
@@ -70,6 +70,12 @@ def load_npz(path: Path, test_fraction: float = 0.2) -> ImageArrays:
     return take(both, *held_out_for_test(strata, test_fraction))
 
 
+def _array(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array with an axis of samples, and bytes as strings."""
+    array = np.atleast_1d(array)
+    return np.char.decode(array, "utf-8", "backslashreplace") if array.dtype.kind == "S" else array
+
+
 def _role(key: str) -> str | None:
     """What an array is by its name: ``x_train``, ``y_test``, ``group_val``; None if it tells nothing."""
     split, words = split_of(key)
@@ -90,8 +96,8 @@ def _codes(
         columns[key] = values.reshape(len(values)) if values.size == len(values) else values
         if values.ndim == 2 and values.shape[1] > 1 and np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all():
             columns[key], told = values.argmax(1), "labels from one-hot rows"
-    if columns and all(values.ndim == 1 and values.dtype.kind in "US" for values in columns.values()):
-        words = [values.astype(str).tolist() for values in columns.values()]
+    if columns and all(values.ndim == 1 and values.dtype.kind == "U" for values in columns.values()):
+        words = [values.tolist() for values in columns.values()]
         known = known or in_order(set().union(*words))
         if strange := sorted(set().union(*words) - set(known)):
             raise ValueError(f"{where}: {', '.join(held)} hold {strange[:5]}, which are not among {known[:5]}.")
@@ -108,6 +114,8 @@ def _codes(
     if shift and low == 1 and len(known) in (0, high):
         codes, told = [code - 1 for code in codes], f"labels 1 .. {high} as 0 .. {high - 1}"
         known = known or [str(label) for label in range(1, high + 1)]
+    if shift and high >= 1000 * len(torch.unique(torch.cat(codes))):
+        raise ValueError(f"{where}: labels go up to {high}, which would be {high + 1} classes. Number them from 0 on.")
     return codes, known, told
 
 

@@ -17,7 +17,7 @@ from fedlight.data.pixels import read_images
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".avif"}
 EXTENSIONS |= {".ppm", ".pgm", ".tif", ".tiff"}
-_NOT_DATA = (".", "__MACOSX", "@eaDir")  # hidden files, the ._x.jpg of macOS among them
+_NOT_DATA = (".", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # hidden files, the ._x.jpg of macOS among them
 _SPELLINGS = {
     "train": "training|train|trn",
     "val": "validation|validating|validate|valid|val|development|devel|dev|evaluation|eval",
@@ -128,27 +128,30 @@ def _split(root: Path, suffixes: Collection[str]) -> tuple[list[_File], list[_Fi
 
 def _walk(root: Path, suffixes: Collection[str]) -> list[_File]:
     """All images of a tree, sorted, with the folders that each lies in; Tiny-ImageNet's table is as good as folders."""
-    files, bare = list[_File](), list[str]()
+    files, bare, other = list[_File](), list[str](), list[str]()
     for path, inner, names in walk(root):
         folders, table = path.relative_to(root).parts, path.parent / "val_annotations.txt"
         folders = folders[:-1] if folders and folders[-1].lower() == "images" else folders
         rows = [line.split("\t") for line in table.read_text().splitlines()] if table.is_file() else []
         labels = {row[0]: row[1:2] for row in rows}
-        chosen = [n for n in sorted(names) if os.path.splitext(n)[1].lower() in suffixes]
+        chosen = [n for n in names if os.path.splitext(n)[1].lower() in suffixes]
         bare += [] if inner or chosen else [str(path)]
-        files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen if not n.startswith(_NOT_DATA)]
+        other += [str(path / n) for n in sorted({*names} - {*chosen}) if chosen]
+        files += [_File(path / n, (*folders, *labels.get(n, ()))) for n in chosen]
     if bare:
         rank_zero_info(f"`data.source`: {len(bare)} folders hold nothing to read and are no class, as {bare[0]}.")
+    if other:
+        rank_zero_info(f"`data.source`: {len(other)} files beside them are of other kinds and left out, as {other[0]}.")
     return files
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder of a tree with the names of those in it that hold data, and of its files; links have an end."""
+    """Each folder of a tree with the names of the folders and files in it that hold data; links have an end."""
     for place, inner, names in os.walk(root, followlinks=True):
         path = Path(place)
         up = {above.resolve() for above in (path, *path.parents)} | {*path.resolve().parents}
         inner[:] = sorted(n for n in inner if not n.startswith(_NOT_DATA) and (path / n).resolve() not in up)
-        yield path, inner, names
+        yield path, inner, sorted(n for n in names if not n.startswith(_NOT_DATA))
 
 
 def _without_splits(root: Path, files: list[_File]) -> list[_File]:

@@ -155,6 +155,8 @@ class PartitionedDataModule(FederatedDataModule):
             own, rng = torch.searchsorted(names, groups[1][known]), generator(self.seed, "client validation")
             parts = self.partitioner.deal(own, self.num_clients, rng, self.num_clients // len(names))
             self._held_out = Partition([rows[part] for part in parts])
+        elif targets and isinstance(self.partitioner, NaturalGroups):
+            rank_zero_info("data: no held-out sample is of a client that trains; each gets some of its classes.")
         elif targets and bool(torch.isin(groups[0], groups[1]).all()):
             classes = 1 + max(int(t.max()) for t in targets)
             self._strata = groups[0] * classes + targets[0], groups[1] * classes + targets[1]

@@ -113,7 +113,8 @@ def loaded(data: Any, what: str, clients: bool = False) -> Loaded:
         )
     held = tree_leaves(dataset) if isinstance(dataset, Mapping | tuple) else []  # of tensors: it stands for a dataset
     kinds = {"f" if isinstance(p, Tensor) else p.dtype.kind if isinstance(p, np.ndarray) else "" for p in held}
-    if not kinds <= {*"biufc"} or not (dataset is None or hasattr(dataset, "__getitem__")) or hasattr(dataset, "iloc"):
+    fits = dataset is None or (hasattr(dataset, "__getitem__") and not isinstance(dataset, str))
+    if not (fits and kinds <= {*"biufc"}) or hasattr(dataset, "iloc"):
         found = f"{type(dataset).__name__}{' of strings or objects' if kinds & {*'USO'} else ''}"
         raise TypeError(f"{what} is a {found}; give one dataset, DataLoader or dict of tensors of it.")
     if clients and isinstance(data, list) and data and isinstance(data[0], tuple | list | Mapping):

@@ -168,9 +168,10 @@ def column(table: Table, name: str, key: str, where: str = "") -> list[Any]:
     if name not in table:
         found = ", ".join(filter(None, table))
         raise ValueError(f"`data.{key}` is {name!r}, but the columns of `data.source`{where} are {found}.")
-    if lacking := [row for row, value in enumerate(table[name]) if value is None or value != value]:
-        raise ValueError(f"`data.{key}`: {len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}.")
-    return table[name]
+    if lacking := [row for row, v in enumerate(table[name]) if v is None or isinstance(v, list | dict) or v != v]:
+        what = f"{len(lacking)} samples have no {name!r}; the first is sample {lacking[0]}"
+        raise ValueError(f"`data.{key}`: {what}: {table[name][lacking[0]]!r} is not one value.")
+    return [_WHOLE.sub(r"\1", str(v)) for v in table[name]] if key.endswith("client") else table[name]
 
 
 def coded(values: Sequence[Any], known: Collection[str], what: str) -> tuple[Tensor, list[str]]:

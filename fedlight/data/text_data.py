@@ -200,7 +200,8 @@ def _encoded(
 
     def numbers(text: str) -> Any:
         if tokenizer == "hash":
-            return [2 + zlib.crc32(piece.encode()) % (size - 2) for piece in _pieces(text, "words")[:longest]]
+            pieces = [piece.encode(errors="surrogatepass") for piece in _pieces(text, "words")[:longest]]
+            return [2 + zlib.crc32(piece) % (size - 2) for piece in pieces]
         if isinstance(tokenizer, str):
             return [number.get(piece, _UNKNOWN) for piece in _pieces(text, tokenizer)[:longest]]
         found = tokenizer(text, **cut)

@@ -151,6 +151,17 @@ def test_what_does_not_fit(arguments, message):
         ready(DatasetPartition(**({"train": Words()} | arguments)))
 
 
+def test_whole_numbers_of_a_named_column_are_classes_and_groups_in_every_set_and_none_is_refused():
+    train = {"x": torch.zeros(12), "y": torch.arange(12) % 2, "site": torch.arange(12) % 3}
+    test = {"x": torch.zeros(6), "y": torch.arange(6.0) % 2, "site": torch.tensor([0.0, 0, 0, 1, 1, 2])}
+    data = ready(DatasetPartition(train, test, num_clients=None, groups="site", targets="y"))
+    assert [len(data.client_val_dataset(i)) for i in range(3)] == [3, 2, 1]
+    words = Words()
+    words.labels[4] = None
+    with pytest.raises(ValueError, match=r"`data\.targets`: 1 samples have none, the first is 4"):
+        ready(DatasetPartition(words, num_clients=2))
+
+
 def test_targets_are_found_through_wrappers():
     words = Words(6)
     assert find_targets(Subset(words, [4, 1])).tolist() == [1, 1]

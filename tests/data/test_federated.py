@@ -364,6 +364,7 @@ class Stream(IterableDataset):
             "is 2 loaders or datasets; give one, or all alike",
         ),
         (7, "is a int; give"),
+        ("data.pt", "is a str; give"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_with_the_way_out(train, message):

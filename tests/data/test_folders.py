@@ -167,12 +167,15 @@ def test_folders_without_images_links_upwards_and_images_of_both_sets_are_said(t
     tree(tmp_path, {"train/cat": range(5), "train/dog": range(10, 15), "train/cow": [], "test/dog": [20]})
     (tmp_path / "train" / "cat" / "up").symlink_to("..")
     (tmp_path / "test" / "cat").symlink_to("../train/cat")
+    for name in ("Thumbs.db", "9.heic"):
+        (tmp_path / "train" / "dog" / name).write_bytes(b"no image")
     with caplog.at_level(logging.INFO):
         got = load_source(str(tmp_path))
     assert (got.classes, len(got.y_train), len(got.y_test)) == (["cat", "dog"], 10, 6)
     said = " ".join(r.message for r in caplog.records)
     assert f"1 folders hold nothing to read and are no class, as {tmp_path}/train/cow" in said
     assert "5 of 6 test images are training images, too" in said
+    assert f"1 files beside them are of other kinds and left out, as {tmp_path}/train/dog/9.heic" in said
 
 
 def test_folders_that_hold_links_to_one_another_have_an_end(tmp_path):

@@ -58,6 +58,13 @@ ELSEWHERE = {
 }
 
 
+def test_arrays_of_another_machine_or_that_run_backwards():
+    held = {"x": X.numpy().astype(">f4")[::-1], "y": np.asfortranarray(Y.numpy().astype(">i8"))[::-1]}
+    data = in_memory(held)
+    assert torch.equal(data.inputs, X.flip(0))
+    assert torch.equal(data.targets, Y.flip(0))
+
+
 def loaded(dataset):
     return list(DataLoader(dataset, batch_sampler=BATCHES))
 

@@ -172,6 +172,7 @@ def split(folder, train, test):
         ([{"": 0, **mail} for mail in MAILS], {"client": "user"}, r"of `data.source` are text, label, client"),
         ([*MAILS, {"text": "x", "label": "ham"}], {"client": "client"}, "1 samples have no 'client'; .* is sample 18"),
         ([*MAILS, {"text": "x", "label": float("nan")}], {}, "1 samples have no 'label'; the first is sample 18"),
+        ([*MAILS, {"text": "x", "label": [0, 1]}], {}, r"1 samples have no 'label'; .* 18: \[0, 1\] is not one value"),
         ([*MAILS, {"text": " ", "label": "ham"}], {}, "`data.text`: 1 texts are empty, or no texts; .* is sample 18"),
         (
             MAILS,
@@ -197,6 +198,18 @@ def split(folder, train, test):
 def test_what_cannot_be_read_or_divided(tmp_path, rows, settings, said):
     with pytest.raises(ValueError, match=said):
         ready(jsonl(tmp_path / "rows.jsonl", rows), **settings)
+
+
+def test_clients_have_one_number_in_every_file_and_others_are_said(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    rows = [{"text": f"\ud83d mail {i}", "label": i % 2, "client": i % 3} for i in range(24)]
+    floats = [row | {"client": float(row["client"])} for row in rows[:5]]
+    data = ready(split(tmp_path / "a", rows, floats), client="client")
+    assert [len(data.client_val_dataset(i)) for i in range(3)] == [2, 2, 1]
+    assert "no held-out sample" not in caplog.text
+    strangers = split(tmp_path / "b", rows, [row | {"client": "new"} for row in rows])
+    ready(strangers, client="client", tokenizer="hash")
+    assert "no held-out sample is of a client that trains; each gets some of its classes" in caplog.text
 
 
 def test_other_files_that_cannot_be_read(tmp_path):
