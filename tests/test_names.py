@@ -29,6 +29,7 @@ def test_dotted_keys():
 
 def test_spread_cost_and_sharpness_are_better_small():
     small = ("val/loss", "clients/accuracy_std", "time/round_s", "comm/up_mb", "hessian/lambda_max", "privacy/epsilon")
+    small += ("val/cross_entropy", "val/hinge", "val/brier_score", "val/bpc", "val/nrmse", "val/msle", "val/eer")
     assert all(map(smaller_is_better, small))
     assert not any(
         map(smaller_is_better, ("val/accuracy", "clients/accuracy_p10", "val/f1", "val/acc_norm", "runtime"))

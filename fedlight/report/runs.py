@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
     """All runs in and below some folders, each once.
 
     A folder is one of a run, of an experiment, of a study, or one above these. Of a study's run with several versions,
-    the newest counts; the runs that ``study.json`` names and that are not there are ``missing``.
+    the newest counts; the runs that ``study.json`` names and that are not there are ``missing``, and others beside them
+    are runs, too.
     """
     runs, seen = dict[Path, Run](), set[Path]()
     for folder in folders:
@@ -94,18 +96,18 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
         return
     seen.add(place)
     if (folder / "study.json").is_file():
-        yield from _study_runs(folder)
+        yield from _study_runs(folder, seen)
     elif _is_run(folder):
         yield read_run(folder)
-    else:
-        try:
-            children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path)))
-        except OSError as error:  # of another user
-            yield Run(folder, "torn", f"the folder cannot be read: {error.strerror}")
-            return
-        for child in children:
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _below(child, seen)
+        return
+    try:
+        children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path)))
+    except OSError as error:  # of another user
+        yield Run(folder, "torn", f"the folder cannot be read: {error.strerror}")
+        return
+    for child in children:
+        if child.is_dir() and not child.name.startswith("."):
+            yield from _below(child, seen)
 
 
 def _is_run(folder: Path) -> bool:
@@ -113,10 +115,11 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _study_runs(folder: Path) -> Iterator[Run]:
+def _study_runs(folder: Path, seen: set[Path]) -> Iterator[Run]:
     planned = _json(folder / "study.json").get("runs", [])
     for entry in planned if isinstance(planned, list) else []:
         path = folder / str(entry.get("folder") if isinstance(entry, dict) else entry)
+        seen.add(path.resolve())
         present = versions(path)
         result = _json(path / "run.json")
         run = read_run(path / f"version_{present[-1]}") if present else Run(path, "missing", "it has not been begun")
@@ -170,7 +173,9 @@ def _filled_in(run: Run) -> tuple[Status, str]:
 
 def _in_percent(run: Run) -> bool:
     """Whether accuracies of a run go beyond 1, as those of a module that logs them in percent; they are divided."""
-    found = {_kind(name) for row in run.rows for name, value in row.items() if is_share(name) and value > 1.001}
+    found = {
+        _kind(name) for row in run.rows for name, value in row.items() if is_share(name) and 1.001 < value < math.inf
+    }
     if found:
         percent = {name for row in run.rows for name in row if is_share(name) and _kind(name) in found}
         run.rows = [{k: value / 100 if k in percent else value for k, value in row.items()} for row in run.rows]

@@ -69,10 +69,11 @@ def overview(study: Study, metric: str) -> Table:
             row.append(Cell(text, method in best[setting]))
         rows.append(row)
     unit, seeds = " in percent" if is_share(metric) else "", {len(group.runs) for group in study.groups}
+    end = "smallest" if smaller_is_better(metric) else "largest"
     few = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
     note = (
-        f"{metric}{unit} after the last round, mean ± standard deviation over seeds ({few} of each); bold: the best of"
-        " the setting." + left_out(study.groups, [metric])
+        f"{metric}{unit} after the last round, mean ± standard deviation over seeds ({few} of each); bold: the"
+        f" best of the setting, that is the {end}." + left_out(study.groups, [metric])
     )
     return Table(["method", *study.settings], rows, note)
 

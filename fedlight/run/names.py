@@ -33,8 +33,9 @@ _PREFERRED = (
     "loss",
 )
 _SMALLER = (
-    "loss|error|perplexity|distance|divergence|"  # and, of what fedlight logs, spread, cost and sharpness
-    "(^|[^a-z])(err|r?mse|mae|mape|nll|bce|ce|ece|ppl|wer|cer|fid|kl|std|epsilon|drift|penalty)([^a-z]|$)"
+    "loss|error|cross_?entropy|perplexity|distance|divergence|hinge|brier|regret|bits_per|"
+    "(^|[^a-z])(err|[rn]*msl?e|mae|s?mape|nll|bce|ce|ece|ppl|wer|cer|eer|bp[bcd]|fid|lpips|kl)([^a-z]|$)|"
+    "(^|[^a-z])(std|epsilon|drift|penalty)([^a-z]|$)"  # of what fedlight logs, spread, cost and sharpness
     "|^(time|comm|hessian)/"
 )
 

@@ -1,5 +1,6 @@
 """The report itself: tables, pictures, Markdown, LaTeX, and the HTML in a browser without a network."""
 
+import math
 import os
 import re
 import shutil
@@ -196,6 +197,7 @@ def test_runs_that_a_mean_leaves_out_are_named_and_the_rest_is_not_the_best(tmp_
     (others,) = (p for p in paragraphs if p.startswith("λ_max, trace"))
     assert "FedAvg, seed 1: hessian/lambda_max not logged." in others
     assert "| 2 (1 of 2) |" in text
+    assert "bold: the best of the setting, that is the largest." in text
     curves = [p for p in paragraphs if p.startswith("val/accuracy against")]
     also = f"{lost} NaN from round 2; FedDyn, seed 1: val/accuracy NaN from round 2."
     assert len(curves) == 2
@@ -213,6 +215,8 @@ def test_accuracies_in_percent_are_read_as_such(tmp_path):
     write_run(tmp_path / "both" / "version_0", [0.5, 0.25], columns={"train/accuracy": [50, 60]})
     (run,) = find_runs([tmp_path / "both"])
     assert (run.last("val/accuracy"), run.last("train/accuracy")) == (0.25, 0.6)
+    write_run(tmp_path / "inf" / "version_0", [math.inf, 0.5])
+    assert find_runs([tmp_path / "inf"])[0].last("val/accuracy") == 0.5
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path):

@@ -140,12 +140,14 @@ def test_a_studys_missing_and_failed_runs(tmp_path):
     (study / "three" / "run.json").write_text(json.dumps({"status": "failed", "error": "exit code 2\nbad key"}))
     plan = {"runs": [{"folder": name} for name in ("one", "two", "three", "four")]}
     (study / "study.json").write_text(json.dumps(plan))
+    write_run(study / "by hand" / "version_0", [0.3])
     runs = {run.path.relative_to(study).parts[0]: run for run in find_runs([tmp_path])}
     assert {name: run.status for name, run in runs.items()} == {
         "one": "finished",
         "two": "failed",
         "three": "failed",
         "four": "missing",
+        "by hand": "finished",
     }
     assert runs["one"].last("val/accuracy") == 0.2
     assert runs["two"].detail == "exit code 1 — NaN everywhere"
