@@ -188,6 +188,29 @@ class Masked(Regression):
         return super().training_step(batch, batch_idx)
 
 
+class Expanded(Regression):
+    """As positions, and as a window with one kernel for all channels."""
+
+    def __init__(self, own=False):
+        super().__init__()
+        seen = torch.zeros(1).expand(3)
+        self.register_buffer("seen", seen.clone() if own else seen)
+        self.register_buffer("positions", torch.arange(3).expand(2, 3))
+        self.scale = nn.Parameter(torch.ones(1).expand(3), requires_grad=False)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.seen = 0.9 * self.seen + x.mean(0)
+        return super().training_step((x * self.scale + self.seen, y), batch_idx)
+
+
+def test_expanded_buffers_have_entries_of_their_own(tmp_path):
+    """Torch writes to no tensor of which several entries are one number."""
+    found, expected = (fit(tmp_path, Expanded(own))[0].state_dict() for own in (False, True))
+    assert len(found["seen"].unique()) == 3
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_infinite_buffers_that_stay_so_are_kept_and_those_that_become_so_are_named(tmp_path):
     model, trainer = fit(tmp_path, Masked())
     assert torch.equal(model.mask, torch.tensor([0.0, -torch.inf]))

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,14 @@ class FlatParameters:
         for parameter in self._parameters:
             parameter.data = parameter.detach().clone()
             parameter.grad = None
+
+
+def unexpand(module: nn.Module) -> None:
+    """Give every entry of expanded buffers and parameters (``Tensor.expand``) memory of its own, to be written to."""
+    tensors = (*module.buffers(), *module.parameters())
+    for tensor in (t for t in tensors if not is_lazy(t) and t.layout == torch.strided):
+        if any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            tensor.data = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def flat_parameters(module: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from fedlight.data.datamodule import FederatedDataModule, share_among_processes
 from fedlight.data.federated import not_federated, training_data
 from fedlight.engines import Engine, start_engine
 from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, strangers, with_module_callbacks
-from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors
+from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors, unexpand
 from fedlight.run import resume, setup
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.context import Command, RunContext
@@ -222,6 +222,7 @@ class Session(RunContext):
         # After the module's own: it is handed over with the devices and data types that it trains with.
         self.fabric.strategy.precision.convert_module(module)
         self.fabric.to_device(module)
+        unexpand(module)
         self.evaluator = Evaluator(module, self.fabric, self.datamodule, self.hooks, self.movers.untouched)
 
     def _begin_federation(self) -> None:
