@@ -9,6 +9,7 @@ import torch
 
 from fedlight.analysis.landscape import LossLine, LossSurface
 from fedlight.analysis.result import HessianResult
+from fedlight.run.folder import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,8 @@ def drawn(path: str | Path, plot: Any, size: tuple[float, float], style: dict[An
     with matplotlib.rc_context(_STYLE | (style or {})):
         figure = Figure(figsize=size, layout="constrained")
         plot(figure)
-        figure.savefig(path)
+        with atomic_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:] or None)
     return path
 
 

@@ -34,13 +34,16 @@ class Curves(RoundCallback):
         self._news = True
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Draw it; a fit that trained nothing leaves the picture of its run as it is."""
-        if trainer.run_dir is None or not trainer.is_global_zero or not self._news:
+        """Draw it; a fit that trained nothing leaves the picture of its run as it is, if there is one."""
+        if trainer.run_dir is None or not trainer.is_global_zero:
+            return
+        picture = Path(trainer.run_dir) / "plots" / "curves.png"
+        if not self._news and picture.exists():
             return
         self._news = False
         rows = read_metrics(Path(trainer.run_dir) / "metrics.csv")
         if len(rows) > 1:
-            draw_curves(rows, picture := Path(trainer.run_dir) / "plots" / "curves.png")
+            draw_curves(rows, picture)
             log_picture(trainer.loggers, "curves", picture)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -62,14 +65,14 @@ class PartitionPicture(RoundCallback):
         """Draw it, once."""
         if trainer.run_dir is None or not trainer.is_global_zero:
             return
-        picture = Path(trainer.run_dir) / "plots" / "partition.png"
-        counts = None if picture.exists() else trainer.datamodule.partition_counts()
+        picture, table = Path(trainer.run_dir) / "plots" / "partition.png", Path(trainer.run_dir) / "partition.csv"
+        counts = None if table.exists() else trainer.datamodule.partition_counts()
         if counts is None:
             return
         names = class_names(trainer.datamodule)
         picture.parent.mkdir(exist_ok=True)
         save_partition_picture(counts, picture, names)
-        atomic_write(Path(trainer.run_dir) / "partition.csv", partition_csv(counts, names).encode())
+        atomic_write(table, partition_csv(counts, names).encode())  # last: what a killed run was drawing is drawn anew
         log_picture(trainer.loggers, "partition", picture)
 
 

@@ -81,3 +81,17 @@ def test_drawing_and_solver_packages_are_imported_where_they_are_used():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.split(".")[0] for name in names} & {"matplotlib", "scipy", "curvlinops"}, path.name
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def fail(figure, file, **settings):
+        (file.write if hasattr(file, "write") else file.write_bytes)(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "curves.png").write_bytes(b"whole")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="No space"):
+        p.drawn(tmp_path / "curves.png", lambda figure: None, (1, 1))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("curves.png", b"whole")]

@@ -70,9 +70,18 @@ def test_an_interrupted_run_draws_what_there_is_and_failing_pictures_end_nothing
 
 def test_a_fit_that_trains_nothing_leaves_the_picture_alone(tmp_path, monkeypatch):
     DRAWN.clear()
-    monkeypatch.setattr(pictures, "draw_curves", lambda rows, path: DRAWN.append(len(rows)))
+
+    def draw(rows, path):
+        DRAWN.append(len(rows))
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr(pictures, "draw_curves", draw)
     quiet_trainer(tmp_path).fit(Regression(), Clients())
     quiet_trainer(tmp_path).fit(Regression(), Clients(), ckpt_path="last")  # it is finished
     with pytest.raises(MisconfigurationException):
         quiet_trainer(tmp_path, seed=1, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")
     assert DRAWN == [3]
+    (tmp_path / "default" / "version_0" / "plots" / "curves.png").unlink()  # killed before it was drawn
+    quiet_trainer(tmp_path).fit(Regression(), Clients(), ckpt_path="last")
+    assert DRAWN == [3, 3]
