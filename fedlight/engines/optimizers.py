@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 from torch.optim import optimizer as torch_optimizer
 
 from fedlight.local import LocalObjective
@@ -115,13 +115,20 @@ class FlatStep:
         self._pieces = None
 
 
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether a new optimizer does what its class does: no hooks, no other step, and no state that somebody has set."""
+    held = vars(optimizer)  # those around others may not have all that torch's have
+    step = held.get("step")  # a scheduler puts its own in its place, to see whether it was called
+    hooks = held.get("_optimizer_step_pre_hooks") or held.get("_optimizer_step_post_hooks")
+    own = hooks or not (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+    return not own and (not optimizer.state or type(optimizer) is Adagrad)  # which makes it at once
+
+
 def _can_be_flat(optimizer: Optimizer, params: Tensor) -> bool:
-    step = vars(optimizer).get("step")  # a scheduler puts its own in its place, to see whether it was called
     return (
         type(optimizer) in ENTRYWISE
         and (params.device.type == "cpu" and params.dtype.itemsize >= 4)
-        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
-        and not optimizer.state
+        and is_plain(optimizer)
         and not any(group.get("fused") or group["differentiable"] for group in optimizer.param_groups)
         and not torch.autograd.profiler._is_profiler_enabled
     )

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import Findings, LocalTraining
+from fedlight.engines.optimizers import is_plain
 from fedlight.module.hooks import BATCH_HOOKS, EPOCH_HOOKS, overrides
 from fedlight.module.optimizers import configure_optimizers
 from fedlight.module.state import _OUTSIDE, _PLAIN, _TORCH, ModuleState, _items, _package, _put_back
@@ -78,23 +79,26 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
         if (metric := _metric_of(name, _metrics(module))) is not None:
             yield f"training_step updates the metric {metric!r}, which would mix the clients"
         yield f"{step} changes {name}, which a recorded step would freeze"
+    optimizer = configure_optimizers(module).optimizer
+    if engine in ("vmap", "cuda_graph") and not is_plain(optimizer):
+        yield f"{type(optimizer).__name__} of configure_optimizers has hooks, a step or a state of its own"
     if findings.replaced and engine == "cuda_graph":
         yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
-    yield from _at_parameters(module, findings if engine != "cuda_graph" or training.compile else Findings())
+    found = findings if engine != "cuda_graph" or training.compile else Findings()
+    yield from _at_parameters(module, found, optimizer.param_groups)
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
 
 
-def _at_parameters(module: LightningModule, findings: Findings) -> Iterator[str]:
+def _at_parameters(module: LightningModule, findings: Findings, groups: list[dict[str, Any]]) -> Iterator[str]:
     """What autograd does with a parameter by itself, and a copy, or a function that gives all gradients, does not."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"parameter {name} has a hook, which a recorded step would not call"
     if findings.written:
         yield f"training_step writes to parameter {findings.written[0]}, and a recorded step would lose that"
-    groups = configure_optimizers(module).optimizer.param_groups if findings.idle else []
-    if any(group.get(decay) for group in groups for decay in ("weight_decay", "lambd")):
+    if findings.idle and any(group.get(decay) for group in groups for decay in ("weight_decay", "lambd")):
         yield f"parameter {findings.idle[0]} has no gradient in a step, and weight decay would move it once recorded"
 
 

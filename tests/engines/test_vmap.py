@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 import fedlight.algorithms as algorithms
 from fedlight.engines.base import LocalTraining
+from fedlight.engines.cuda_graph.engine import CudaGraph
 from fedlight.engines.recordable import check_recordable
 from fedlight.engines.vmap import engine as vmap
 from fedlight.engines.vmap import programs
@@ -20,6 +21,7 @@ from fedlight.engines.vmap.engine import Vmap
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
+from tests.engines.tape import Tape
 from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 CASES = {
@@ -218,6 +220,33 @@ def test_an_optimizer_that_mixes_entries_is_refused(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="cannot step Own"):
         cases.train(tmp_path, "vmap", net={"optimizer": partial(Own, lr=0.1)})
+
+
+def clamps(optimizer):
+    group = optimizer.param_groups[0]
+    optimizer.register_step_post_hook(lambda *_: [p.data.clamp_(-1, 1) for p in group["params"]])
+
+
+def begins(optimizer):
+    for parameter in optimizer.param_groups[0]["params"]:
+        optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+
+
+def other_step(optimizer):
+    optimizer.step = lambda closure=None: optim.SGD.step(optimizer, closure)
+
+
+@pytest.mark.parametrize("engine", ["vmap", CudaGraph(recorder=Tape)], ids=["vmap", "cuda_graph"])
+@pytest.mark.parametrize("change", [clamps, begins, other_step])
+def test_what_an_optimizer_does_besides_its_class_is_refused(change, engine, tmp_path):
+    def make():
+        change(optimizer := optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        return optimizer
+
+    model = Regression()
+    model.configure_optimizers = make
+    with pytest.raises(MisconfigurationException, match="SGD of configure_optimizers has hooks, a step or a state of"):
+        quiet_trainer(tmp_path, engine=engine).fit(model, Clients())
 
 
 def test_16_mixed_is_refused():
