@@ -22,6 +22,7 @@ _PRODUCTS = {"mul", "mul_", "multiply", "multiply_"}
 _SHAPES = {"expand_as", "view_as", "reshape_as", "type_as"}
 _LINKS = {"sigmoid", "logsigmoid", "softplus"}  # what losses and metrics apply to logits
 GATE, LOSS = "as gates, which multiply something", "as parts of the loss"
+WEIGHT = "as functions of a parameter alone"
 _WRITES = re.compile(r"[a-z]\w*_|__i\w+__|__setitem__")  # names of functions that change something in place
 Source = tuple[str, str]
 """What is a layer or none as one: a function in all modules of a class, or a submodule ("", its name)."""
@@ -84,6 +85,8 @@ class Observation(TorchFunctionMode):
         self._outputs: dict[str, Tensor] = {}  # and in the first step what was measured
         self._squashed: list[tuple[Tensor, Source]] = []  # values in [-1, 1], or what is made of one of them alone
         self._stack: list[_Frame] = []
+        self._weights: list[Tensor] = []  # in the first step, what is made of one parameter alone
+        self._layers: set[Source] = set()  # and what puts out anything else
         self._late: set[Source] = set()  # functions of training_step that nothing learns after
         self._within: set[Source] = set()  # and those that something does
 
@@ -101,6 +104,9 @@ class Observation(TorchFunctionMode):
         if self._outputs and (_WRITES.fullmatch(name) or (kwargs or {}).get("inplace")):
             self._copy_written(args)
         out = func(*args, **(kwargs or {}))
+        given = _tensors((args, kwargs)) if self.choosing else []
+        if len(given) == 1 and (isinstance(given[0], nn.Parameter) or any(given[0] is w for w in self._weights)):
+            self._weights += _tensors(out)
         if name in NAMES:
             self._take_function(NAMES[name], out)
         elif self._squashed:
@@ -137,7 +143,7 @@ class Observation(TorchFunctionMode):
 
     def _follow(self, name: str, given: Any, out: Any) -> None:
         """Find gates. Tensors are compared by ``is``, which a compiler can follow."""
-        tensors, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (given, out))
+        tensors, made = _tensors(given), _tensors(out)
         for source, tensor in {s: t for t, s in self._squashed if any(t is other for other in tensors)}.items():
             others = [t for t in tensors if t is not tensor]
             if name in _PRODUCTS and any(t.dim() for t in others):
@@ -149,6 +155,10 @@ class Observation(TorchFunctionMode):
         """Measure what a submodule or a function has put out, if that is wanted."""
         if not self.choosing and not self._wants(source, name):
             return
+        if isinstance(output, Tensor) and not (output.is_floating_point() or output.is_complex()):
+            return  # numbers of rows
+        if self.choosing and not any(output is weight for weight in self._weights):
+            self._layers.add(source)
         output = output.clone() if (source, name) in self.findings.copied else output
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # Activation checkpointing repeats a forward pass during backward, and expects the same tensors to be saved.
@@ -194,8 +204,9 @@ class Observation(TorchFunctionMode):
 
     def _choose(self) -> None:
         """After the first step: what is measured from now on, and of it."""
-        called, self._outputs = self._called, {}
+        called, self._outputs, self._weights = self._called, {}, []
         self._doubts |= dict.fromkeys(self._late - self._within, LOSS)
+        self._doubts |= dict.fromkeys({source for source, _ in called.values()} - self._layers, WEIGHT)
         doubts = {source: self._doubts.get(source, "") for source, _ in called.values()}
         takes = {
             (source, name): self.penalty.takes(name, doubts[source], bool(source[0]))
@@ -217,8 +228,8 @@ class Observation(TorchFunctionMode):
                 frame.remove(all=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        cleared = {"measured": {}, "_called": {}, "_outputs": {}, "_squashed": [], "_stack": [], "_recording": False}
-        return self.__dict__ | cleared
+        cleared: dict[str, Any] = {"measured": {}, "_called": {}, "_outputs": {}, "_squashed": [], "_stack": []}
+        return self.__dict__ | cleared | {"_weights": [], "_recording": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
         memo |= {id(shared): shared for shared in (self.penalty, self.findings)}
@@ -264,6 +275,10 @@ class _Frame:
         """Remove the hooks, or all but the one that measures."""
         for handle in self._handles if all or self.label is None else self._handles[:-1]:
             handle.remove()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _owner(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 
@@ -264,6 +265,30 @@ def test_the_root_and_training_step_itself():
             return F.softplus(-logits).mean() - F.logsigmoid(logits).mean()
 
     assert list(step(Inline(), ones(6, 4))[0]) == ["elu", "sigmoid"]
+
+
+class Bayesian(nn.Module):
+    """Its weights are positive, each with a scale that is a softplus of a parameter; it takes rows by their numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.rho = nn.Linear(4, 4), nn.Parameter(torch.zeros(4, 4))
+        parametrize.register_parametrization(self.linear, "weight", nn.ReLU())
+
+    def forward(self, x):
+        return F.elu(F.linear(x[F.relu(torch.arange(6) - 3)], self.linear.weight * F.softplus(self.rho.T - 1)))
+
+
+class Rectified(Bayesian):
+    def forward(self, x):
+        return F.softplus(super().forward(x))
+
+
+def test_what_is_made_of_a_parameter_alone_is_a_weight_and_no_layer(messages):
+    assert list(step(Wrapped(Bayesian().double()), ones(6, 4))[0]) == ["net.elu"]
+    weights = "as functions of a parameter alone: net.linear.parametrizations.weight.0"
+    assert messages == [f"MAN: 1 layer: net.elu. Left out, {weights}, net.softplus."]
+    assert list(step(Wrapped(Rectified().double()), ones(6, 4))[0]) == ["net.softplus", "net.elu", "net.softplus_2"]
 
 
 def test_a_loss_and_a_metric_are_no_layers(messages):
