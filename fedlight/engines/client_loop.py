@@ -22,7 +22,7 @@ from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.optimizers import Optimization, about, configure_optimizers
 from fedlight.module.parameters import FlatParameters
 from fedlight.module.step import IndexedBatch, OtherModels, OwnStep, step_loss, transfer_function
-from fedlight.penalties.step import penalized_step
+from fedlight.penalties.step import USED_UP, penalized_step
 from fedlight.perturbations.base import State
 from fedlight.seeding import seed_global_rng
 
@@ -257,11 +257,8 @@ class ClientLoop:
         except RuntimeError as error:
             if "a second time" not in str(error) or (step := penalized_step(self.module)) is None:
                 raise
-            raise MisconfigurationException(
-                f"trainer.callbacks: {type(step.penalties[0]).__name__} measures layers of a graph that training_step"
-                " or a hook takes a gradient of. Name in `layers` those outside of it, take it with retain_graph=True,"
-                " and let what a hook of a tensor differentiates be computed in it, under torch.enable_grad()."
-            ) from error
+            what = USED_UP.format(type(step.penalties[0]).__name__)
+            raise MisconfigurationException(f"trainer.callbacks: {what}") from error
         call("on_after_backward")
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from fedlight.penalties.numbers import follow, scheduled
-from fedlight.penalties.step import PenalizedStep, penalized_step, unwrapped
+from fedlight.penalties.step import USED_UP, PenalizedStep, penalized_step, unwrapped
 from fedlight.penalties.term import Term
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
@@ -117,7 +117,13 @@ class Penalty(_CallbackBase, Term):
         if (step := penalized_step(pl_module)) is not None:
             step.remove(self, over=True)
 
-    on_exception = teardown = on_fit_end
+    teardown = on_fit_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Detach, and say what an error of autograd's means here."""
+        if "a second time" in str(exception):
+            exception.add_note(USED_UP.format(type(self).__name__))
+        self.on_fit_end(trainer, pl_module)
 
     def _check(self, module: nn.Module) -> None:
         name, owner = type(self).__name__, type(module).__name__

@@ -196,6 +196,12 @@ def _scalar(observation: Observation, module: nn.Module) -> Tensor:
     return term
 
 
+USED_UP = (
+    "{} measures layers of a graph that training_step or a hook takes a gradient of. Name in `layers` those outside of"
+    " it, take it with retain_graph=True, and let what a hook of a tensor differentiates be computed in it, under"
+    " torch.enable_grad()."
+)
+"""What autograd means by "a second time"."""
 _EVALUATIONS = {"sanity_check", "validate", "test", "predict"}
 """Values of Lightning's ``RunningStage``."""
 

@@ -255,6 +255,20 @@ def test_an_exception_leaves_nothing_behind():
     assert is_untouched(module)
 
 
+def test_a_graph_that_the_step_has_used_up_is_explained():
+    """As in adversarial training."""
+
+    class Adversarial(Lit):
+        def training_step(self, batch, batch_idx):
+            x, y = batch[0].requires_grad_(), batch[1]
+            (gradient,) = torch.autograd.grad(super().training_step((x, y), batch_idx), x)
+            return super().training_step((x.detach() + gradient.sign() / 10, y), batch_idx)
+
+    with pytest.raises(RuntimeError, match="a second time") as raised:
+        fit(Adversarial(), batches(1), MAN(ZETA))
+    assert raised.value.__notes__[0].startswith("MAN measures layers of a graph that training_step")
+
+
 def test_nothing_to_penalise_is_said_before_the_first_update():
     class Linear(Lit):
         def __init__(self):
