@@ -73,6 +73,19 @@ class OfOneTensor(Regression):
         self.log("val/loss", F.mse_loss(self(batch[:, :3]), batch[:, 3]), batch_size=len(batch))
 
 
+class OfAny(Regression):
+    def training_step(self, *args):
+        batch, batch_idx = args
+        return super().training_step(batch, batch_idx)
+
+    validation_step = lambda this, batch, **named: Regression.validation_step(this, batch, 0)  # noqa: E731
+
+
+class OfOne(Regression):
+    def training_step(this, batch, *, scale=1.0):
+        return Regression.training_step(this, batch, 0) * scale
+
+
 class OneTensor(Samples):
     def __getitem__(self, index):
         return torch.cat([self.x[index], self.y[index : index + 1]])
@@ -87,7 +100,14 @@ def of(dataset):
 
 
 @pytest.mark.parametrize(
-    ("model", "dataset"), [(Regression, Samples), (OfDictionaries, Dictionaries), (OfOneTensor, OneTensor)]
+    ("model", "dataset"),
+    [
+        (Regression, Samples),
+        (OfDictionaries, Dictionaries),
+        (OfOneTensor, OneTensor),
+        (OfAny, Samples),
+        (OfOne, Samples),
+    ],
 )
 def test_any_dataset_and_batch_trains_to_the_same_weights(tmp_path, model, dataset):
     expected, reference = fit(tmp_path)

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from fedlight.analysis.layers import differentiable_once, explain, nodes
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState
+from fedlight.module.step import call_step
 from fedlight.penalties.step import penalized_step, unwrapped
 from fedlight.run.device import float32_products
 from fedlight.seeding import preserved_global_rng, seed_global_rng
@@ -29,8 +29,7 @@ def task_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     Raises:
         TypeError: if there is none.
     """
-    takes_index = len(signature(module.training_step).parameters) > 1
-    output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    output = call_step(module, "training_step", batch, batch_idx)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = "the loss, a scalar tensor (or a dict with it under 'loss'), to be analysed"

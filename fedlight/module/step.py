@@ -1,9 +1,8 @@
 """What a batch, a step function and a loss are: the part of the local step that touches the module, and its own."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -20,7 +19,7 @@ from fedlight.module.logs import LOSS, LogCollector, with_attributes
 from fedlight.module.parameters import ParameterLayout
 from fedlight.module.state import ModuleState, attributes_of
 from fedlight.penalties.batches import batch_size, cloned
-from fedlight.penalties.step import PenalizedStep, penalized_step
+from fedlight.penalties.step import PenalizedStep, penalized_step, takes_index
 from fedlight.seeding import preserved_global_rng
 
 IndexedBatch = tuple[Any, int]
@@ -52,12 +51,7 @@ def step_loss(
 def call_step(module: LightningModule, name: str, batch: Any, index: int) -> Any:
     """Call ``training_step`` and its like with as many arguments as it takes."""
     step = getattr(module, name)
-    return step(batch, index) if _takes_index(getattr(step, "__func__", step)) else step(batch)
-
-
-@lru_cache
-def _takes_index(function: Callable[..., Any]) -> bool:
-    return len(inspect.signature(function).parameters.keys() - {"self"}) > 1
+    return step(batch, index) if takes_index(step) else step(batch)
 
 
 class Reach(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import reduce
+from functools import lru_cache, reduce
 from inspect import Parameter, signature
 from typing import Any, cast
 
@@ -94,9 +94,7 @@ class PenalizedStep:
         parameters = signature(cast(Callable[..., Any], self.module.training_step)).parameters
         if "dataloader_iter" in parameters:
             return self._step_of_iterator
-        kinds = [parameter.kind for parameter in parameters.values()]
-        positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
-        return self._run if positional > 1 or Parameter.VAR_POSITIONAL in kinds else self._step_of_batch
+        return self._run if takes_index(self.module.training_step) else self._step_of_batch
 
     def _step_of_batch(self, batch: Any) -> Any:
         return self._run(batch)
@@ -204,6 +202,18 @@ USED_UP = (
 """What autograd means by "a second time"."""
 _EVALUATIONS = {"sanity_check", "validate", "test", "predict"}
 """Values of Lightning's ``RunningStage``."""
+
+
+def takes_index(step: Any) -> bool:
+    """Whether Lightning hands the number of the batch to a step: it takes two arguments by position, or any number."""
+    return _takes_two(getattr(step, "__func__", step), hasattr(step, "__func__"))
+
+
+@lru_cache
+def _takes_two(function: Callable[..., Any], bound: bool) -> bool:
+    kinds = [parameter.kind for parameter in signature(function).parameters.values()]
+    positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    return positional > 1 + bound or Parameter.VAR_POSITIONAL in kinds
 
 
 def penalized_step(module: nn.Module) -> PenalizedStep | None:
