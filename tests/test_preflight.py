@@ -18,7 +18,9 @@ from fedlight.algorithms.fedbn import FedBN
 from fedlight.algorithms.scaffold import SCAFFOLD
 from fedlight.data import DatasetPartition, DirichletClients
 from fedlight.data.arrays import ArrayDataset
+from fedlight.data.datamodule import class_counts
 from fedlight.data.dataset_partition import find_targets
+from fedlight.data.federated import draw_clients
 from fedlight.models import MLP, Classifier
 from fedlight.personal import PersonalParts
 from fedlight.run import labels
@@ -36,6 +38,13 @@ class Labelled(Clients):
         return torch.tensor([[2, 2, 1], [4, 4, 4], [3, 3, 2], [1, 1, 1]])
 
 
+class Counted(Labelled):
+    """The table is an array."""
+
+    def partition_counts(self):
+        return super().partition_counts().numpy()
+
+
 def refused(tmp_path, message, model=None, data=None, **settings):
     model = Regression() if model is None else model
     before = weights(model)
@@ -43,6 +52,19 @@ def refused(tmp_path, message, model=None, data=None, **settings):
         quiet_trainer(tmp_path, **settings).fit(model, Clients() if data is None else data)
     assert torch.equal(weights(model), before)
     assert not list(tmp_path.glob("default/*"))
+
+
+def test_a_table_of_the_partition_may_be_an_array(tmp_path):
+    """Also of clients that are held out, and pooled: it ended in errors of Python's."""
+    for number, settings in enumerate(({}, {"centralized": True})):
+        data = Counted(held_out_clients=1)
+        trainer = quiet_trainer(tmp_path / str(number), max_rounds=1, views=("server",), **settings)
+        trainer.fit(Regression(), data)
+        counts = class_counts(trainer.datamodule)
+        assert counts.sum() == 28 - data.partition_counts()[list(draw_clients(data)[1])].sum()
+    wrong = Counted()
+    wrong.partition_counts = lambda: [[1, 2, 3]] * 3
+    refused(tmp_path, r"data: Counted.partition_counts\(\) has the shape \[3, 3\]; it must be \[4 clients,", data=wrong)
 
 
 def test_shapes_that_do_not_fit(tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlight.analysis.pictures import drawn, line_style
 from fedlight.callbacks._rounds import RoundCallback
+from fedlight.data.datamodule import class_counts
 from fedlight.data.picture import partition_csv, save_partition_picture
 from fedlight.data.reading import class_names
 from fedlight.run.folder import atomic_write
@@ -66,7 +67,7 @@ class PartitionPicture(RoundCallback):
         if trainer.run_dir is None or not trainer.is_global_zero:
             return
         picture, table = Path(trainer.run_dir) / "plots" / "partition.png", Path(trainer.run_dir) / "partition.csv"
-        counts = None if table.exists() else trainer.datamodule.partition_counts()
+        counts = None if table.exists() else class_counts(trainer.datamodule)
         if counts is None:
             return
         names = class_names(trainer.datamodule)

@@ -133,6 +133,20 @@ class FederatedDataModule(Remembers, LightningDataModule):
         return DataLoader(dataset, batch_size=self.eval_batch_size, **reading)
 
 
+def class_counts(data: FederatedDataModule) -> Tensor | None:
+    """A datamodule's ``partition_counts`` as a tensor ``[num_clients, num_classes]`` int64; it may give an array.
+
+    Raises:
+        MisconfigurationException: if it has no row for each client.
+    """
+    found = data.partition_counts()
+    counts = None if found is None else torch.as_tensor(found).long()
+    if counts is not None and (counts.ndim != 2 or len(counts) != data.num_clients):
+        what = f"{list(counts.shape)}; it must be [{data.num_clients} clients, classes]"
+        raise MisconfigurationException(f"data: {type(data).__name__}.partition_counts() has the shape {what}.")
+    return counts
+
+
 def first_samples(datamodule: FederatedDataModule, client: int, count: int, start: int = 0) -> Any:
     """A batch of a client's first samples, from ``start`` on.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import Around, FederatedDataModule
+from fedlight.data.datamodule import Around, FederatedDataModule, class_counts
 from fedlight.data.dataset_partition import DatasetPartition
 from fedlight.data.partition import Partitioner
 from fedlight.data.reading import Loaded, loaded
@@ -153,7 +153,7 @@ class PooledData(Wrapping):
 
     def partition_counts(self) -> Tensor | None:
         """Samples of each class, ``[1, num_classes]``; None if labels are unknown."""
-        counts = self.data.partition_counts()
+        counts = class_counts(self.data)
         return None if counts is None else counts.sum(0, keepdim=True)
 
     def pooled_dataset(self) -> Dataset[Any]:
@@ -198,7 +198,7 @@ class HeldOut(Wrapping):
 
     def partition_counts(self) -> Tensor | None:
         """Samples of each class of each client that trains, ``[num_clients, num_classes]``."""
-        counts = self.data.partition_counts()
+        counts = class_counts(self.data)
         return None if counts is None else counts[self._clients[: self.num_clients]]
 
     def pooled_dataset(self) -> Any:

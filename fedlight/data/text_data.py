@@ -205,7 +205,12 @@ def _encoded(
         if isinstance(tokenizer, str):
             return [number.get(piece, _UNKNOWN) for piece in _pieces(text, tokenizer)[:longest]]
         found = tokenizer(text, **cut)
-        return (found["input_ids"] if hasattr(found, "keys") else found)[:longest]
+        row = np.asarray(found["input_ids"] if hasattr(found, "keys") else getattr(found, "ids", found))
+        row = row[0] if row.shape[:-1] == (1,) else row  # a batch of one text
+        if row.ndim != 1 or (len(row) and (row.dtype.kind not in "iu" or row.min() < 0)):
+            what = f"{found!r:.60} of a text; it must give the numbers of its pieces, as [5, 2, 9]"
+            raise ValueError(f"`data.tokenizer` gives {what}.")
+        return row[:longest]
 
     cut: dict[str, Any] = {}
     if hasattr(tokenizer, "pad_token_id"):

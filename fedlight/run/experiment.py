@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, Subset
 
 from fedlight.data.arrays import ArrayDataset
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import FederatedDataModule, class_counts
 from fedlight.data.partitioned import Partition
 from fedlight.data.reading import class_names
 from fedlight.penalties.numbers import settings_of
@@ -117,7 +117,7 @@ def _settings(value: Any) -> dict[str, Any]:
 
 def _data(data: FederatedDataModule) -> dict[str, Any]:
     """How batches are made, and fingerprints: of every client's indices and labels, and of some samples."""
-    partition, counts, first = getattr(data, "partition", None), data.partition_counts(), data.client_dataset(0)
+    partition, counts, first = getattr(data, "partition", None), class_counts(data), data.client_dataset(0)
     indices, clients = hashlib.blake2b(digest_size=8), range(data.num_clients)
     if isinstance(partition, Partition):
         indices.update(torch.cat([partition.sizes, partition.rows]).numpy().tobytes())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import FederatedDataModule, class_counts
 from fedlight.data.dataset_partition import find_targets
 from fedlight.module.hooks import overrides
 from fedlight.run.context import RunContext
@@ -53,7 +53,7 @@ def check_labels(run: RunContext, labels: list[tuple[int, int, int]]) -> None:
 
 def extreme_labels(datamodule: FederatedDataModule) -> list[tuple[int, int, int]]:
     """The smallest and the largest label, each with a client and its row there; empty where they are unknown."""
-    counts, found = datamodule.partition_counts(), []
+    counts, found = class_counts(datamodule), []
     if counts is not None:
         labels = counts.sum(0).nonzero().flatten().tolist()
         for label, client in ((label, int(counts[:, label].argmax())) for label in {*labels[:1], *labels[-1:]}):

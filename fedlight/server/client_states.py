@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
-from fedlight.data.datamodule import FederatedDataModule
+from fedlight.data.datamodule import FederatedDataModule, class_counts
 from fedlight.local import ClientResult
 from fedlight.module.parameters import ParameterLayout
 from fedlight.personal.base import OwnTraining, Personalization
@@ -53,7 +53,7 @@ class ClientStates:
         self.algorithm.setup(len(self.sizes), self.split.layout)
         if self.perturbation is not None:
             self.perturbation.setup(layout)
-        counts = self.data.partition_counts()
+        counts = class_counts(self.data)
         for attack in attacks_by(self.transforms):
             attack.setup(len(self.sizes), self.seed, None if counts is None else counts.shape[1])
 

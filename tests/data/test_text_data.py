@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+from types import SimpleNamespace
 
 import datasets
 import pandas
@@ -106,6 +107,17 @@ class Tokenizer:
     def __call__(self, text, truncation, max_length):
         assert truncation
         return {"input_ids": [1, *map(len, text.split()), 2][:max_length], "attention_mask": []}
+
+
+def test_what_a_tokenizer_may_give(tmp_path):
+    """A batch of one text, as with return_tensors="pt", is its text; what holds no numbers is refused by name."""
+    source, kept = jsonl(tmp_path / "rows.jsonl"), {"num_clients": 1, "max_length": 4}
+    for found in (torch.tensor([[3, 4]]), {"input_ids": torch.tensor([[3, 4]])}, SimpleNamespace(ids=[3, 4])):
+        ids, _ = ready(source, tokenizer=lambda _, found=found: found, **kept).client_dataset(0)[0]
+        assert ids.tolist() == [3, 4, 0, 0]
+    for found in (["a", "b"], "12", 3, [0.5], [-1], [[1], [2]], None):
+        with pytest.raises(ValueError, match="`data.tokenizer` gives .* of a text; it must give the numbers"):
+            ready(source, tokenizer=lambda _, found=found: found, **kept)
 
 
 def test_a_tokenizer_of_hugging_face_pads_with_its_own_number(tmp_path):
