@@ -134,6 +134,39 @@ def test_callbacks_and_module_can_add_to_a_checkpoint(tmp_path):
     assert (counting.loaded, counting.rounds, model.word) == (2, 5, "yes")
 
 
+class Adapted(Regression):
+    """As with LoRA, no checkpoint has the base; the scale of what is predicted is no tensor."""
+
+    def __init__(self, strict=False):
+        super().__init__(net=nn.Sequential(nn.Linear(3, 2).requires_grad_(False), nn.Linear(2, 1)))
+        self.strict_loading, self.scale = strict, 1.0
+
+    def on_validation_end(self):
+        self.scale += 1
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/scale", self.scale)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["scale"] = self.scale
+        for name in ("net.0.weight", "net.0.bias"):
+            del checkpoint["state_dict"][name]
+
+    def on_load_checkpoint(self, checkpoint):
+        self.scale = checkpoint["scale"]
+        if self.strict_loading:
+            checkpoint["state_dict"] |= {k: v for k, v in self.state_dict().items() if k.startswith("net.0")}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_module_may_leave_out_of_a_checkpoint_what_it_has_anyway(tmp_path, strict):
+    expected, _ = fit(tmp_path / "whole", 3, model=Adapted(strict))
+    fit(tmp_path, 2, model=Adapted(strict))
+    found, resumed = fit(tmp_path, 3, "last", model=Adapted(strict))
+    assert torch.equal(weights(found), weights(expected))
+    assert resumed.test(Adapted(strict), Clients(), ckpt_path="last")[0]["test/scale"] == expected.scale == 4
+
+
 def test_a_checkpoint_is_plain_and_lightning_reads_it(tmp_path):
     model, trainer = fit(tmp_path, 2, model=Regression(lr=0.07))
     path = trainer.run_dir / "checkpoints" / "last.ckpt"

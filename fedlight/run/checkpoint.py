@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -127,7 +128,10 @@ def check_state_dict(path: Path, saved: dict[str, Any], module: LightningModule)
             value = saved.get(f"{prefix}.{key}".removeprefix("."))
             owner._buffers[key] = None if value is None else value.to(module.device, copy=True)
     expected = module.state_dict()
-    missing, surplus = sorted(set(expected) - set(saved)), sorted(set(saved) - set(expected))
+    missing, surplus = sorted(expected.keys() - saved.keys()), sorted(saved.keys() - expected.keys())
+    if missing and not module.strict_loading:
+        rank_zero_info(f"model.strict_loading=False: {', '.join(missing)} stay as they are, and are not in {path}.")
+        missing = [name for name, parameter in module.named_parameters() if name in missing and parameter.requires_grad]
     both = {k: (here, saved[k]) for k, here in expected.items() if k in saved and isinstance(here, Tensor)}
     shapes = [k for k, (here, there) in both.items() if here.shape != there.shape]  # the rest is get_extra_state's
     details = [

@@ -152,7 +152,7 @@ def begin_experiment(run: RunContext, checkpoint: dict[str, Any] | None) -> bool
     anew = any(key.startswith(_OF_STATE) for key in changes)
     if anew:
         lines.append("what server and clients keep besides the model begins anew")
-        run.module.load_state_dict(checkpoint["state_dict"])
+        run.module.load_state_dict(checkpoint["state_dict"], strict=run.module.strict_loading)
     for line in lines:
         rank_zero_info(f"trainer.allow_changes: {line}.")
     run.changes = changes

@@ -230,6 +230,7 @@ class Session(RunContext):
         module, checkpoint = self.module, self._checkpoint
         if checkpoint is None:
             return self._make_federation()
+        module.on_load_checkpoint(checkpoint)
         saved = checkpoint["state_dict"]
         check_state_dict(self.checkpoint_path, saved, module)
         parameters = dict(module.named_parameters())

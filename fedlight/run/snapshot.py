@@ -134,10 +134,10 @@ def server_state_dict(run: RunContext, own: Mapping[str, Any]) -> dict[str, Any]
     return {k: known[k] if k in known else v.clone() if isinstance(v, Tensor) else v for k, v in own.items()}
 
 
-def restore_callbacks(run: RunContext, checkpoint: Mapping[str, Any]) -> None:
-    """Give every callback its state back, and let callbacks and module read what they added."""
-    run.hooks("on_load_checkpoint", checkpoint)
-    for callback in run.trainer.callbacks:
+def restore_callbacks(run: RunContext, checkpoint: dict[str, Any]) -> None:
+    """Give every callback its state back, and let it read what it added."""
+    for callback, trainer in run.hooks.audience:
+        callback.on_load_checkpoint(trainer, run.module, checkpoint)
         if callback.state_key in checkpoint["callbacks"]:
             callback.load_state_dict(dict(checkpoint["callbacks"][callback.state_key]))
 
