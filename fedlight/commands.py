@@ -12,6 +12,7 @@ from fedlight.checks import path_of
 from fedlight.data.datamodule import FederatedDataModule
 from fedlight.run.evaluation import Stage
 from fedlight.run.interface import TrainerInterface
+from fedlight.run.lightning_names import answering
 from fedlight.run.results import destination, export, keep, predict
 from fedlight.run.session import Session
 from fedlight.run.summary import RunSummary
@@ -23,6 +24,7 @@ class Commands(TrainerInterface):
 
     _session: Session
 
+    @answering
     def validate(
         self,
         model: LightningModule | None = None,
@@ -41,6 +43,7 @@ class Commands(TrainerInterface):
         """
         return self._evaluate(Session(self, model, datamodule, "validate", ckpt_path), "validation", verbose)
 
+    @answering
     def test(
         self,
         model: LightningModule | None = None,
@@ -78,6 +81,7 @@ class Commands(TrainerInterface):
         """
         return analyze(self, model, datamodule, ckpt_path, **options)
 
+    @answering
     def predict(
         self,
         model: LightningModule | None = None,

@@ -19,6 +19,7 @@ from fedlight.engines.base import Engine
 from fedlight.penalties.numbers import follow
 from fedlight.personal.base import Personalization
 from fedlight.perturbations.base import Perturbation
+from fedlight.run.lightning_names import answering
 from fedlight.run.loggers import LoggerName
 from fedlight.run.session import Session
 from fedlight.run.views import monitors_known
@@ -102,6 +103,7 @@ class FederatedTrainer(Commands):
 
     session_class: type[Session] = Session
 
+    @answering
     def __init__(
         self,
         algorithm: Algorithm | None = None,
@@ -155,6 +157,7 @@ class FederatedTrainer(Commands):
         settings["sampler"] = sampler or Uniform()
         super().__init__(settings)
 
+    @answering
     def fit(
         self, model: LightningModule, datamodule: FederatedDataModule | None = None, ckpt_path: str | Path | None = None
     ) -> None:

@@ -272,6 +272,23 @@ def test_a_dict_of_ones_own_may_have_keys_beside_class_path():
     assert config == {"class_path": "labels.txt", "at": "08", "lr": 3}
 
 
+def test_keys_for_anchors_are_left_out_and_short_names_are_of_this_package(capsys):
+    """``MLP`` is also a class of torchvision's, ``Checkpoint`` one of Lightning's."""
+    lines = ["_net: &net {class_path: MLP, init_args: {in_features: 4}}", ".seed: &seed 7", "seed_everything: *seed"]
+    lines += ["model: {class_path: Classifier, init_args: {num_classes: 3, net: *net}}"]
+    Path("anchors.yaml").write_text("\n".join([*lines, "trainer: {callbacks: [Checkpoint]}"]))
+    config = yaml.safe_load(printed(capsys, "fit", "-c", "anchors.yaml", TINY[1]))
+    assert config["seed_everything"] == 7
+    assert config["model"]["init_args"]["net"]["class_path"] == "fedlight.models.MLP"
+    assert config["trainer"]["callbacks"][0]["class_path"] == "fedlight.Checkpoint"
+    assert not {"_net", ".seed"} & config.keys()
+
+
+def test_the_program_is_called_fedlight(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fedlight/__main__.py"])
+    assert "run: fedlight fit --help" in fails(capsys, "fit", "--nothing")[1]
+
+
 BAD = {
     "trainer: {max_round: 3}": "'trainer.max_round' is not known; did you mean 'trainer.max_rounds'?",
     "algoritm: {class_path: FedAvg}": "'algoritm.class_path' is not known; did you mean 'algorithm'?",
@@ -371,6 +388,7 @@ def test_a_key_that_a_part_has_twice_is_refused(capsys, args):
         (["--trainer.max_epochs=3"], "'trainer.max_epochs' is not known; did you mean 'trainer.max_rounds'?"),
         (["--trainer.max_steps=3"], "did you mean 'trainer.max_rounds' with 'trainer.local_steps'?"),
         (["--trainer.val_check_interval=3"], "did you mean 'trainer.check_val_every_n_rounds'?"),
+        (["--trainer.resume_from_checkpoint=2"], "is not known; did you mean 'ckpt_path'?"),
         (["--trainer.gpus=2"], "did you mean 'trainer.accelerator=gpu' with 'trainer.devices'?"),
         (["--trainer.num_sanity_val_steps=2"], "is of Lightning's own Trainer and has no counterpart in rounds"),
         (["--optimizer.lr=1"], "'optimizer.lr' is not known; did you mean 'model.optimizer.lr'?"),

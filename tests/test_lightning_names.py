@@ -1,7 +1,10 @@
 """What modules and callbacks read on ``trainer`` and ``self``: its value in a round, or a sentence that names it."""
 
+import inspect
+
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.loggers import CSVLogger
@@ -184,6 +187,23 @@ def test_stages_of_test_and_validate(tmp_path):
     quiet_trainer(tmp_path).test(Model(), Clients(), verbose=False)
     quiet_trainer(tmp_path).validate(Model(), Clients(), verbose=False)
     assert seen == [True] * 6
+
+
+def test_arguments_of_lightnings_trainer_are_answered_with_what_they_are_here(tmp_path):
+    """Whatever its trainer takes, this one takes or answers; it ended in Python's TypeError."""
+    given = set(inspect.signature(Trainer).parameters) - set(inspect.signature(FederatedTrainer).parameters)
+    for name in given:
+        with pytest.raises(
+            TypeError, match=rf"{name}' is (not known; did you mean|of Lightning's own Trainer and has)"
+        ):
+            FederatedTrainer(**{name: 1})
+    for name, here in {"max_epochs": "max_rounds", "limit_predict_batches": "leave it out", "names": "'name'"}.items():
+        with pytest.raises(TypeError, match=rf"FederatedTrainer.__init__: '{name}' is .*{here}"):
+            FederatedTrainer(**{name: 1})
+    trainer = quiet_trainer(tmp_path)
+    for call in ("fit", "validate", "test", "predict"):
+        with pytest.raises(MisconfigurationException, match=r"dataloaders`: data: expected a .* DatasetPartition\("):
+            getattr(trainer, call)(Regression(), **{"train_dataloaders" if call == "fit" else "dataloaders": [1]})
 
 
 def test_before_fit_names_are_known_or_say_when_they_will_be():

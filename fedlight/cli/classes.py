@@ -35,6 +35,7 @@ _NULL = re.compile(r"None|Optional|empty|^typing\.Any")
 _METHODS = (Algorithm, Perturbation, Personalization, Aggregator, Transform)
 _classes: Any = _typehints  # of jsonargparse, which has no public place to say this
 _keep_settings = _classes.discard_init_args_on_class_path_change
+_all_classes = _classes.get_all_subclass_paths
 
 
 def _begin_anew(parser: Any, before: Any, now: Any) -> None:
@@ -49,7 +50,15 @@ def _begin_anew(parser: Any, before: Any, now: Any) -> None:
     _keep_settings(parser, before, now)
 
 
+def _with_ours(*args: Any, **kwargs: Any) -> list[str]:
+    """The classes that may be named, without those of torchvision and Lightning that are called as fedlight's."""
+    paths = _all_classes(*args, **kwargs)
+    ours = {path.rpartition(".")[2] for path in paths if path.startswith("fedlight.")}
+    return [p for p in paths if p.rpartition(".")[2] not in ours or not p.startswith(("torchvision.", "lightning."))]
+
+
 _classes.discard_init_args_on_class_path_change = _begin_anew
+_classes.get_all_subclass_paths = _with_ours
 
 
 def class_names() -> dict[str, str]:

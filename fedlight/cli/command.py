@@ -246,7 +246,7 @@ def main(args: ArgsType = None) -> None:
         if isinstance(given, list) and given[:1] == ["--print_completion"]:
             print(completion(given[1:], parsers()))
             return
-        FederatedCLI(args)
+        FederatedCLI(args, parser_kwargs={"prog": "fedlight"})
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as stop:

@@ -62,8 +62,8 @@ def resolve_arguments(args: Sequence[str]) -> list[str]:
 
 
 def resolve_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The same in the content of a configuration."""
-    out = {key: resolve(value, key) for key, value in config.items()}
+    """The same in the content of a configuration, without keys as ``_base``, which are there for anchors alone."""
+    out = {key: resolve(value, key) for key, value in config.items() if not str(key).startswith(("_", "."))}
     if isinstance(trainer := config.get("trainer"), dict):
         out["trainer"] = {key: resolve(value, f"trainer.{key}") for key, value in trainer.items()}
     return out

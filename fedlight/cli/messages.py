@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from fedlight.cli.classes import taking
 from fedlight.cli.configs import configs, nearest
 from fedlight.data.federated import FEDERATED_YAML
+from fedlight.run.lightning_names import HERE, NO_COUNTERPART
 from fedlight.written import arguments
 
 _NOISE = re.compile(
@@ -79,14 +80,9 @@ def _near(word: str, known: list[str], cutoff: float) -> list[str]:
     return [name for name, ratio in zip(best, ratios, strict=True) if ratio > ratios[0] - 0.05]
 
 
-_TRAINER = {
-    **dict.fromkeys(("max_epochs", "min_epochs", "max_time"), "max_rounds"),
-    **dict.fromkeys(("max_steps", "min_steps"), "max_rounds' with 'trainer.local_steps"),
-    **dict.fromkeys(("check_val_every_n_epoch", "val_check_interval"), "check_val_every_n_rounds"),
-    **{"gpus": "accelerator=gpu' with 'trainer.devices", "weights_save_path": "default_root_dir"},
-}
-_ELSEWHERE = {f"trainer.{key}": f"trainer.{here}" for key, here in _TRAINER.items()}
+_ELSEWHERE = {f"trainer.{key}": f"trainer.{here}" for key, here in HERE.items()}
 _ELSEWHERE |= {key: f"model.{key}" for key in ("optimizer", "lr_scheduler")}
+_ELSEWHERE |= {"trainer.resume_from_checkpoint": "ckpt_path"}
 _ELSEWHERE |= dict.fromkeys(("seed", "trainer.seed"), "seed_everything")
 """What Lightning's users write, and what it is here; a key may go on with a dot."""
 _LOGGERS = {"wandb": "WandbLogger", "tensorboard": "TensorBoardLogger", "csv": "CSVLogger"}
@@ -107,7 +103,7 @@ def _key(word: str, keys: list[str], owner: str | None, section: str) -> str:
     if start:
         return f"{word!r} is not known; did you mean '{_ELSEWHERE[start]}{word[len(start) :]}'?"
     if word.partition("trainer.")[2] in inspect.signature(Trainer).parameters:
-        return f"{word!r} is of Lightning's own Trainer and has no counterpart in rounds: leave it out"
+        return NO_COUNTERPART.format(word)
     if word in ("lr", "weight_decay", "momentum") and "optimizer" in keys:
         return f"{word!r} is the optimizer's; did you mean 'optimizer.{word}'?"
     near = [k for k in keys if k.rpartition(".")[2] == word.rpartition(".")[2]][:2]  # in another section

@@ -1,13 +1,17 @@
 """The names of Lightning's Trainer that modules and callbacks read, and what each says in a federated round."""
 
+import inspect
 import math
 from collections.abc import Callable
-from functools import partial
+from difflib import get_close_matches
+from functools import partial, wraps
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -17,9 +21,42 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.data import DataLoader, Dataset
 
 from fedlight.callbacks.checkpoint import Checkpoint
+from fedlight.data.federated import not_federated
 from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import overrides
 from fedlight.run.loggers import MetricsCSV
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+HERE = {
+    **dict.fromkeys(("max_epochs", "min_epochs", "max_time"), "max_rounds"),
+    **dict.fromkeys(("max_steps", "min_steps"), "max_rounds' with 'trainer.local_steps"),
+    **dict.fromkeys(("check_val_every_n_epoch", "val_check_interval"), "check_val_every_n_rounds"),
+    **{"gpus": "accelerator=gpu' with 'trainer.devices", "weights_save_path": "default_root_dir"},
+    **{"overfit_batches": "limit_train_batches", "resume_from_checkpoint": "ckpt_path' of 'trainer.fit"},
+}
+"""What is called otherwise in Lightning's Trainer, and how here."""
+NO_COUNTERPART = "{!r} is of Lightning's own Trainer and has no counterpart in rounds: leave it out"
+_LOADERS = ("train_dataloaders", "val_dataloaders", "dataloaders")
+
+
+def answering(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A method that answers arguments of Lightning's that it has not, and misspelt ones, with what is meant here."""
+    known = inspect.signature(method).parameters
+    theirs = inspect.signature(getattr(Trainer, method.__name__)).parameters
+
+    @wraps(method)
+    def call(*args: _P.args, **given: _P.kwargs) -> _R:
+        for name in (name for name in given if name not in known):
+            if name in _LOADERS:
+                raise MisconfigurationException(f"`{name}`: {not_federated(given[name])}")
+            near = [HERE[name]] if name in HERE else [] if name in theirs else get_close_matches(name, known, 1)
+            if near or name in theirs:
+                other = f"{name!r} is not known; did you mean '{near[0]}'?" if near else NO_COUNTERPART.format(name)
+                raise TypeError(f"{method.__qualname__}: {other}")
+        return method(*args, **given)
+
+    return call
 
 
 class Names:
