@@ -108,3 +108,19 @@ def test_the_summary_is_text_and_html(tmp_path):
     dry.fit(Regression(), Clients())
     assert "<img" not in dry.summary()._repr_html_()
     assert "not finished" in str(dry.summary())
+
+
+@pytest.mark.parametrize("content", [b"", b'{"final"', b"[1, 2]", b'{"final": 3}', b"\xff\xfe"])
+def test_a_damaged_summary_is_written_anew(tmp_path, content):
+    """And a damaged ``config.yaml`` keeps nobody from going on: what was given stands in the checkpoint."""
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(Regression(), Clients())
+    path, config = trainer.run_dir / "summary.json", trainer.run_dir / "config.yaml"
+    expected = json.loads(path.read_text())["final"]
+    path.write_bytes(content)
+    assert "not finished" in str(trainer.summary())
+    trainer.fit(Regression(), Clients(), ckpt_path="last")
+    assert json.loads(path.read_text())["final"] == expected
+    config.write_bytes(content)
+    quiet_trainer(tmp_path, max_rounds=4).fit(Regression(), Clients(), ckpt_path="last")
+    assert json.loads(path.read_text())["rounds"] == 4

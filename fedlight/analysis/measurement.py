@@ -125,6 +125,7 @@ class Measurement:
         Every process calls it and gets the same result. The model and all random numbers are as before.
         """
         blocks = self.blocks(subject)
+        clients = subject.clients() if self.data == "clients" and subject.clients is not None else {}
         with torch.inference_mode(False), preserved_global_rng():
             loss, operator = subject.hessian(self.data, view, self.max_samples, self.float64, self.seed)
             try:
@@ -133,22 +134,24 @@ class Measurement:
                 result = measure_hessian(operator, **what, **limits, rho=self.sam_rho, seed=self.seed)
             except NonFiniteLossError as error:
                 rank_zero_warn(f"{self.who}: {error} It is logged as NaN, and the run goes on.")
-                return self._undefined(operator.samples, operator.size, blocks)
+                return self._undefined(operator.samples, operator.size, blocks, clients)
             finally:
                 operator.release()
-            if self.data != "clients" or subject.clients is None:
+            if not clients:
                 return result
             start, drawn = perf_counter(), subject.options("clients", self.max_samples, self.seed)
-            clients = subject.clients()
             values = clients_lambda_max(loss.module, [*clients.values()], double=self.float64, **drawn)
-        if bad := [client for client, value in zip(clients, values, strict=True) if value != value]:
+        found = dict(zip(clients, values, strict=True))
+        if bad := [client for client, value in found.items() if value != value]:
             rank_zero_warn(f"{self.who}: the loss of clients {bad} is NaN or infinite, and so is its λ_max.")
-        return replace(result, clients=values, seconds=result.seconds | {"clients": perf_counter() - start})
+        return replace(result, clients=found, seconds=result.seconds | {"clients": perf_counter() - start})
 
-    def _undefined(self, samples: int, size: int, blocks: Mapping[str, Block]) -> HessianResult:
+    def _undefined(
+        self, samples: int, size: int, blocks: Mapping[str, Block], clients: Mapping[int, Any]
+    ) -> HessianResult:
         unknown: Any = dict.fromkeys(("loss", "gradient_norm", "sharpness", "smallest", "smallest_residual"), nan)
         unknown |= {"eigenvalues": [nan] * self.top_k, "residuals": [nan] * self.top_k, "converged": False}
-        unknown |= {"layers": dict.fromkeys(blocks, nan), "clients": [nan] if self.data == "clients" else []}
+        unknown |= {"layers": dict.fromkeys(blocks, nan), "clients": dict.fromkeys(clients, nan)}
         estimate = TraceEstimate(nan, nan, 0) if self.trace else None
         return HessianResult(**unknown, trace=estimate, rho=self.sam_rho, samples=samples, parameters=size)
 

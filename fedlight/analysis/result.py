@@ -29,7 +29,7 @@ class HessianResult:
         trace: tr ∇²L with its standard error, or None.
         density: how the eigenvalues are distributed, or None.
         layers: λ_max of each layer's diagonal block.
-        clients: λ_max of each client's own loss; NaN where that loss is not finite.
+        clients: λ_max of each client's own loss, by its number; NaN where that loss is not finite.
         samples: how many the loss is a mean over.
         parameters: P.
         seconds: what each part took.
@@ -48,7 +48,7 @@ class HessianResult:
     trace: TraceEstimate | None = None
     density: Density | None = None
     layers: dict[str, float] = field(default_factory=dict)
-    clients: list[float] = field(default_factory=list)
+    clients: dict[int, float] = field(default_factory=dict)
     samples: int = 0
     parameters: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,8 +70,9 @@ class HessianResult:
         out |= {f"hessian/{name}": getattr(self, name) for name in ("loss", "gradient_norm", "sharpness")}
         out |= {f"hessian/layer/{name}/lambda_max": value for name, value in self.layers.items()}
         if self.clients:
-            out["hessian/clients/lambda_max_mean"] = sum(self.clients) / len(self.clients)
-            out["hessian/clients/lambda_max_max"] = max(self.clients, key=lambda value: (math.isnan(value), value))
+            values = list(self.clients.values())
+            out["hessian/clients/lambda_max_mean"] = sum(values) / len(values)
+            out["hessian/clients/lambda_max_max"] = max(values, key=lambda value: (math.isnan(value), value))
         out["time/hessian_s"] = sum(self.seconds.values())
         return out
 
@@ -102,7 +103,7 @@ class HessianResult:
 
     def save(self, path: str | Path) -> None:
         """Write everything but the eigenvectors to an ``.npz`` file, which needs no pickle to be read."""
-        apart = ("trace", "density", "layers", "seconds", "eigenvectors")
+        apart = ("trace", "density", "layers", "clients", "seconds", "eigenvectors")
         arrays: dict[str, Any] = {name: np.asarray(value) for name, value in vars(self).items() if name not in apart}
         if self.trace is not None:
             arrays |= {"trace": self.trace.value, "trace_error": self.trace.error, "trace_probes": self.trace.probes}
@@ -111,6 +112,7 @@ class HessianResult:
             arrays |= {"density_nodes": found.nodes.numpy(), "density_weights": found.weights.numpy()}
             arrays["density_width"] = found.width
         arrays |= {"layer_names": np.array(list(self.layers), dtype=str), "layer_lambda_max": [*self.layers.values()]}
+        arrays |= {"client_numbers": [*self.clients], "clients": [*self.clients.values()]}
         arrays |= {"seconds_names": np.array(list(self.seconds), dtype=str), "seconds": list(self.seconds.values())}
         save_arrays(path, arrays)
 

@@ -48,7 +48,7 @@ class ConfigFile(RoundCallback):
         text = self.text(trainer, path.exists())
         with writing(path.parent):
             if path.exists():
-                keep_config(path.parent, trainer.current_round, path.read_text() == text)
+                keep_config(path.parent, trainer.current_round, path.read_bytes() == text.encode())
             atomic_write(path, text.encode())
         # By dotted keys: a sweep's parameter `algorithm` would take the place of all below `algorithm`.
         logged = dotted(yaml.safe_load(text))

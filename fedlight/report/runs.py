@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.run.folder import HISTORY, is_locked, versions
+from fedlight.run.folder import HISTORY, is_locked, read_json, read_summary, versions
 from fedlight.run.loggers import read_metrics
 from fedlight.run.names import dotted, is_share
 
@@ -116,12 +116,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def _study_runs(folder: Path, seen: set[Path]) -> Iterator[Run]:
-    planned = _json(folder / "study.json").get("runs", [])
+    planned = read_json(folder / "study.json").get("runs", [])
     for entry in planned if isinstance(planned, list) else []:
         path = folder / str(entry.get("folder") if isinstance(entry, dict) else entry)
         seen.add(path.resolve())
         present = versions(path)
-        result = _json(path / "run.json")
+        result = read_json(path / "run.json")
         run = read_run(path / f"version_{present[-1]}") if present else Run(path, "missing", "it has not been begun")
         if run.status in ("interrupted", "missing") and result.get("status") == "failed":
             said = filter(None, map(str.strip, str(result.get("error", "")).splitlines()))
@@ -156,11 +156,12 @@ def _filled_in(run: Run) -> tuple[Status, str]:
         return "torn", f"metrics.csv cannot be read: {error.strerror}"
     except ValueError as error:
         return "torn", str(error)
-    run.summary = _json(run.path / "summary.json")
-    if "final" in run.summary:
+    run.summary = read_summary(run.path)
+    if run.summary:
         if not run.rows:
             return "torn", "metrics.csv has no rows"
-        if [row["round"] for row in run.rows] != list(range(run.summary.get("rounds", len(run.rows)))):
+        whole = [row["round"] for row in run.rows] == list(range(run.rounds))
+        if not whole or run.summary.get("rounds", run.rounds) != run.rounds:
             return "torn", "metrics.csv lacks rows"
         changes = _changes(run.path)
         notes = (_in_percent(run) * "accuracies were logged in percent", _other_version(run.summary))
@@ -193,7 +194,7 @@ def _changes(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        noted = [(r, key, *pair) for r, changes in _json(path).items() for key, pair in changes.items()]
+        noted = [(r, key, *pair) for r, changes in read_json(path).items() for key, pair in changes.items()]
         changed = [f"{key} from round {int(r) + 1}: {old} -> {new}" for r, key, old, new in noted]
     except (AttributeError, TypeError, ValueError):
         changed = []
@@ -208,14 +209,6 @@ def _other_version(summary: dict[str, Any]) -> str:
         return "it does not say which version of fedlight wrote it"
     alike = str(written).split(".")[:2] == __version__.split(".")[:2] or "unknown" in str(written)
     return "" if alike else f"written by fedlight {written}; this is {__version__}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _damage(path: Path, load: Callable[[str], Any] = json.loads) -> str:

@@ -167,6 +167,21 @@ class RunFolder:
         atomic_write(self.path / name, json.dumps(content, indent=2, allow_nan=True).encode())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds by its keys; nothing where it cannot be read or holds no keys."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """The ``summary.json`` of a run, which is finished if it is whole; else nothing."""
+    found = read_json(run / "summary.json")
+    return found if isinstance(found.get("final"), dict) else {}
+
+
 def keep_config(run: Path, round: int, same: bool) -> None:
     """Keep ``config.yaml`` as ``config_history/rounds_<first>-<last>.yaml``, unless it goes on as the ``same``."""
     history, begin = run / HISTORY, 0

@@ -1,6 +1,5 @@
 """What a person reads of a run: what is trained and how, before the first round; what came of it, after the last."""
 
-import json
 import platform
 import shlex
 from base64 import b64encode
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight import __version__
 from fedlight.run.context import RunContext
-from fedlight.run.folder import writing
+from fedlight.run.folder import read_summary, writing
 from fedlight.run.interface import TrainerInterface
 from fedlight.run.loggers import read_metrics
 from fedlight.run.names import best_row
@@ -79,7 +78,7 @@ def say_end(run: RunContext, seconds: float, logged: list[str]) -> None:
     ``logged`` is what the module logs in validation.
     """
     assert run.folder is not None
-    finished_before = run.trainer.current_round == run.first_round and (run.folder.path / "summary.json").exists()
+    finished_before = run.trainer.current_round == run.first_round and read_summary(run.folder.path)
     with writing(run.folder.path):
         if not finished_before:
             run.folder.write_json("summary.json", _summary(run, run.folder.path, seconds, logged))
@@ -124,7 +123,7 @@ def say_stopped(run: RunContext) -> None:
 
 def results(folder: Path) -> dict[str, str]:
     """What came of a run that left ``summary.json`` in its folder: metrics at the end and at best, rounds."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     final, best = summary["final"], summary["best"]
     shown = [name for name in best if name in final and not name.endswith(("_all", "_swa"))][:3]
     tops = {name: f"best {best[name]['value']:.4f} after round {best[name]['round'] + 1}" for name in shown}
@@ -137,7 +136,7 @@ def results(folder: Path) -> dict[str, str]:
 def next_commands(run: RunContext) -> dict[str, str]:
     """What to type next about a run that has a ``config.yaml``: evaluate it, look at it, go on with it."""
     folder = Path() if run.folder is None else run.folder.path
-    text = path.read_text() if (path := folder / "config.yaml").exists() else "not_written:"
+    text = path.read_text(errors="replace") if (path := folder / "config.yaml").exists() else "not_written:"
     if "not_written:" in text or not (last := folder / "checkpoints" / "last.ckpt").exists():
         return {}
     config, done = shlex.quote(str(path)), run.trainer.current_round
@@ -157,7 +156,7 @@ class RunSummary:
 
     def __init__(self, trainer: TrainerInterface) -> None:
         folder = trainer.run_dir or Path("not kept")
-        found = results(folder) if (folder / "summary.json").exists() else {"rounds": "not finished"}
+        found = results(folder) if read_summary(folder) else {"rounds": "not finished"}
         self.found, self.picture = trainer.facts | found, folder / "plots" / "curves.png"
 
     def __repr__(self) -> str:

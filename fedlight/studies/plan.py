@@ -18,7 +18,7 @@ from typing import IO, Any
 from lightning.fabric.utilities import rank_zero_info
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.run.folder import atomic_write, versions, writing
+from fedlight.run.folder import atomic_write, read_summary, versions, writing
 from fedlight.seeding import derive_seed
 from fedlight.studies.study import Study
 
@@ -187,14 +187,11 @@ class RunSlot:
             self._lock = None
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a version that is finished, or None."""
-        for version in reversed(versions(self.path)):
-            with suppress(OSError, ValueError, TypeError):
-                return dict(json.loads((self.path / f"version_{version}" / "summary.json").read_text()))
-        return None
+        """The summary of the newest version, which counts, as in reports; None if it is not finished."""
+        return next((read_summary(self.path / f"version_{v}") or None for v in versions(self.path)[-1:]), None)
 
     def resumable(self) -> bool:
-        """Whether the newest version, which counts, has a checkpoint to continue from."""
+        """Whether the newest version has a checkpoint to continue from."""
         return any((self.path / f"version_{v}/checkpoints/last.ckpt").exists() for v in versions(self.path)[-1:])
 
     def record(self, command: Sequence[str], **result: Any) -> None:

@@ -151,10 +151,10 @@ def test_metrics_have_the_documented_names():
         "hessian/layer/net.4/lambda_max",
         "time/hessian_s",
     }
-    with_clients = HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [0.0], -1.0, 0.0, clients=[1.0, 3.0])
+    with_clients = HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [0.0], -1.0, 0.0, clients={0: 1.0, 4: 3.0})
     assert with_clients.metrics()["hessian/clients/lambda_max_mean"] == 2
     assert with_clients.metrics()["hessian/clients/lambda_max_max"] == 3
-    with_clients.clients.append(math.nan)
+    with_clients.clients[7] = math.nan
     assert math.isnan(with_clients.metrics()["hessian/clients/lambda_max_max"])
 
 
@@ -176,7 +176,11 @@ def test_the_summary_says_everything():
     for part in ("30 samples", "λ_1", "λ_2", "λ_min", "residual", "trace", "±", "sharpness", "layer net.4", "seconds"):
         assert part in text
     assert HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [1.0], -1.0, 0.0, converged=False).summary().endswith("residuals.")
-    lines = HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [1.0], -1.0, 0.0, clients=[1.0, math.nan]).summary().splitlines()
+    lines = (
+        HessianResult(1.0, 0.1, 0.0, 0.05, [2.0], [1.0], -1.0, 0.0, clients={0: 1.0, 4: math.nan})
+        .summary()
+        .splitlines()
+    )
     assert [line.split()[-1] for line in lines if "client" in line] == ["nan", "nan"]
 
 

@@ -188,7 +188,12 @@ class BreaksOnFive(Regression):
 
 def test_a_client_whose_loss_is_not_finite_is_named_by_its_number(tmp_path):
     with pytest.warns(UserWarning, match=r"the loss of clients \[2\] is NaN"):
-        fit(tmp_path, spectrum(data="clients"), model=BreaksOnFive(), data=Clients((0, 4, 5, 3)), max_rounds=1)
+        trainer, *_ = fit(
+            tmp_path, spectrum(data="clients"), model=BreaksOnFive(), data=Clients((0, 4, 5, 3)), max_rounds=1
+        )
+    with np.load(trainer.run_dir / "hessian" / "round1.npz") as saved:
+        assert saved["client_numbers"].tolist() == [1, 2, 3]
+        assert np.isnan(saved["clients"]).tolist() == [False, True, False]
 
 
 def test_a_sample_of_the_data(tmp_path):

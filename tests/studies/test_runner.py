@@ -233,6 +233,9 @@ def test_only_the_newest_version_of_a_run_is_continued(tmp_path):
     assert not slot.resumable()
     (tmp_path / "run" / "version_0" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "run" / "version_0" / "summary.json").write_text('{"final": {}}')
     assert slot.resumable()
+    assert slot.summary() == {"final": {}}
     (tmp_path / "run" / "version_1").mkdir()  # the report counts the newest, too
     assert not slot.resumable()
+    assert slot.summary() is None
