@@ -26,7 +26,7 @@ from fedlight.module.step import TRANSFER_HOOKS
 from fedlight.penalties.numbers import scheduled
 from fedlight.penalties.step import penalized_step
 
-_LIBRARIES = ("/torch/", "/lightning/", "/fedlight/engines/", "/fedlight/callbacks/", "/fedlight/penalties/")
+_LIBRARIES = "/torch/", "/lightning/", *(f"/fedlight/{room}/" for room in ("engines", "module", "penalties"))
 _OURS = str(Path(__file__).parents[1])
 _CLIENT_HOOKS = ("on_client_start", "on_client_end")
 

@@ -1,7 +1,7 @@
 """What a batch, a step function and a loss are: the part of the local step that touches the module, and its own."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from fedlight.module.hooks import overrides
 from fedlight.module.logs import LOSS, LogCollector, with_attributes
@@ -64,10 +66,12 @@ class Reach(nn.Module):
         both = [(name, [*m._parameters.items(), *m._buffers.items()]) for name, m in self.named_modules()]
         places = [(f"{name}.{key}", t) for name, held in both for key, t in held if t is not None]
         self._places = {place: first[id(t)] for place, t in places}
+        self._own = dict(places)
 
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, watch: AbstractContextManager[Any], function: Callable[..., Any], *args: Any) -> Any:
         """Run it."""
-        return function(self.module, *args)
+        with watch:
+            return function(self.module, *args)
 
     def call(self, values: dict[str, Tensor], *args: Any) -> Any:
         """Run a function with these values, by first names, which are brought up to date.
@@ -75,8 +79,28 @@ class Reach(nn.Module):
         Each place has its value once: torch would leave its own in a submodule that has two names.
         """
         placed = {place: values[name] for place, name in self._places.items() if name in values}
-        out = functional_call(self, placed, args, tie_weights=False)
+        own = {id(t): (place, t) for place, t in self._own.items() if place in placed}
+        out = functional_call(self, placed, (_Bypass(own) if own else nullcontext(), *args), tie_weights=False)
+        self._own = {}  # one call shows it
         values.update((name, placed[name]) for name in values)
+        return out
+
+
+class _Bypass(TorchFunctionMode):
+    """Refuses a module that reaches its tensors past their places, where others are now."""
+
+    def __init__(self, own: dict[int, tuple[str, Tensor]]) -> None:
+        super().__init__()
+        self._own = own
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        found = [self._own[id(t)][0] for t in tree_leaves((args, kwargs)) if id(t) in self._own]
+        if found and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            raise MisconfigurationException(
+                f"model: a list, closure or object in it holds {found[0].removeprefix('module.')}, and a step takes it"
+                " from there, also where another model's has its place. Take it from the module, by its name"
+            )
         return out
 
 

@@ -298,6 +298,22 @@ def test_what_a_parameter_does_in_autograd_alone_is_refused(change, tmp_path):
         quiet_trainer(tmp_path, engine="vmap").fit(model, Clients())
 
 
+class Decayed(Regression):
+    def __init__(self):
+        super().__init__()
+        self.weights = [p for p in self.parameters() if p.ndim > 1]
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.weights[0].square().sum()
+
+
+@pytest.mark.parametrize("settings", [{"engine": "vmap"}, {"algorithm": algorithms.MOON()}], ids=["vmap", "eager"])
+def test_a_parameter_that_a_step_takes_from_a_list_is_refused(settings, tmp_path):
+    """No other client's, or model's, could take its place: its gradient was lost, and what it put out was another's."""
+    with pytest.raises(MisconfigurationException, match=r"in it holds net.weight, and a step takes it from there"):
+        quiet_trainer(tmp_path, **settings).fit(Decayed(), Clients())
+
+
 class Makes(dict):
     """As transformers' table of activations, which makes what it is asked for."""
 
