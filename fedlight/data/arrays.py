@@ -49,6 +49,11 @@ class _Storage:
     def device(self) -> torch.device:
         return self.leaves[0].device
 
+    @property
+    def kind(self) -> Any:
+        """What samples are made of: structure, shapes and types."""
+        return self.spec, [(leaf.shape[1:], leaf.dtype) for leaf in self.leaves]
+
     def fits(self, device: torch.device) -> bool:
         """Whether it is, or may be copied, there: half of what a device has free is for other things."""
         if device in self._copies or device.type != "cuda":

@@ -22,7 +22,8 @@ class LocalHyperparameters:
 
     The schedules depend on counts only, so they are worked out on a dummy optimizer before the client trains. The
     algorithm's ``factors`` multiply the learning rate of each of so many steps. Where nothing ``varies``, steps of a
-    round do not differ, and the optimizer does not depend on the client.
+    round do not differ, and the optimizer does not depend on the client. Where the module ``asks`` for what differs
+    between clients of as many steps, as the number of batches, it depends on the client's size.
     """
 
     def __init__(self, module: LightningModule, factors: Callable[[int], Sequence[float]] | None = None) -> None:
@@ -30,7 +31,8 @@ class LocalHyperparameters:
         if trainer is not None:
             trainer.asked = False  # type: ignore[attr-defined]
         schedulers = configure_optimizers(module).schedulers
-        self._scheduled = any(s.interval != "round" for s in schedulers) or getattr(trainer, "asked", False)
+        self.asks = getattr(trainer, "asked", False)
+        self._scheduled = any(s.interval != "round" for s in schedulers) or self.asks
         self.varies = self._scheduled or factors is not None
 
     def values(self, task: ClientTask, per_epoch: Sequence[int], fresh: Optimization | None = None) -> list[Values]:

@@ -18,6 +18,7 @@ from fedlight.engines.recordable import check_recordable
 from fedlight.engines.vmap import engine as vmap
 from fedlight.engines.vmap import programs
 from fedlight.engines.vmap.engine import Vmap
+from fedlight.local import LocalObjective
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
@@ -97,6 +98,31 @@ def test_a_traced_program_gives_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "TRACE_AFTER", 2)
     found, _ = cases.train(tmp_path, "vmap", **settings)
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+class Mixes(algorithms.FedAvg):
+    """Has some clients take their loss at a mixture with another model."""
+
+    def objective(self, received, client, weight):
+        other = received["params"].flip(0) if weight > 1 else None
+        return LocalObjective(received["params"], other=other, share=0.5)
+
+
+class Batches(cases.Net):
+    """Has a learning rate for each number of batches; clients of three and of four take two steps."""
+
+    def configure_optimizers(self):
+        return optim.SGD(self.parameters(), lr=0.1 * self.trainer.num_training_batches)
+
+
+@pytest.mark.parametrize("what", ["other models", "other rates"])
+def test_clients_may_have_programs_and_rates_of_their_own(what, tmp_path, monkeypatch):
+    settings = {"algorithm": Mixes()} if what == "other models" else {"accumulate_grad_batches": 2}
+    if what == "other rates":
+        monkeypatch.setattr(cases, "Net", Batches)
+    expected, _ = cases.train(tmp_path, "eager", **settings)
+    found, _ = cases.train(tmp_path, "vmap", **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_the_clients_may_be_split_into_waves(tmp_path, monkeypatch):

@@ -77,9 +77,7 @@ class RecordedLoop(ClientLoop):
         """Whether a client's samples are in the pool, or there is room for them."""
         if dataset.fits(self.device):
             return same_storage(dataset.to(self.device), self.pool)
-        both = dataset.storage, self.pool.storage
-        kinds = [(s.spec, [(leaf.shape[1:], leaf.dtype) for leaf in s.leaves]) for s in both]
-        return kinds[0] == kinds[1] and len(dataset) <= len(self.pool)
+        return dataset.storage.kind == self.pool.storage.kind and len(dataset) <= len(self.pool)
 
     def prepare(self, round: int, task: ClientTask, fresh: Optimization | None = None) -> "Job":
         """Plan a client's round, and record what has not been recorded yet.

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
+from fedlight.engines.eager import Eager
 from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.vmap.programs import StackedParts
 from fedlight.engines.vmap.stacked_clients import StackedClients
@@ -27,13 +30,15 @@ class Vmap(Engine):
     has the same size run as one program; each client takes its own number of steps. Results agree with the eager engine
     to rounding. Dropout draws other masks than the eager engine; they depend on seed, round and client only. What else
     draws (``torch.rand``, say) depends on which clients train side by side.
-    What only one client does at a time, as a smaller last batch, is run for it alone.
+    What only one client does at a time, as a smaller last batch, is run for it alone. Clients whose data are made
+    otherwise than the largest one's (images of another size) are trained as the eager engine does.
 
     With ``trainer.compile`` the program for full batches is compiled: that needs a C++ compiler and some seconds.
     With ``trainer.channels_last`` images of all clients lie as ``[B, H, W, K·C]``, as one convolution reads them.
     """
 
     together = True
+    _eager: Eager | None = None
 
     def setup(self, training: LocalTraining) -> None:
         """Try a step of two clients.
@@ -45,8 +50,10 @@ class Vmap(Engine):
         self._training = training
         self._parts = StackedParts(training)
         self._values = values_of_step(training)
-        if training.example is not None:
-            self._try_step(self._parts, training.example, 2)
+        assert training.example is not None
+        assert isinstance(training.example.dataset, ArrayDataset)
+        self._samples = training.example.dataset.storage.kind
+        self._try_step(self._parts, training.example, 2)
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
@@ -55,11 +62,37 @@ class Vmap(Engine):
         tasks = iter(tasks)
         with preserved_global_rng():
             while together := list(islice(tasks, self._parts.at_once)):
-                seed_global_rng(together[0].local_seed(self._training.seed, round))
-                with named(round, *(task.client for task in together)):
-                    results = StackedClients(round, together, self._parts).run()
-                self._put_back()
-                yield from results
+                alike: dict[tuple[str, ...] | None, list[ClientTask]] = {}
+                for task in together:
+                    alike.setdefault(self._kind(task), []).append(task)
+                for kind, group in alike.items():
+                    yield from self._one_by_one(round, group) if kind is None else self._side_by_side(round, group)
+
+    def _kind(self, task: ClientTask) -> tuple[str, ...] | None:
+        """Which other models a task has, as those do that have a program in common; None where its data fit in none."""
+        if not isinstance(task.dataset, ArrayDataset) or task.dataset.storage.kind != self._samples:
+            return None
+        return ("other",) * (task.objective.other is not None) + tuple(task.objective.references)
+
+    def _side_by_side(self, round: int, tasks: list[ClientTask]) -> list[ClientResult]:
+        seed_global_rng(tasks[0].local_seed(self._training.seed, round))
+        with named(round, *(task.client for task in tasks)):
+            results = StackedClients(round, tasks, self._parts).run()
+        self._put_back()
+        return results
+
+    def _one_by_one(self, round: int, tasks: list[ClientTask]) -> Iterator[ClientResult]:
+        if self._eager is None:
+            rank_zero_info(f"trainer.engine: data of client {tasks[0].client} have another form: it trains by itself.")
+            self._eager = Eager()
+            self._eager.setup(replace(self._training, compile=False))
+        return self._eager.train(round, tasks)
+
+    def teardown(self) -> None:
+        """Give the module's parameters storage of their own, where some clients were trained one by one."""
+        if self._eager is not None:
+            self._eager.teardown()
+            self._eager = None
 
     def try_step(self, clients: int, samples: int) -> Tensor:
         """Train the example so many times side by side, on so many samples a step: the parameters ``[clients, P]``.
@@ -71,7 +104,7 @@ class Vmap(Engine):
         """
         example: Any = self._training.example
         data = example.dataset.view(example.dataset.positions(torch.arange(samples)), example.dataset.transform)
-        parts = StackedParts(replace(self._training, clients=clients))
+        parts = StackedParts(replace(self._training, clients=clients, limit_batches=None))
         return self._try_step(parts, replace(example, dataset=data, length=(None, _STEPS)), clients, _STEPS)
 
     def _try_step(self, parts: StackedParts, example: ClientTask, clients: int, steps: int = 1) -> Tensor:

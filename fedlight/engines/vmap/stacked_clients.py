@@ -11,7 +11,6 @@ from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, LocalTraining
 from fedlight.engines.batch_order import BatchOrder, batch_order, draws_of, same_storage
 from fedlight.engines.hyperparameters import lr_sum
-from fedlight.engines.recordable import Unrecordable
 from fedlight.engines.vmap.programs import StackedParts, numbered
 from fedlight.engines.vmap.stacked_optimizers import Block
 from fedlight.local import ClientResult
@@ -48,16 +47,16 @@ class StackedClients:
     def __init__(self, round: int, tasks: Sequence[ClientTask], parts: StackedParts) -> None:
         self._parts, self._training, self._round = parts, parts.training, round
         plans = [batch_order(round, task, parts.training) for task in tasks]
-        keys = [(-p.num_steps, tuple(p.steps_per_epoch), t.lrs or ()) for p, t in zip(plans, tasks, strict=True)]
+        sizes = [len(task.dataset) if parts.schedule.asks else 0 for task in tasks]  # type: ignore[arg-type]
+        both = zip(plans, tasks, sizes, strict=True)
+        keys = [(-p.num_steps, (*p.steps_per_epoch, size), t.lrs or ()) for p, t, size in both]
         order = sorted(range(len(tasks)), key=lambda i: keys[i])
         self._rank = sorted(range(len(tasks)), key=lambda row: order[row])
         self._tasks, self._plans = [tasks[i] for i in order], [plans[i] for i in order]
         self._keys = [keys[i] for i in order]
         self._steps = [plan.steps(parts.training.accumulate_grad_batches) for plan in self._plans]
         self._data = _Data(round, self._tasks, self._plans, parts.training)
-        parts.step.spec, *others = [dataset.storage.spec for dataset in self._data.datasets]
-        if any(spec != parts.step.spec for spec in others):
-            raise Unrecordable("vmap", "the clients' batches are not made alike")
+        parts.step.spec = self._data.datasets[0].storage.spec
         self._stack()
         self._logs: dict[str, list[tuple[slice | Tensor, Tensor, Tensor]]] = {}
         self._reductions: dict[str, str] = {}
