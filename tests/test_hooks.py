@@ -327,6 +327,18 @@ def test_a_module_without_what_training_needs_is_refused(tmp_path):
         quiet_trainer(tmp_path).fit(Manual(), Clients())
 
 
+def test_a_parameter_group_that_comes_late_is_refused(tmp_path):
+    class Late(Regression):
+        def on_train_epoch_start(self):
+            self.optimizers().add_param_group({"params": [self.net.bias]})
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([self.net.weight], lr=0.1)
+
+    with pytest.raises(MisconfigurationException, match="model: a parameter group was added while a client trains"):
+        quiet_trainer(tmp_path).fit(Late(), Clients())
+
+
 @pytest.mark.parametrize(
     "name",
     [

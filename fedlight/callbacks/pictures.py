@@ -17,7 +17,7 @@ from fedlight.run.names import aggregate
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ELSEWHERE = ("clients", "time", "comm", "hessian", "man")
+_ELSEWHERE = ("round", "clients", "time", "comm", "hessian", "man")
 _PANELS: dict[str | None, str] = {"max,last": "accuracy", "min,last": "loss"}
 
 
@@ -78,10 +78,13 @@ class PartitionPicture(RoundCallback):
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]], path: str | Path) -> Path:
-    """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has; rounds from 1."""
+    """A panel each for the accuracies, the losses and the learning rate that ``metrics.csv`` has, or one; from round 1.
+
+    Other metrics are drawn where there are none of these.
+    """
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if not name.startswith(_ELSEWHERE)]
-    kinds = {name: "learning rate" if name == "lr" else _PANELS.get(aggregate(name)) for name in names}
-    titles = [title for title in (*_PANELS.values(), "learning rate") if title in kinds.values()]
+    kinds = {name: "learning rate" if name == "lr" else _PANELS.get(aggregate(name), "value") for name in names}
+    titles = [title for title in (*_PANELS.values(), "learning rate") if title in kinds.values()] or ["value"]
 
     def plot(figure: "Figure") -> None:
         for axes, title in zip(figure.subplots(1, len(titles), squeeze=False).flat, titles, strict=True):

@@ -46,12 +46,12 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
     the training samples of each label at each client, ``[N, C]``, and ``labels`` those of the held-out rows.
     """
     shuffled = torch.randperm(len(labels), generator=rng)
+    shuffled = shuffled[labels[shuffled].argsort(stable=True)]
     rows, owners = [], []
-    for label in range(counts.shape[1]):
+    sizes = torch.bincount(labels, minlength=counts.shape[1]).tolist()
+    for label, held in enumerate(torch.split(shuffled, sizes)):
         clients = torch.randperm(len(counts), generator=rng)
-        weights = counts[clients, label]
-        if weights.sum() > 0:
-            held = shuffled[labels[shuffled] == label]
+        if label < counts.shape[1] and (weights := counts[clients, label]).sum() > 0:
             rows.append(held)
             owners.append(torch.repeat_interleave(clients, apportion(len(held), weights)))
     return Partition(by_client(torch.cat(rows), torch.cat(owners), len(counts)))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -75,6 +76,9 @@ class LocalHyperparameters:
 
 def set_values(optimizer: Optimizer, values: Values) -> None:
     """Give each group its hyperparameters; a learning rate that is a tensor is overwritten, and stays where it is."""
+    if len(optimizer.param_groups) != len(values):
+        way = "Give all of them in configure_optimizers, which makes the optimizer of each client and round"
+        raise MisconfigurationException(f"model: a parameter group was added while a client trains. {way}.")
     for group, new in zip(optimizer.param_groups, values, strict=True):
         for name, value in new.items():
             old = group.get(name)

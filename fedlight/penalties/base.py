@@ -68,7 +68,10 @@ class Penalty(_CallbackBase, Term):
         if any(tensor.round is None for tensor in scheduled(vars(self))):
             call = f"{type(self).__name__}.follow(epoch)"
             raise MisconfigurationException(f"A schedule is to be followed: {call} before attach, and in every epoch.")
-        observed = self.observe(module)
+        observed: Any = self.observe(module)
+        if not hasattr(observed, "items") or not all(isinstance(found, nn.Module) for found in observed.values()):
+            what = f"{observed!r:.80}; it must give a dictionary of submodules by their names"
+            raise TypeError(f"{type(self).__name__}.observe() gives {what}.")
         if step is None:
             step = PenalizedStep(module)
         step.add(self, observed)

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from fedlight.penalties.base import Penalty
-from fedlight.penalties.layers import find_layers, named_submodules
+from fedlight.penalties.layers import check_selectors, find_layers, named_submodules
 from fedlight.penalties.observation import Observation, Source
 
 
@@ -88,6 +88,7 @@ class Comparison(Penalty):
 
     def __init__(self, layer: str | None = None) -> None:
         self.layer = layer
+        check_selectors(None if layer is None else [layer], type(self).__name__)
 
     def observe(self, module: nn.Module) -> dict[str, nn.Module]:
         """The layer whose output the features are, if one is named."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fedlight.checks import Number, check_hyperparameter, largest
+from fedlight.checks import Number, check_hyperparameter, check_whole, largest
 from fedlight.local import ClientResult
 from fedlight.personal.second import SecondModel
 from fedlight.perturbations.base import Perturbation, State
@@ -17,11 +17,9 @@ class MoreauStep(Perturbation):
     def __init__(self, lam: Number, inner_steps: int, inner_lr: Number) -> None:
         self.lam = check_hyperparameter("trainer.personal.lam", lam, positive=True)
         self.inner_lr = check_hyperparameter("trainer.personal.inner_lr", inner_lr, positive=True)
-        if type(inner_steps) is not int or inner_steps < 1:
-            raise ValueError(f"trainer.personal.inner_steps={inner_steps!r} must be a whole number of at least 1.")
         if (product := largest(self.lam) * largest(self.inner_lr)) >= 2:
             raise ValueError(f"trainer.personal: inner_lr·lam is {product:g}; from 2 on θ runs away. Lower inner_lr.")
-        self.batches = (0,) * inner_steps
+        self.batches = (0,) * check_whole("trainer.personal.inner_steps", inner_steps)
 
     def begin(self, received: State, client: State, start: Tensor) -> State:
         """θ begins where w does."""

@@ -39,6 +39,13 @@ def test_the_lines_of_the_picture(tmp_path, monkeypatch):
     assert {axes.get_xlabel() for axes in figure.axes} == {"round"}
 
 
+def test_other_metrics_are_drawn_where_there_are_none_of_these(tmp_path):
+    """It ended in an error of matplotlib's."""
+    rows = [{"round": float(r), "val/mae": 3.0 - r, "comm/up_mb": 1.0} for r in range(2)]
+    height, width = imread(draw_curves(rows, tmp_path / "x.png")).shape[:2]
+    assert (height, width) == (510, 630)
+
+
 def test_a_run_draws_it_and_can_be_told_not_to(tmp_path):
     quiet_trainer(tmp_path, name="on").fit(Regression(), Clients())
     height, width = imread(tmp_path / "on" / "version_0" / "plots" / "curves.png").shape[:2]

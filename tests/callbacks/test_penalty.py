@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fedlight.callbacks import PenalizedStep, Penalty, penalized_step
+from fedlight.penalties.comparison import Comparison
 from tests.callbacks.nets import Batches, Lit, batches, gradient, is_untouched, silent_trainer
 
 BATCH = batches(1)[0]
@@ -48,6 +49,29 @@ class LogitNorm(Penalty):
 
     def metrics(self, measured):
         return {f"norm/{name}": value for name, value in measured.items()}
+
+
+@pytest.mark.parametrize("observed", [None, [nn.Linear(1, 1)], {"head": "net.fc3"}, nn.Linear(1, 1)])
+def test_what_is_no_dictionary_of_submodules_is_refused(observed):
+    class Odd(LogitNorm):
+        def observe(self, module):
+            return observed
+
+    module = Lit()
+    with pytest.raises(TypeError, match=r"Odd\.observe\(\) gives .*; it must give a dictionary of submodules by"):
+        Odd().attach(module)
+    assert is_untouched(module)
+
+
+class Compared(Comparison):
+    def penalty(self, module, measured):
+        return measured["features"].sum()
+
+
+@pytest.mark.parametrize("layer", [0, ["net"], nn.Linear(1, 1)])
+def test_the_layer_of_a_comparison_is_a_name(layer):
+    with pytest.raises(TypeError, match=r"Compared: `layers` takes module classes, names and regular"):
+        Compared(layer)
 
 
 @pytest.mark.parametrize("value", [None, torch.ones(2), "1"])
