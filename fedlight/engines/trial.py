@@ -22,12 +22,33 @@ STEPS = 3
 """Local steps of the trial: what happens in every second step is seen, too."""
 
 
-def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
+_FAR = 1000
+"""By so much other indices of batches are, with which the steps of an engine that records them must be the same."""
+
+
+def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool) -> Findings:
     """Train the example for a few steps, note what happens, and undo it; ``call`` calls the module's hooks.
+
+    For an engine that ``records`` steps they are taken with other indices of the batches, too.
 
     Raises:
         MisconfigurationException: for what no engine can train, by name.
     """
+    findings, params = _tried(training, call)
+    if not records or findings.read or findings.drawn or findings.changed:
+        return findings
+    try:  # tensors and floats take an int's value unnoticed: `loss * batch_idx`, `0.9**batch_idx`
+        apart = (_tried(training, call, _FAR)[1] - params).norm()
+        assert training.example is not None
+        rounding = 0.0 if params.device.type == "cpu" else 0.01 * (params - training.example.objective.start).norm()
+        same = bool(apart <= rounding) or not bool(params.isfinite().all())
+    except Exception:  # as where a tensor has no such entry
+        same = False
+    return findings if same else replace(findings, read=("batch_idx",))
+
+
+def _tried(training: LocalTraining, call: Callable[..., Any], far: int = 0) -> tuple[Findings, Tensor]:
+    """What steps do, and the parameters ``[P]`` after them; the indices of batches begin at ``far``."""
     module, changed, drawn = training.module, set[str](), set[str]()
     assert training.example is not None
     with untouched(module) as before:
@@ -45,7 +66,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
         slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module, None)
-        slot.read, slot.outside, slot.idle, slot.written = set(), set(), set(), set()
+        slot.read, slot.outside, slot.idle, slot.written, slot.far = set(), set(), set(), set(), far
         try:
             slot.train(0, training.example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -53,7 +74,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             slot.flat.release()
         ids = {id(tensor) for tensor in before.moved()}
         frozen = [(name, p) for name, p in module.named_parameters() if not p.requires_grad]
-        return Findings(
+        findings = Findings(
             moving=tuple(name for name, p in frozen if id(p) in ids),
             replaced=tuple(replaced),
             changed=tuple(sorted(changed - {f"self.{name}" for name in held})),
@@ -63,6 +84,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any]) -> Findings:
             idle=tuple(name for name, p in module.named_parameters() if id(p) in slot.idle),
             written=tuple(sorted(slot.written)),
         )
+    return findings, slot.flat.params
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
@@ -77,6 +99,7 @@ class _TrialLoop(ClientLoop):
     outside: set[str]
     idle: set[int]
     written: set[str]
+    far: int
 
     def _gradient(self, batches: list[IndexedBatch], point: Tensor, nth: int) -> Tensor:
         before = self.flat.params.clone()
@@ -86,7 +109,7 @@ class _TrialLoop(ClientLoop):
         return gradient
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
-        indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i, self.read)) for batch, i in batches]
+        indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i + self.far, self.read)) for batch, i in batches]
         with watched(self.module, self.read), seen_outside(self.module, self.outside):
             found = super()._step(objective, indexed, state)
         self.idle.update(id(parameter) for parameter in self.flat.idle)

@@ -228,9 +228,10 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     )
     frozen = any(not p.requires_grad for p in run.module.parameters())
     # What steps change shows when it is put back; whether they give what penalties compare shows in a trial only.
-    if not frozen and not federation.clients.compared and runs_python(settings["engine"], training):
+    records = not runs_python(settings["engine"], training)
+    if not frozen and not federation.clients.compared and not records:
         return replace(training, state=movers.state)
-    findings = try_steps(training, run.hooks.module_only)
+    findings = try_steps(training, run.hooks.module_only, records)
     movers.adopt(findings.moving)
     _say(findings, federation.clients.buffer_policy)
     return replace(training, findings=findings, state=movers.state, example=_example(run))

@@ -77,7 +77,26 @@ class Nested(Draws):
         return 1
 
 
+class Still(Draws):
+    def share(self):
+        return 1
+
+
+class Multiplies(Still):
+    """Floats and tensors take the value of an index without asking it."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * 0.9**batch_idx
+
+
+class Looks(Still):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * torch.arange(1.0, 9.0)[batch_idx]
+
+
 REASONS = {
+    Multiplies: "reads batch_idx",
+    Looks: "reads batch_idx",
     Beta: "draws from numpy.random",
     Python: "draws from random",
     Own: "changes self.numbers",
