@@ -90,7 +90,7 @@ class MAN(Penalty):
 
 def mean_square(a: Tensor) -> Tensor:
     """mean(a²), a scalar: in float32 for 16-bit types, where squares overflow, else in the type of ``a``."""
-    a = torch.view_as_real(a) if a.is_complex() else a
+    a = torch.view_as_real(a) if a.is_complex() else a.values() if a.is_nested else a
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         # A compiler fuses this with the layer; a transform has rules for it.
         mean: Tensor = (a.float() if a.dtype.itemsize < 4 else a).square().mean()

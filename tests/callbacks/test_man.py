@@ -183,6 +183,13 @@ def test_mean_square_has_first_and_second_derivatives(shape):
     assert torch.autograd.gradgradcheck(mean_square, a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mean_square_of_a_nested_tensor_is_that_of_all_its_entries(dtype):
+    parts = [torch.full((n, 3), 2.0 * n, dtype=dtype) for n in (1, 3)]
+    found = mean_square(torch.nested.nested_tensor(parts, layout=torch.jagged))
+    assert float(found) == pytest.approx((1 * 4 + 3 * 36) / 4)
+
+
 def test_mean_square_can_be_batched():
     a = torch.randn(6, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(vmap(mean_square)(a), a.square().mean(dim=(1, 2)), **TOLERANCE)
