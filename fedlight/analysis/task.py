@@ -17,8 +17,7 @@ from fedlight.analysis.layers import differentiable_once, explain, nodes
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState
-from fedlight.module.step import call_step
-from fedlight.penalties.step import penalized_step, unwrapped
+from fedlight.penalties.step import call_step, penalized_step, unwrapped
 from fedlight.run.device import float32_products
 from fedlight.seeding import preserved_global_rng, seed_global_rng
 

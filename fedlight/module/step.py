@@ -21,7 +21,7 @@ from fedlight.module.logs import LOSS, LogCollector, with_attributes
 from fedlight.module.parameters import ParameterLayout
 from fedlight.module.state import ModuleState, attributes_of
 from fedlight.penalties.batches import batch_size, cloned
-from fedlight.penalties.step import PenalizedStep, penalized_step, takes_index
+from fedlight.penalties.step import PenalizedStep, call_step, penalized_step
 from fedlight.seeding import preserved_global_rng
 
 IndexedBatch = tuple[Any, int]
@@ -48,12 +48,6 @@ def step_loss(
         task_loss = loss if wrapper is None or wrapper.task_loss is None else wrapper.task_loss
         log.add(LOSS, log.scalar(LOSS, task_loss), log.batch_size)
     return loss
-
-
-def call_step(module: LightningModule, name: str, batch: Any, index: int) -> Any:
-    """Call ``training_step`` and its like with as many arguments as it takes."""
-    step = getattr(module, name)
-    return step(batch, index) if takes_index(step) else step(batch)
 
 
 class Reach(nn.Module):

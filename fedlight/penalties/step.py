@@ -209,6 +209,12 @@ def takes_index(step: Any) -> bool:
     return _takes_two(getattr(step, "__func__", step), hasattr(step, "__func__"))
 
 
+def call_step(module: nn.Module, name: str, batch: Any, index: int) -> Any:
+    """Call ``training_step`` and its like with as many arguments as it takes."""
+    step = getattr(module, name)
+    return step(batch, index) if takes_index(step) else step(batch)
+
+
 @lru_cache
 def _takes_two(function: Callable[..., Any], bound: bool) -> bool:
     kinds = [parameter.kind for parameter in signature(function).parameters.values()]

@@ -19,7 +19,7 @@ from fedlight.module.hooks import overrides
 from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
 from fedlight.module.looking import watched
 from fedlight.module.state import ModuleState, untouched
-from fedlight.module.step import call_step
+from fedlight.penalties.step import call_step
 from fedlight.seeding import preserved_global_rng
 
 

@@ -22,9 +22,9 @@ from fedlight.engines.base import named
 from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import Hooks
 from fedlight.module.logs import LogCollector, collecting_logs, with_attributes
-from fedlight.module.step import call_step, transfer_function
+from fedlight.module.step import transfer_function
 from fedlight.penalties.batches import batch_size
-from fedlight.penalties.step import penalized_step
+from fedlight.penalties.step import call_step, penalized_step
 from fedlight.run.attempt import evaluating, say_traces, watch
 from fedlight.run.clients_together import together
 from fedlight.run.names import as_floats
