@@ -126,16 +126,14 @@ class Wrapping(Around, FederatedDataModule):
     _other = "data"
 
     def __init__(self, data: FederatedDataModule) -> None:
-        super().__init__(data.batch_size, data.eval_batch_size, data.num_workers, data.collate_fn, data.seed)
+        LightningDataModule.__init__(self)  # how batches are made is the other's, who may know it after setup alone
         self.data = data
         for name in _AS_GIVEN:
             setattr(self, name, getattr(data, name))
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the data; only then it may know how batches are made."""
+        """Load the data."""
         self.data.setup(stage)
-        for name in ("batch_size", "eval_batch_size", "num_workers", "collate_fn", "eval_collate_fn"):
-            setattr(self, name, getattr(self.data, name))
 
 
 class PooledData(Wrapping):

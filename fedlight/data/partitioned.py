@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 from fedlight.checks import check_objects, check_whole
 from fedlight.data.arrays import ArrayDataset
 from fedlight.data.datamodule import FederatedDataModule
-from fedlight.data.partition import NaturalGroups, Partitioner, apportion, by_client
+from fedlight.data.partition import NaturalGroups, Partitioner, apportion, by_client, rows_by_class
 from fedlight.seeding import generator
 
 
@@ -45,11 +45,9 @@ def match_proportions(counts: Tensor, labels: Tensor, rng: torch.Generator) -> P
     nearest row. Rows of a label that no client has are left out; a client with few samples may get none. ``counts`` are
     the training samples of each label at each client, ``[N, C]``, and ``labels`` those of the held-out rows.
     """
-    shuffled = torch.randperm(len(labels), generator=rng)
-    shuffled = shuffled[labels[shuffled].argsort(stable=True)]
-    rows, owners = [], []
-    sizes = torch.bincount(labels, minlength=counts.shape[1]).tolist()
-    for label, held in enumerate(torch.split(shuffled, sizes)):
+    shuffled, sizes = rows_by_class(labels, rng)
+    rows, owners = [shuffled[:0]], [shuffled[:0]]
+    for label, held in enumerate(torch.split(shuffled, sizes.tolist())):
         clients = torch.randperm(len(counts), generator=rng)
         if label < counts.shape[1] and (weights := counts[clients, label]).sum() > 0:
             rows.append(held)

@@ -1,6 +1,5 @@
 """Where images come from: a name, an ``.npz`` file or a folder. All become the same arrays in memory."""
 
-import difflib
 from collections.abc import Mapping
 from importlib.metadata import distribution
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedlight.data.files import has_idx, is_listed, load_idx, load_listed, load_
 from fedlight.data.folders import load_folder
 from fedlight.data.images import ImageArrays, as_images, check, say_shared
 from fedlight.data.partition import rank_in_group
+from fedlight.run.names import nearest
 
 _TORONTO, _S3 = "https://www.cs.toronto.edu/~kriz", "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FASHION, _SVHN = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", "http://ufldl.stanford.edu/housenumbers"
@@ -130,7 +130,6 @@ def _torchvision(name: str, root: Path, download: bool) -> ImageArrays:
 def _not_found(source: str, path: Path) -> str:
     if path.suffix == ".npz" or len(path.parts) > 1:
         return f"`data.source`: {path.absolute()} does not exist. {_OFFLINE}"
-    close = difflib.get_close_matches(source.lower().replace("-", "_"), SOURCE_NAMES, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = nearest(source.lower().replace("-", "_"), SOURCE_NAMES) or "."
     names = ", ".join(SOURCE_NAMES)
-    return f"`data.source: {source}` is neither a known name ({names}) nor a file or folder.{hint} {_OFFLINE}"
+    return f"`data.source: {source}` is neither a known name ({names}) nor a file or folder{hint} {_OFFLINE}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fedlight.run.folder import atomic_write, writing
+from fedlight.run.folder import atomic_write
 
 
 class Cell(NamedTuple):
@@ -168,6 +168,5 @@ def _latex(text: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text.encode())

@@ -355,8 +355,8 @@ def test_a_download_that_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("cifr10", "neither a known name .* Did you mean 'cifar10'"),
-        ("Fashion-MNIST", "Did you mean 'fashion_mnist'"),
+        ("cifr10", "neither a known name .* did you mean 'cifar10'"),
+        ("Fashion-MNIST", "did you mean 'fashion_mnist'"),
         ("somewhere/images.npz", "somewhere/images.npz does not exist"),
         ("zzz", "neither a known name"),
     ],
