@@ -176,7 +176,7 @@ class ClientLoop:
         self._frozen, self._idle = objective.frozen, []
         call("on_before_zero_grad", optimizer)
         if self._compiled is not None and self._compiled.takes(batches):
-            gradient, state = self._compiled(self.flat.params, self.buffers, self.log, objective, batches, state)
+            gradient, state = self._compiled(self.flat.params, self.held.read(), self.log, objective, batches, state)
         else:
             gradient, state = local_gradient(
                 self.flat.params,

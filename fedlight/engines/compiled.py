@@ -1,6 +1,7 @@
 """The local step of one client as one compiled program."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class CompiledStep:
         self._training, self._values = training, values_of_step(training)
         self._step = ClientStep(training, ParameterLayout.of(training.module))
         self._sizes = (training.batch_size,) * training.accumulate_grad_batches
-        self._programs: dict[tuple[str, ...], Program] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
 
     def refresh(self) -> None:
         """Compile anew where what a step reads from Python has changed."""
@@ -55,20 +56,21 @@ class CompiledStep:
         """What :func:`~fedlight.local.local_gradient` gives; ``buffers`` and ``log`` are brought up to date."""
         parts = zip(*(tree_leaves(batch) for batch, _ in batches), strict=True)
         leaves = [same[0] if len(same) == 1 else torch.cat(same) for same in parts]
-        self._step.spec = tree_structure(batches[0][0])
+        self._step.spec = spec = tree_structure(batches[0][0])
         named = {"params": params, **numbered(leaves)}
         for name, part in objective.parts().items():
             named[name] = part if isinstance(part, Tensor) else params.new_full((), part)
         named |= {f"state/{name}": value for name, value in state.items()}
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
-        key = tuple(named)
+        key = spec, *((name, value.shape, value.dtype) for name, value in named.items())
         if key not in self._programs:
-            self._programs[key] = Program(self._step, self._sizes, key, shared=None, compile=True)
+            self._programs[key] = Program(self._step, self._sizes, tuple(named), shared=None, compile=True)
         program = self._programs[key]
         try:
             out = program(named)
         except Exception as error:
             raise Unrecordable(_ENGINE, explain(error, self._training.module, "cannot be compiled")) from error
+        log.own_loss |= self._step.own_loss
         for name, value in out.items():
             kind, _, key_ = name.partition("/")
             if kind == "buffers":

@@ -12,8 +12,10 @@ from fedlight.engines.vmap.engine import Vmap
 from fedlight.engines.vmap.programs import StackedParts
 from fedlight.penalties.man import MAN
 from fedlight.perturbations import SAM, DualSAM
+from fedlight.run.loggers import read_metrics
 from tests.engines import cases
 from tests.engines.tape import Tape
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, seeded, weights
 
 CASES = {
     "plain": {},
@@ -54,6 +56,51 @@ def test_a_compiled_step_is_the_step(engine, name, tmp_path):
         torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-8, msg=key)
     for row, found_row in zip(rows, found_rows, strict=True):
         assert found_row == pytest.approx(row, rel=1e-5, abs=1e-6)
+
+
+class LogsItsLoss(Regression):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/loss", 2 * loss)
+        return loss
+
+
+class Replaces(Regression):
+    """Puts another tensor in the place of a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        self.seen = self.seen / 2 + batch[0].mean().detach()
+        return super().training_step(batch, batch_idx) + self.net.bias.sum() * self.seen
+
+
+class OfSeries(Regression):
+    def forward(self, x):
+        return self.net(x).mean((1, 2))
+
+
+class Lengths(Clients):
+    """Series of another length at every client."""
+
+    def __init__(self):
+        super().__init__()
+        rows = (seeded(8, 2 + client, 3, seed=client) for client in range(self.num_clients))
+        self.datasets = [self.dataset(x, x.mean((1, 2))) for x in rows]
+        self.held_out = self.datasets[0]
+
+
+@pytest.mark.parametrize(("model", "data"), [(LogsItsLoss, Clients), (Replaces, Clients), (OfSeries, Lengths)])
+def test_batches_of_other_sizes_go_on_where_compiled_ones_have_come_to(model, data, tmp_path):
+    found = []
+    for compile in (False, True):
+        trainer = quiet_trainer(tmp_path, engine="eager", compile=compile, max_rounds=1, local_epochs=2)
+        trainer.fit(module := model(), data())
+        (row,) = read_metrics(trainer.run_dir / "metrics.csv")
+        found.append((weights(module), torch.tensor(row["train/loss"])))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.slow

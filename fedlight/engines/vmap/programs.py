@@ -57,6 +57,7 @@ class ClientStep:
         spec: what a batch is made of; set before the first call.
         reductions: how what was logged is combined, by name; known after a call.
         changing: those of ``state/`` that steps change; known after a call, None before.
+        own_loss: whether the module logs its loss itself, as far as is known.
     """
 
     def __init__(self, training: LocalTraining, layout: ParameterLayout) -> None:
@@ -67,6 +68,7 @@ class ClientStep:
         self.spec: TreeSpec
         self.reductions: dict[str, str] = {}
         self.changing: set[str] | None = None
+        self.own_loss = False
         self.channels_last = training.channels_last
 
     def __call__(self, sizes: tuple[int, ...], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +107,7 @@ class ClientStep:
         if (step := penalized_step(self._module)) is not None:
             step.forget()
         out = {f"state/{k}": v for k, v in state.items() if v is not before.get(k)}
-        self.changing = set(out)
+        self.changing, self.own_loss = set(out), log.own_loss
         out |= {"gradient": g} | {f"buffers/{k}": v for k, v in buffers.items()}
         self.reductions = {name: log.reduction(name) for name in logs}
         out |= {f"value/{k}": value for k, (value, _) in logs.items()}
