@@ -174,6 +174,41 @@ def test_values_that_are_no_numbers_are_refused(value, message):
         LogCollector().log("x", value)
 
 
+@pytest.mark.parametrize("name", ["round", "two\nlines", ""])
+def test_names_that_the_table_of_rounds_cannot_have_are_refused(name):
+    with pytest.raises(MisconfigurationException, match=r"self.log\(.*, ...\): a name is a line, and not `round`"):
+        LogCollector().log(name, 1.0)
+
+
+def test_a_callback_does_not_number_the_rows(tmp_path):
+    class Numbers(Callback):
+        def on_round_metrics(self, trainer, module):
+            return {"round": 7, "mine": 1}
+
+    (trainer := quiet_trainer(tmp_path, max_rounds=2, callbacks=[Numbers()])).fit(Regression(), Clients())
+    rows = read_metrics(trainer.run_dir / "metrics.csv")
+    assert [(row["round"], row["mine"]) for row in rows] == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("engine", ["eager", "vmap"])
+def test_a_client_has_no_value_of_what_only_those_beside_it_log(engine, tmp_path):
+    class LogsPairs(Regression):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) > 1:
+                self.log("pairs", batch[0].max(), reduce_fx="max")
+                self.log("mean", batch[0].mean())
+            return super().training_step(batch, batch_idx)
+
+    class Sees(Callback):
+        def on_round_trained(self, trainer, module):
+            seen.update({report.client: report.values.keys() for report in trainer.client_reports})
+
+    seen = {}
+    settings = {"engine": engine, "max_rounds": 1, "clients_per_round": 2, "callbacks": [Sees()]}
+    quiet_trainer(tmp_path, **settings).fit(LogsPairs(), Clients((1, 6)))
+    assert {client: "pairs" in names or "mean" in names for client, names in seen.items()} == {0: False, 1: True}
+
+
 def test_reductions_that_cannot_be_merged_are_refused():
     with pytest.raises(MisconfigurationException, match=r"self.log\('x', reduce_fx=.*median.*use one of"):
         LogCollector().log("x", 1.0, reduce_fx=torch.median)

@@ -61,7 +61,7 @@ class Moving:
         for owner, key, tensor in self._places:
             if key not in owner or owner[key] is not tensor:
                 owner[key] = tensor
-        self.add(values.keys() - self.tensors.keys())
+        self.add(name for name in values if name not in self.tensors)  # in an order that all processes have
         for name, value in values.items():
             self.tensors[name].copy_(value)
 

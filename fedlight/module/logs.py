@@ -85,6 +85,10 @@ class LogCollector:
         """
         if not self.enabled:
             return
+        if name == "round" or len(name.splitlines()) != 1:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...): a name is a line, and not `round`, a row's number."
+            )
         if name == LOSS and not self.own_loss:
             self.own_loss = True
             self._sums.pop(LOSS, None)

@@ -158,7 +158,9 @@ def _as_numbers(reports: Sequence[Report], used: Sequence[bool]) -> list[Report]
 
     def of(report: Report, used: bool) -> Report:
         square, scale = next(numbers), None if report.loss_scale is None else next(numbers)
-        metrics = {name: (next(numbers), next(numbers)) for name in report.metrics}
+        both = {name: (next(numbers), next(numbers)) for name in report.metrics}
+        # What only others logged that trained beside it is no sum or extremum of anything.
+        metrics = {name: pair for name, pair in both.items() if pair[1] or abs(pair[0]) not in (0.0, math.inf)}
         return replace(report, used=used, square=square, loss_scale=scale, metrics=metrics)
 
     return [of(*each) for each in zip(reports, used, strict=True)]
