@@ -327,6 +327,16 @@ def test_a_module_without_what_training_needs_is_refused(tmp_path):
         quiet_trainer(tmp_path).fit(Manual(), Clients())
 
 
+@pytest.mark.parametrize("found", [1.0, [1.0], {"a": "x"}, {"a": None}, {"a": torch.ones(2)}, {1: 2.0}])
+def test_what_a_round_logs_is_numbers_by_names(tmp_path, found):
+    class Odd(Callback):
+        def on_round_metrics(self, trainer, pl_module):
+            return found
+
+    with pytest.raises(MisconfigurationException, match="trainer.callbacks: on_round_metrics gives .*; it may give a"):
+        quiet_trainer(tmp_path, callbacks=[Odd()]).fit(Regression(), Clients())
+
+
 def test_a_parameter_group_that_comes_late_is_refused(tmp_path):
     class Late(Regression):
         def on_train_epoch_start(self):

@@ -1,7 +1,8 @@
 """Which hooks of module and callbacks a federated run calls, and which it refuses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -225,8 +226,15 @@ class Hooks:
             self.logged |= log.compute()
 
     def collect(self, name: str, *args: Any) -> dict[str, Any]:
-        """Call the hook, and join the dictionaries that it returns."""
-        return {k: v for found in self._call(name, *args) if found is not None for k, v in found.items()}
+        """Call the hook, and join the dictionaries of numbers that it gives; anything else is refused."""
+        joined: dict[str, Any] = {}
+        for found in (found for found in self._call(name, *args) if found is not None):
+            values = found.values() if isinstance(found, Mapping) and all(isinstance(k, str) for k in found) else [None]
+            if not all(isinstance(v, Real) or (isinstance(v, Tensor) and v.numel() == 1) for v in values):
+                what = f"{found!r:.80}; it may give a dictionary of numbers by their names"
+                raise MisconfigurationException(f"trainer.callbacks: {name} gives {what}.")
+            joined |= found
+        return joined
 
     def module_only(self, name: str, *args: Any) -> None:
         """Call the module's own hook."""

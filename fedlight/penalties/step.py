@@ -151,19 +151,20 @@ class PenalizedStep:
         self._log(batch, {"train/penalty": self.penalty}, added)
         return {**output, "loss": loss + penalty} if isinstance(output, Mapping) else loss + penalty
 
-    def _log(self, batch: Any, metrics: dict[str, Tensor], added: list[Observation]) -> None:
+    def _log(self, batch: Any, metrics: dict[str, Any], added: list[Observation]) -> None:
         if not _can_log(self.module):
             return
         for observation in added:
-            metrics |= observation.penalty.metrics(observation.measured)
+            metrics |= observation.penalty.metrics(observation.measured) or {}
         # Lightning infers the size of a batch too, and stops where it cannot.
         size = batch_size(batch)
-        for name, value in metrics.items():
+        for name, found in metrics.items():
+            value = found.detach() if isinstance(found, Tensor) else found
             if self.totals is None:
-                self._log_one(name, value.detach(), size)
+                self._log_one(name, value, size)
             else:
                 total, weight = self.totals.get(name, (0.0, 0))
-                self.totals[name] = total + value.detach() * size, weight + size
+                self.totals[name] = total + value * size, weight + size
 
     def _log_one(self, name: str, value: Any, size: int) -> None:
         log = cast(Callable[..., None], self.module.log)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -49,6 +50,19 @@ class LogitNorm(Penalty):
 
     def metrics(self, measured):
         return {f"norm/{name}": value for name, value in measured.items()}
+
+
+@pytest.mark.parametrize("value", [2.0, 2, np.float32(2), torch.tensor(2.0)])
+def test_a_penalty_logs_tensors_and_numbers(value):
+    class Told(LogitNorm):
+        def metrics(self, measured):
+            return {"norm": value}
+
+    module, logged = Lit(), {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    with Told().attached(module):
+        module.training_step(BATCH, 0)
+    assert logged["norm"] == 2
 
 
 @pytest.mark.parametrize("observed", [None, [nn.Linear(1, 1)], {"head": "net.fc3"}, nn.Linear(1, 1)])
