@@ -63,8 +63,7 @@ class CudaGraph(Engine):
             raise Unrecordable("cuda_graph", f"it needs a CUDA device, and trainer.accelerator gives {self._device}")
         check_recordable(training, "cuda_graph")
         _check_optimizer(training.module, self._device)
-        if training.example is None:
-            raise Unrecordable("cuda_graph", "there is no example of a client's work")
+        assert training.example is not None
         self._values = values_of_step(training)
         with preserved_global_rng():
             self._make_slots(training.example)
@@ -103,7 +102,7 @@ class CudaGraph(Engine):
         """Give the memory of all slots back, which Python's cycles (a module and its penalized step) would keep."""
         self._slots.clear()
         gc.collect()
-        self._free_memory()
+        torch.cuda.empty_cache()  # which does nothing where there is no device
 
     def _make_slots(self, example: ClientTask, rehearse: bool = True) -> None:
         self._compiled = CompiledStep(self._training) if self._training.compile else None
@@ -167,7 +166,7 @@ class CudaGraph(Engine):
                 try:
                     jobs[-1].append(slot.prepare(round, fitting[i], fresh))
                 except (RuntimeError, MisconfigurationException) as error:  # out of memory is one of them
-                    self._free_memory()
+                    torch.cuda.empty_cache()
                     what = explain(error, self._training.module, "could not be recorded")
                     rank_zero_warn(
                         f"trainer.engine=cuda_graph: client {fitting[i].client} is trained without a graph: {what}"
@@ -193,10 +192,6 @@ class CudaGraph(Engine):
         )
         self._drop_slots()
         return self._plain.train(round, task)
-
-    def _free_memory(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _check_optimizer(module: LightningModule, device: torch.device) -> None:

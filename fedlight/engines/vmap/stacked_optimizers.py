@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import groupby
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -51,7 +52,11 @@ class StackedOptimizer:
         self._defaults = {k: v for k, v in template.defaults.items() if k in arguments and k not in chosen}
         names_of = {id(p): name for name, p in module.named_parameters()}
         group_of = {names_of[id(p)]: i for i, group in enumerate(template.param_groups) for p in group["params"]}
-        self._runs = _runs(layout, group_of)
+        self._runs = list[_Run]()
+        for group, infos in groupby(layout.parameters, key=lambda info: group_of.get(info.name)):
+            part = list(infos)
+            if group is not None:  # others are trainable, but the optimizer does not know them
+                self._runs.append(_Run(group, part[0].offset, part[-1].offset + part[-1].numel))
 
     def begin(self, params: Tensor, blocks: Sequence[Block]) -> None:
         """Start a round, with fresh state, on ``params`` ``[K, P]``; steps change it in place."""
@@ -97,16 +102,3 @@ class _Run:
     group: int
     begin: int
     end: int
-
-
-def _runs(layout: ParameterLayout, group_of: dict[str, int]) -> list[_Run]:
-    runs: list[_Run] = []
-    for info in layout.parameters:
-        group, end = group_of.get(info.name), info.offset + info.numel
-        if group is None:
-            continue  # trainable, but the optimizer does not know it
-        if runs and runs[-1].group == group and runs[-1].end == info.offset:
-            runs[-1] = _Run(group, runs[-1].begin, end)
-        else:
-            runs.append(_Run(group, info.offset, end))
-    return runs
