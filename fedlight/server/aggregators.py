@@ -157,6 +157,9 @@ def in_place_of_sums(aggregator: Aggregator, sent: Sequence[State], weights: Seq
     names = sorted(like, reverse=True)  # update, and then buffers
     rows = [torch.cat([state.get(name, torch.zeros_like(like[name])).flatten() for name in names]) for state in sent]
     values, shares = torch.stack(rows), sent[0]["update"].new_tensor(weights)
-    found = aggregator(values, values[:, : like["update"].numel()], shares) * shares.sum()
-    parts = torch.split(found, [like[name].numel() for name in names])
+    found: Any = aggregator(values, values[:, : like["update"].numel()], shares)
+    if not isinstance(found, Tensor) or found.shape != values.shape[1:]:
+        what = f"{list(values.shape)} {list(found.shape) if isinstance(found, Tensor) else type(found).__name__}"
+        raise TypeError(f"{_KEY}: {type(aggregator).__name__} makes of {what}; it must be a tensor of one row.")
+    parts = torch.split(found * shares.sum(), [like[name].numel() for name in names])
     return {name: part.view_as(like[name]) for name, part in zip(names, parts, strict=True)}

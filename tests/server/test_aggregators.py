@@ -179,6 +179,18 @@ def test_feddyn_takes_k_times_what_comes_of_it_for_the_sum(tmp_path):
     torch.testing.assert_close(weights(model).double(), start + seen[-3] * (1 + 3 / 4), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduce", [lambda v: v.mean(0, keepdim=True), lambda v: v.mean(), lambda v: v[0].tolist()])
+def test_what_is_no_row_is_refused(reduce):
+    class Odd(Aggregator):
+        def __call__(self, values, updates, weights):
+            return reduce(values)
+
+    with pytest.raises(
+        TypeError, match=r"trainer.aggregator: Odd makes of \[2, 3\] .*; it must be a tensor of one row"
+    ):
+        in_place_of_sums(Odd(), [{"update": torch.ones(3)}] * 2, [1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
