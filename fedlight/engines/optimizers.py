@@ -179,7 +179,7 @@ class OptimizerState:
         values = [optimizer.state.get(p, {}).get(name) for p in self._parameters]
         found = [torch.as_tensor(v) for v in values if v is not None]
         if all(v.ndim == 0 for v in found) and any(p.ndim for p in self._parameters):
-            return found[0].detach().clone()
+            return found[0].detach().to(self._flat.params.device, copy=True)  # torch keeps `step` on the CPU
         both = zip(self._parameters, values, strict=True)
         return torch.cat([(torch.zeros_like(p) if v is None else v).detach().reshape(-1) for p, v in both])
 

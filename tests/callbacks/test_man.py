@@ -443,7 +443,7 @@ def test_a_part_of_an_attached_module_is_copied_again_and_again():
 def test_layers_beside_torchscript_and_around_compiled_modules():
     module = Lit()
     module.wrapped = torch.compile(module.net, backend="eager")  # which has no len(), that a truth value asks for
-    with pytest.warns(FutureWarning, match="jit"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="jit"):  # the latter by torch 2.11
         module.traced = torch.jit.script(nn.ReLU())
     with MAN(0.3).attached(module):
         torch.testing.assert_close(module.training_step(BATCH, 0), formula(module, BATCH, 0.3), **TOLERANCE)

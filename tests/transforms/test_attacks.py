@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedlight.algorithms import SCAFFOLD, FedAvg, FedDyn
 from fedlight.data import DatasetPartition
 from fedlight.data.arrays import ArrayDataset
+from fedlight.models import Classifier
 from fedlight.seeding import generator
 from fedlight.server.aggregators import GeometricMedian
 from fedlight.server.sampling import Uniform
@@ -112,7 +114,7 @@ def test_an_attack_by_clients_that_no_round_draws_is_said(tmp_path):
     with pytest.warns(
         UserWarning, match="LabelFlip never attacks, as of its 2 clients, none is drawn in 1 rounds"
     ) as w:
-        quiet_trainer(tmp_path, **attacks).fit(Regression(), two_classes())
+        quiet_trainer(tmp_path, **attacks).fit(Classifier(nn.Linear(3, 2), 2), two_classes())
     assert len(w) == 1
 
 
