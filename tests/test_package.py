@@ -156,6 +156,19 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles({name: imported(tree, set(trees)) for name, tree in trees.items()}) == set()
 
 
+def test_no_module_comes_back_to_itself_by_the_packages_that_it_is_in():
+    """To import ``a.b.c`` imports ``a.b`` first, and all that this imports: which of them comes first must not matter."""
+    trees = {dotted_name(path): ast.parse(path.read_text()) for path in MODULES if path != PACKAGE / "__init__.py"}
+    uses = {}
+    for name, tree in trees.items():
+        at_once = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        found = imported(at_once, set(trees))
+        around = {package for package in trees for used in found if used.startswith(f"{package}.")}
+        uses[name] = found | {package for package in around if not f"{name}.".startswith(f"{package}.")}
+    assert uses["fedlight.run.callbacks"] >= {"fedlight.callbacks", "fedlight.callbacks.progress"}
+    assert circles(uses) == set()
+
+
 def test_the_check_of_circles_finds_them():
     uses = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a"}}
     assert circles(uses) == {"b", "c"}

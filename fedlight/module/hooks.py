@@ -9,11 +9,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, Profiler
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.callbacks.checkpoint import Checkpoint
-from fedlight.callbacks.progress import RoundProgress
 from fedlight.module.logs import LogCollector, collecting_logs
 from fedlight.module.looking import Looking, once_known
 from fedlight.penalties.base import Penalty
@@ -119,60 +116,20 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
         MisconfigurationException: naming the callback and what to do instead.
     """
     for callback in callbacks:
-        if (name := _lightnings(callback, _REFUSED_CALLBACKS)) is not None:
+        if (name := lightnings(callback, _REFUSED_CALLBACKS)) is not None:
             raise MisconfigurationException(
                 f"trainer.callbacks: {name} does not work in federated training: {_REFUSED_CALLBACKS[name]}."
             )
 
 
-def _lightnings(callback: Callback, names: Iterable[str]) -> str | None:
+def lightnings(callback: Callback, names: Iterable[str]) -> str | None:
     """Which of these classes of Lightning a callback is of."""
     theirs = [cls.__name__ for cls in type(callback).__mro__ if cls.__module__.split(".")[0] in _PACKAGES]
     return next((name for name in theirs if name in names), None)
 
 
 def _moved(callback: Callback) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    return _BY_ROUND.get(_lightnings(callback, _BY_ROUND) or "", {})
-
-
-def in_federated_terms(callbacks: Iterable[Callback]) -> list[Callback]:
-    """The callbacks, with ours in place of those of Lightning that write checkpoints or draw progress; a line for each.
-
-    There is one ``best.ckpt``: that of the first which monitors something.
-    """
-    out: list[Callback] = []
-    for callback in callbacks:
-        kind, ours = _lightnings(callback, ("ModelCheckpoint", "ProgressBar")), callback
-        if kind == "ModelCheckpoint":
-            monitor = getattr(callback, "monitor", None)
-            ours = Checkpoint(monitor, None if monitor is None else getattr(callback, "mode", None))
-        elif kind is not None:
-            ours = RoundProgress()
-        there = next((i for i, c in enumerate(out) if kind is not None and type(c) is type(ours)), None)
-        if there is None:
-            out.append(ours)
-        elif getattr(out[there], "monitor", True) is None:
-            out[there] = ours
-        if kind is not None:
-            what = f"Checkpoint(monitor={ours.monitor!r})" if isinstance(ours, Checkpoint) else "RoundProgress"
-            does = "in place of" if ours in out else "there is one already, so nothing comes for"
-            name = type(callback).__name__
-            rank_zero_info(f"trainer.callbacks: fedlight's {what}, which counts rounds: {does} {name}.")
-    return out
-
-
-def with_module_callbacks(callbacks: Iterable[Callback], module: LightningModule) -> list[Callback]:
-    """The trainer's callbacks and those of the module's ``configure_callbacks``, which replace others of their type.
-
-    Those that write checkpoints come late, as in Lightning, so that they save what the others did in the round. Only
-    those that draw or print come after them: no round is lost in a run that is killed meanwhile.
-    """
-    own: list[Callback] = []
-    if overrides(module, "configure_callbacks"):
-        found = module.configure_callbacks()
-        own = in_federated_terms([found] if isinstance(found, Callback) else found)
-    together = [c for c in callbacks if type(c) not in {type(o) for o in own}] + own
-    return sorted(together, key=lambda c: (bool(getattr(c, "optional_hooks", ())), isinstance(c, Checkpoint)))
+    return _BY_ROUND.get(lightnings(callback, _BY_ROUND) or "", {})
 
 
 class Hooks:
@@ -197,7 +154,7 @@ class Hooks:
         self._profiler = None if passes else profiler
         self._module, self._callbacks = module, callbacks
         self.audience: list[tuple[Callback, Any]] = [
-            (c, trainer if _lightnings(c, _LOOKING) is None else Looking(trainer, c)) for c in callbacks
+            (c, trainer if lightnings(c, _LOOKING) is None else Looking(trainer, c)) for c in callbacks
         ]
         self._table: dict[str, list[Callable[..., Any]]] = {}
         self._asked: dict[tuple[int, str], set[str]] = {}

@@ -18,13 +18,13 @@ from fedlight.callbacks.config_file import ConfigFile
 from fedlight.callbacks.pictures import Curves, PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
 from fedlight.checks import check_objects
-from fedlight.module.hooks import in_federated_terms
 from fedlight.penalties.base import Penalty
 from fedlight.penalties.numbers import largest, scheduled
 from fedlight.personal.base import Personalization
 from fedlight.personal.local_only import LocalOnly
 from fedlight.personal.parts import PersonalParts
 from fedlight.perturbations.base import Perturbation
+from fedlight.run.callbacks import in_federated_terms
 from fedlight.run.checkpoint import CheckpointWriter
 from fedlight.run.lightning_names import LightningNames
 from fedlight.run.names import method_name

@@ -13,9 +13,10 @@ from fedlight.checks import check_paths
 from fedlight.data.datamodule import FederatedDataModule, share_among_processes
 from fedlight.data.federated import not_federated, training_data
 from fedlight.engines import Engine, start_engine
-from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, strangers, with_module_callbacks
+from fedlight.module.hooks import Hooks, check_callbacks, check_module, overrides, strangers
 from fedlight.module.parameters import ParameterLayout, flat_parameters, load_tensors, unexpand
 from fedlight.run import resume, setup
+from fedlight.run.callbacks import with_module_callbacks
 from fedlight.run.checkpoint import CheckpointWriter, check_state_dict
 from fedlight.run.context import Command, RunContext
 from fedlight.run.device import feed_channels_last, float32_products, keep_freed_blocks
