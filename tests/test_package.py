@@ -157,7 +157,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_no_module_comes_back_to_itself_by_the_packages_that_it_is_in():
-    """To import ``a.b.c`` imports ``a.b`` first, and all that this imports: which of them comes first must not matter."""
+    """To import ``a.b.c`` imports ``a.b`` first, and all that this imports: it must not matter which comes first."""
     trees = {dotted_name(path): ast.parse(path.read_text()) for path in MODULES if path != PACKAGE / "__init__.py"}
     uses = {}
     for name, tree in trees.items():
