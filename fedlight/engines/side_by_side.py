@@ -97,7 +97,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        exact = name in self._exact or (name == "pow" and args[1] in (0.5, 1, 2, 3))
+        power = name == "pow" and not isinstance(args[1], Tensor) and args[1] in (0.5, 1, 2, 3)
+        exact = name in self._exact or power
         aligned = name in self._aligned and isinstance(out, Tensor) and out.numel() % (self._samples * _VECTOR) == 0
         norm = name == "linalg_vector_norm" and len(args) > 1 and args[1] != 2
         if norm or not (exact or (aligned and torch.get_num_threads() == 1)):

@@ -65,6 +65,17 @@ class Logs(Small):
         return super().training_step(batch, batch_idx)
 
 
+class Powers(nn.Module):
+    """An exponent that is trained, of every unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.exponent = nn.Parameter(torch.full((16,), 2.0))
+
+    def forward(self, x):
+        return (x.abs() + 0.1) ** self.exponent
+
+
 class Counts(Small):
     def training_step(self, batch, batch_idx):
         global counted
@@ -96,6 +107,7 @@ def fit(folder, module, sizes=SIZES, **settings):
         (lambda: Small(64, nn.Tanh), {}, "Vmap: auto;"),
         (lambda: Small(16, nn.Sigmoid), {}, "Eager: auto; sigmoid"),
         (lambda: Small(16, lambda: nn.Dropout(0.1)), {"gradient_clip_val": 0.1}, "Vmap: auto;"),
+        (lambda: Small(16, Powers), {}, "Eager: auto; pow may round differently"),
         (lambda: Small(16, Noise), {"gradient_clip_val": 0.1}, "Eager: auto; rand_like"),
         (lambda: Small(16, lambda: nn.BatchNorm1d(16)), {"sizes": (8,) * 9}, "Eager: auto; native_batch_norm"),
         (
