@@ -44,6 +44,7 @@ _AT_LEAST = {
     **{"max_rounds": 0, "local_epochs": 1, "local_steps": 1, "accumulate_grad_batches": 1, "num_nodes": 1},
     **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0, "swa_every_n_rounds": 1},
 }
+_MAY_BE_NONE = ("local_epochs", "local_steps", "client_val_every_n_rounds")
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 _ADDED = ("perturbation", "personal", "aggregator")
 _OBJECTS = ("algorithm", "perturbation", "personal", "sampler", "callbacks")
@@ -260,7 +261,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise MisconfigurationException("trainer.local_epochs and trainer.local_steps exclude each other; set one.")
     for key, least in _AT_LEAST.items():
         value = settings[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
+        if wrong and not (value is None and key in _MAY_BE_NONE):
             raise MisconfigurationException(f"trainer.{key}={value!r} must be a whole number of at least {least}.")
     for key, possible in _CHOICES.items():
         if settings[key] not in possible:
@@ -275,7 +277,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise MisconfigurationException(f"trainer.views={views} must hold 'server' and may hold {list(known[1:])}.")
     for key in ("name", "default_root_dir"):
         text = str(settings[key])
-        single = key != "name" or (settings[key] and "/" not in text and not text.startswith("."))
+        single = settings[key] is not None
+        single &= key != "name" or (text != "" and "/" not in text and not text.startswith("."))
         long = any(len(part.encode(errors="replace")) > 255 for part in text.split("/"))
         if not single or long or re.search(r"\0|\$[A-Za-z_{]", text):
             shown = repr(text if len(text) < 80 else text[:40] + "...")
