@@ -218,16 +218,21 @@ def _of_csv(path: Path, given: Mapping[str, str]) -> tuple[Table, np.ndarray[Any
                 found[key] += [default[key]] * len(next(iter(table.values())))
             else:
                 found[key] += _filled(name, table) if "{" in name else column(table, name, f"columns.{key}")
-    return found, np.array([s not in ("0", "0.0") and split_of(s)[0] != "train" for s in found["split"]])
+    # 0 is for training, and in a column as `is_train` it is not.
+    of, no = split_of(given.get("split", _COLUMNS["split"]))[0] == "train", ("0", "0.0", "false", "no")
+    kinds = ((s.lower() in no, split_of(s)[0]) for s in found["split"])
+    return found, np.array([kind != "train" if kind else is_no == of for is_no, kind in kinds])
 
 
 def _filled(name: str, table: Table) -> list[str]:
     """Other columns' values in the place of their names."""
     try:
         return [name.format(**dict(zip(table, row, strict=True))) for row in zip(*table.values(), strict=True)]
-    except KeyError as error:
+    except (KeyError, IndexError, ValueError) as error:
         found = ", ".join(filter(None, table))
-        raise ValueError(f"`data.columns.image` names {error}, but the columns are {found}.") from error
+        raise ValueError(
+            f"`data.columns.image` ({name!r}): {type(error).__name__} {error}; the columns are {found}."
+        ) from error
 
 
 def _pixels(images: list[Any]) -> Tensor:

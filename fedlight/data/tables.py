@@ -64,6 +64,8 @@ def _texts(root: Path, test_fraction: float) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     for split, files in (("train", train), ("test", test)):
         tables[split] = {"text": [_text(f.path) for f in files], "label": [f.label for f in files]}
+        if empty := [f.path for f, text in zip(files, tables[split]["text"], strict=True) if not text.strip()]:
+            raise ValueError(f"`data.source`: {len(empty)} texts are empty, the first is {empty[0]}. Remove them.")
         tables[split] |= {"client": [f.domain for f in files]} if any(f.domain for f in files) else {}
     return tables
 

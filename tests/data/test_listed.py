@@ -92,6 +92,15 @@ def test_a_list_without_clients_and_its_splits(tmp_path, caplog):
         load_source(listed(tmp_path, [(name, y, f"fold {1 + i % 2}") for i, (name, y, _) in enumerate(rows)]))
 
 
+@pytest.mark.parametrize(
+    ("column", "train", "test"), [("is_train", "1", "0"), ("Train", "True", "False"), ("is_test", "False", "True")]
+)
+def test_a_column_that_says_which_images_are_for_training_or_for_the_test(tmp_path, column, train, test):
+    rows = [(f"i{i}", i % 2, train if i < 4 else test) for i in range(12)]
+    got = load_source(listed(tmp_path, rows, f"image_id,class,{column}"), columns={"split": column})
+    assert (len(got.y_train), len(got.y_test)) == (4, 8)
+
+
 def test_a_name_that_two_images_have_is_refused(tmp_path):
     source = listed(tmp_path, [(f"i{i}", i % 2, "train") for i in range(10)])
     assert len(load_source(source).y_train) == 8
@@ -135,8 +144,9 @@ def test_missing_columns_labels_and_images_are_named(tmp_path):
         load_source(str(source), columns={"image": "patient", "label": "tumor", "client": "user_id"})
     with pytest.raises(ValueError, match=r"`data.columns` are image, label, client, split; found centre"):
         load_source(str(source), columns={"centre": "center"})
-    with pytest.raises(ValueError, match=r"`data.columns.image` names 'x'"):
-        load_source(str(source), columns={**layouts.WILDS, "image": "{x}.png"})
+    for name, why in (("{x}.png", "KeyError 'x'"), ("{0}", "IndexError"), ("{node", "ValueError expected '}'")):
+        with pytest.raises(ValueError, match=rf"`data.columns.image` .*: {why}.*; the columns are patient"):
+            load_source(str(source), columns={**layouts.WILDS, "image": name})
     with pytest.raises(ValueError, match=r"`data.columns.split` is 'fold'"):
         load_source(str(source), columns={**layouts.WILDS, "split": "fold"})
     with pytest.raises(ValueError, match=r"`data.test_domains` is \['7'\]; the clients are \['0', '1', '2'\]"):

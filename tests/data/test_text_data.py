@@ -240,6 +240,9 @@ def test_other_files_that_cannot_be_read(tmp_path):
         (tmp_path / "texts" / "good" / f"{i}.txt").write_text("fine")
     with pytest.raises(ValueError, match="`data.client` is 'client', but the columns of `data.source` are text, label"):
         ready(str(tmp_path / "texts"), client="client")
+    (tmp_path / "texts" / "good" / "5.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"`data.source`: 1 texts are empty, the first is .*5.txt"):
+        ready(str(tmp_path / "texts"))
     (tmp_path / "texts" / "good" / "5.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"5.txt is not readable as UTF-8"):
         ready(str(tmp_path / "texts"))
