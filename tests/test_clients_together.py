@@ -143,6 +143,11 @@ class ReadsTheIndex(Net):
             super().validation_step(batch, batch_idx)
 
 
+class MultipliesByTheIndex(Net):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(self.net(batch[0]), batch[1]) + 0.1 * batch_idx)
+
+
 class OwnWeight(Net):
     def validation_step(self, batch, batch_idx):
         self.log("val/loss", self.loss(self.net(batch[0]), batch[1]), batch_size=7)
@@ -183,6 +188,7 @@ CASES = [
     Metrics,
     Branches,
     ReadsTheIndex,
+    MultipliesByTheIndex,
     OwnWeight,
     OwnHook,
     Draws,

@@ -43,9 +43,10 @@ def together(
     """What ``validation_step`` logs on each client's data, from each sample by itself (``torch.func.vmap``).
 
     That is what a batch for each client gives if all that is logged are means over samples. Whether they are is looked
-    at in every pass: the step on the same samples as one batch, in which clients and classes are mixed, must log the
-    mean of what it logs for each. So it depends on model and data alone, and a resumed run goes the same way.
-    ``prepare`` makes of a batch what the step gets, and ``step`` calls ``validation_step`` with that and an index.
+    at in every pass: the step on the same samples as one batch of another index, in which clients and classes are
+    mixed, must log the mean of what it logs for each. So it depends on model and data alone, and a resumed run goes the
+    same way. ``prepare`` makes of a batch what the step gets, and ``step`` calls ``validation_step`` with that and an
+    index.
 
     Raises:
         Exception: of any kind, where each client needs a batch of its own.
@@ -54,9 +55,9 @@ def together(
         raise _NoMean
     log, counters = _Means(device), set[str]()
 
-    def logged(batch: Any, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    def logged(batch: Any, size: int, index: int) -> dict[str, tuple[Tensor, Tensor]]:
         log.batch_size = size
-        step(batch, WatchedIndex.of(0, counters))
+        step(batch, WatchedIndex.of(index, counters))  # of which `0.1 * batch_idx` is not noted
         sums = log.sums()
         log.reset()
         if counters or any(log.reduction(name) != "mean" for name in sums):
@@ -67,8 +68,8 @@ def together(
     leaves, spec = tree_flatten(batch)
     with watched(module, counters), collecting_logs(module, log), warnings.catch_warnings():
         warnings.filterwarnings("error", message="(?s).*batching rule")  # it would go sample by sample
-        each = vmap(lambda sample: logged(tree_unflatten([leaf[None] for leaf in sample], spec), 1))(leaves)
-        whole = logged(batch, len(leaves[0]))
+        each = vmap(lambda sample: logged(tree_unflatten([leaf[None] for leaf in sample], spec), 1, 0))(leaves)
+        whole = logged(batch, len(leaves[0]), 1)
     lengths = torch.tensor([len(data) for data in clients], device=device)
     if not whole or each.keys() != whole.keys():
         raise _NoMean
