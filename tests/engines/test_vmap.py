@@ -340,6 +340,22 @@ def test_a_parameter_that_a_step_takes_from_a_list_is_refused(settings, tmp_path
         quiet_trainer(tmp_path, **settings).fit(Decayed(), Clients())
 
 
+class Selects(Regression):
+    def training_step(self, batch, batch_idx):
+        penalty = sum(t.square().sum() for t in vars(self.net)["_parameters"].values() if isinstance(t, nn.Parameter))
+        return super().training_step(batch, batch_idx) + penalty
+
+
+def test_what_takes_the_place_of_a_parameter_is_one_to_isinstance(tmp_path):
+    """A step that looks lost the term, silently."""
+    found = []
+    for engine in ("eager", "vmap"):
+        model = Selects()
+        quiet_trainer(tmp_path, engine=engine, max_rounds=2).fit(model, Clients())
+        found.append(weights(model))
+    torch.testing.assert_close(*found)
+
+
 class Makes(dict):
     """As transformers' table of activations, which makes what it is asked for."""
 
