@@ -23,13 +23,14 @@ def check_whole(key: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-_VARIABLE = r"\$[A-Za-z_{]"
+VARIABLE = r"\$[A-Za-z_{]"
+"""Where a shell's variable begins, as a regular expression."""
 
 
 def path_of(key: str, value: str | Path) -> Path:
     """A path of which ``~`` is the home; a MisconfigurationException names the key where a $VARIABLE stands in it."""
     path = Path(value).expanduser()
-    if re.search(_VARIABLE, str(value)) and not path.exists():
+    if re.search(VARIABLE, str(value)) and not path.exists():
         raise MisconfigurationException(f"{key}={str(value)!r}: $VARIABLES are replaced by shells, not in files.")
     return path
 
@@ -40,7 +41,7 @@ def check_paths(given: Mapping[str, Any]) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             path = getattr(one, "save_dir", None) or getattr(one, "dirpath", None) or ""
             expands = type(one).__name__ == "TensorBoardLogger"
-            if not expands and re.search(f"^~|{_VARIABLE}", str(path)) and not Path(path).exists():
+            if not expands and re.search(f"^~|{VARIABLE}", str(path)) and not Path(path).exists():
                 what = f"{str(path)!r}: ~ and $VARIABLES are replaced by shells, not in files"
                 raise MisconfigurationException(f"{key}: {type(one).__name__} writes to {what}.")
 

@@ -214,7 +214,7 @@ class FederatedTrainer(Commands):
         row |= clock.metrics()
         row |= session.hooks.collect("on_round_metrics")
         session.schedule.advance("round", self.current_round, row)
-        session.log({**row, "round": round})
+        session.log(row)
         with monitors_known(session):
             session.hooks("on_round_end")
         session.raise_if_interrupted(stop)

@@ -183,13 +183,14 @@ class Hooks:
             self.logged |= log.compute()
 
     def collect(self, name: str, *args: Any) -> dict[str, Any]:
-        """Call the hook, and join the dictionaries of numbers that it gives; anything else is refused."""
+        """Call the hook, and join the dictionaries of numbers that it gives, but `round`; anything else is refused."""
         joined: dict[str, Any] = {}
         for found in (found for found in self._call(name, *args) if found is not None):
             values = found.values() if isinstance(found, Mapping) and all(isinstance(k, str) for k in found) else [None]
-            if not all(isinstance(v, Real) or (isinstance(v, Tensor) and v.numel() == 1) for v in values):
-                what = f"{found!r:.80}; it may give a dictionary of numbers by their names"
-                raise MisconfigurationException(f"trainer.callbacks: {name} gives {what}.")
+            numbers = all(isinstance(v, Real) or (isinstance(v, Tensor) and v.numel() == 1) for v in values)
+            if not numbers or "round" in found:
+                may = "it may give a dictionary of numbers by their names, but `round`, which numbers the row"
+                raise MisconfigurationException(f"trainer.callbacks: {name} gives {found!r:.80}; {may}.")
             joined |= found
         return joined
 

@@ -85,7 +85,7 @@ class LogCollector:
         """
         if not self.enabled:
             return
-        if name == "round" or len(name.splitlines()) != 1:
+        if name not in self._sums and (name == "round" or len(name.splitlines()) != 1):
             raise MisconfigurationException(
                 f"self.log({name!r}, ...): a name is a line, and not `round`, a row's number."
             )

@@ -61,7 +61,7 @@ class Reach(nn.Module):
         places = [(f"{name}.{key}", t) for name, held in both for key, t in held if t is not None]
         self._places = {place: first[id(t)] for place, t in places}
         self._own = dict(places)
-        self._kinds = {place for place, t in places if isinstance(t, nn.Parameter)}
+        self._of_parameters = {place for place, t in places if isinstance(t, nn.Parameter)}
 
     def forward(self, watch: AbstractContextManager[Any], function: Callable[..., Any], *args: Any) -> Any:
         """Run it."""
@@ -74,7 +74,7 @@ class Reach(nn.Module):
         Each place has its value once: torch would leave its own in a submodule that has two names.
         """
         placed = {place: values[name] for place, name in self._places.items() if name in values}
-        for place in self._kinds & placed.keys():
+        for place in self._of_parameters & placed.keys():
             placed[place]._is_param = True  # what isinstance(..., nn.Parameter) asks for
         own = {id(t): (place, t) for place, t in self._own.items() if place in placed}
         out = functional_call(self, placed, (_Bypass(own) if own else nullcontext(), *args), tie_weights=False)

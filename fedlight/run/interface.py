@@ -17,7 +17,7 @@ from fedlight.callbacks.checkpoint import Checkpoint
 from fedlight.callbacks.config_file import ConfigFile
 from fedlight.callbacks.pictures import Curves, PartitionPicture
 from fedlight.callbacks.progress import RoundProgress
-from fedlight.checks import check_objects
+from fedlight.checks import VARIABLE, check_objects
 from fedlight.penalties.base import Penalty
 from fedlight.penalties.numbers import largest, scheduled
 from fedlight.personal.base import Personalization
@@ -277,10 +277,10 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise MisconfigurationException(f"trainer.views={views} must hold 'server' and may hold {list(known[1:])}.")
     for key in ("name", "default_root_dir"):
         text = str(settings[key])
-        single = settings[key] is not None
-        single &= key != "name" or (text != "" and "/" not in text and not text.startswith("."))
+        is_name = key == "name"
+        single = settings[key] is not None and not (is_name and (not text or "/" in text or text.startswith(".")))
         long = any(len(part.encode(errors="replace")) > 255 for part in text.split("/"))
-        if not single or long or re.search(r"\0|\$[A-Za-z_{]", text):
+        if not single or long or re.search(rf"\0|{VARIABLE}", text):
             shown = repr(text if len(text) < 80 else text[:40] + "...")
             what = "must name a folder, in 255 bytes at most; $VARIABLES are replaced by shells, not in files"
             raise MisconfigurationException(f"trainer.{key}={shown} {what}.")

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial, wraps
 from operator import attrgetter
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from fedlight.data.federated import not_federated
 from fedlight.engines.batch_order import num_batches
 from fedlight.module.hooks import overrides
 from fedlight.run.loggers import MetricsCSV
+from fedlight.run.names import nearest
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -50,9 +50,9 @@ def answering(method: Callable[_P, _R]) -> Callable[_P, _R]:
         for name in (name for name in given if name not in known):
             if name in _LOADERS:
                 raise MisconfigurationException(f"`{name}`: {not_federated(given[name])}")
-            near = [HERE[name]] if name in HERE else [] if name in theirs else get_close_matches(name, known, 1)
+            near = f"; did you mean '{HERE[name]}'?" if name in HERE else "" if name in theirs else nearest(name, known)
             if near or name in theirs:
-                other = f"{name!r} is not known; did you mean '{near[0]}'?" if near else NO_COUNTERPART.format(name)
+                other = f"{name!r} is not known{near}" if near else NO_COUNTERPART.format(name)
                 raise TypeError(f"{method.__qualname__}: {other}")
         return method(*args, **given)
 
