@@ -78,7 +78,7 @@ def overrides(instance: object, name: str) -> bool:
     if name in vars(instance):
         return True
     for cls in type(instance).__mro__:
-        if name in vars(cls) and not (cls is Penalty and name in EPOCH_HOOKS):  # which are for Lightning's Trainer
+        if name in vars(cls) and not (cls is Penalty and name in EPOCH_HOOKS + BATCH_HOOKS):  # for Lightning's Trainer
             return not (cls.__name__ in _BASES and cls.__module__.split(".")[0] in _PACKAGES)
     return False
 

@@ -110,6 +110,13 @@ class Penalty(_CallbackBase, Term):
         """Follow schedules; ``FederatedTrainer``, which has rounds, does so itself."""
         self.follow(trainer.current_epoch, pl_module.device)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Attach anew where the module has other submodules than before: it may replace some in its own hooks."""
+        step = penalized_step(pl_module) if batch_idx == 0 else None
+        if step is not None and self in step.penalties and not step.has_all(self):
+            step.remove(self, over=True)
+            self.on_fit_start(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what several processes of Lightning's ``Trainer`` have measured."""
         if (step := penalized_step(pl_module)) is not None:

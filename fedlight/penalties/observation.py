@@ -2,6 +2,7 @@
 
 import copy
 import re
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Observation(TorchFunctionMode):
         self._with_grad, self._recording, self._level = True, False, 0
         self._told = WarningCache()
         self.forget()
+        self.modules = [weakref.ref(child) for child in module.modules()]
         labels = {child: label for label, child in observed.items()}
         names = {child: name for name, child in reversed([("", module), *named_submodules(module)])}
         everywhere = [child for child in module.modules() if child in names] if self.looking else []
@@ -229,7 +231,7 @@ class Observation(TorchFunctionMode):
 
     def __getstate__(self) -> dict[str, Any]:
         cleared: dict[str, Any] = {"measured": {}, "_called": {}, "_outputs": {}, "_squashed": [], "_stack": []}
-        return self.__dict__ | cleared | {"_weights": [], "_recording": False}
+        return self.__dict__ | cleared | {"_weights": [], "_recording": False, "modules": []}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Observation":
         memo |= {id(shared): shared for shared in (self.penalty, self.findings)}

@@ -63,6 +63,11 @@ class PenalizedStep:
             observation.remove(over=True)
             self._observations.remove(observation)
 
+    def has_all(self, penalty: Term) -> bool:
+        """Whether the module has the submodules that it had when the penalty was attached, and no others."""
+        now = list(self.module.modules())
+        return all([found() for found in o.modules] == now for o in self._observations if o.penalty is penalty)
+
     def end_with_fit(self, penalty: Term) -> None:
         """Let what is read from a file of the module that is written meanwhile not be penalised."""
         for observation in self._observations:

@@ -297,6 +297,18 @@ def test_layers_made_in_configure_model():
     assert_same(ours, formula_gradients(Lit(), [data]))
 
 
+def test_a_layer_that_is_replaced_during_a_fit_is_measured():
+    class Replaced(Lit):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.net.relu, self.net.fc2 = nn.Identity(), nn.Sequential(nn.ReLU(), self.net.fc2)
+
+    data = batches(2)
+    ours, trainer = fit(Replaced(), data, MAN(ZETA), max_epochs=3)
+    assert_same(ours, formula_gradients(Lit(), [[batch] for batch in data * 3]))
+    assert {"man/net.fc2.0", "man/net.tanh"} <= trainer.callback_metrics.keys()
+
+
 def test_several_fits_and_several_callbacks():
     data, module = batches(1), Lit(lr=0.0)
     expected = formula_gradients(Lit(lr=0.0), [data])
