@@ -72,7 +72,7 @@ class FederatedTrainer(Commands):
         limit_train_batches: batches of a local epoch: a number, or a fraction (float).
         limit_val_batches: batches of a validation: a number, or a fraction (float).
         limit_test_batches: batches of a test: a number, or a fraction (float).
-        fast_dev_run: one round, two clients, one batch of everything, nothing written.
+        fast_dev_run: one round, two clients, one batch of everything (or as many as a number says), nothing written.
         enable_progress_bar: whether to show the progress over rounds.
         enable_plots: whether ``plots/`` gets the pictures of every run: the partition and the curves.
         profiler: ``simple``, ``advanced``, ``pytorch`` or a Profiler of Lightning; it reports to the run's folder.
@@ -135,7 +135,7 @@ class FederatedTrainer(Commands):
         limit_train_batches: int | float | None = None,
         limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
-        fast_dev_run: bool = False,
+        fast_dev_run: bool | int = False,
         enable_progress_bar: bool = True,
         enable_plots: bool = True,
         profiler: Profiler | Literal["simple", "advanced", "pytorch"] | None = None,

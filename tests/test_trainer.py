@@ -249,6 +249,14 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     assert trainer.test(model, Clients())[0].keys() == {"test/loss"}
 
 
+def test_a_number_for_fast_dev_run_is_that_of_the_batches(tmp_path):
+    trainer = quiet_trainer(tmp_path, fast_dev_run=2, local_steps=7)
+    trainer.fit(Regression(), Clients(sizes=(12, 12, 12), batch_size=4))
+    assert (trainer.current_round, trainer.global_step) == (1, 2 * 2)
+    with pytest.raises(MisconfigurationException, match="trainer.fast_dev_run=-1 must be"):
+        quiet_trainer(tmp_path, fast_dev_run=-1)
+
+
 def test_samplers_choose_who_trains(tmp_path):
     def chosen_by(**settings):
         keep = Keep()

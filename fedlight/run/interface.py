@@ -40,10 +40,9 @@ _CHOICES = {
     "client_state": get_args(Where),
     "gradient_clip_algorithm": ("norm", "value"),
 }
-_AT_LEAST = {
-    **{"max_rounds": 0, "local_epochs": 1, "local_steps": 1, "accumulate_grad_batches": 1, "num_nodes": 1},
-    **{"check_val_every_n_rounds": 1, "client_val_every_n_rounds": 0, "seed": 0, "swa_every_n_rounds": 1},
-}
+_ONE = "local_epochs local_steps accumulate_grad_batches num_nodes check_val_every_n_rounds swa_every_n_rounds"
+_AT_LEAST = dict.fromkeys(("max_rounds", "client_val_every_n_rounds", "seed", "fast_dev_run"), 0)
+_AT_LEAST |= dict.fromkeys(_ONE.split(), 1)
 _MAY_BE_NONE = ("local_epochs", "local_steps", "client_val_every_n_rounds")
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches")
 _ADDED = ("perturbation", "personal", "aggregator")
@@ -85,7 +84,7 @@ class TrainerInterface(LightningNames):
     default_root_dir: Path
     name: str
     seed: int
-    fast_dev_run: bool
+    fast_dev_run: bool | int
 
     idle: Sequence[str] = ()
     barebones = False  # what Lightning's own callbacks and LightningModule.log read
@@ -94,8 +93,8 @@ class TrainerInterface(LightningNames):
         check_settings(settings)
         settings["local_epochs"] = settings["local_epochs"] or (None if settings["local_steps"] else 1)
         if settings["fast_dev_run"]:
-            one = {f"limit_{stage}_batches": 1 for stage in ("train", "val", "test")}
-            settings |= one | {"max_rounds": 1, "local_epochs": 1, "local_steps": None, "enable_checkpointing": False}
+            settings |= dict.fromkeys(_LIMITS, int(settings["fast_dev_run"]))
+            settings |= {"max_rounds": 1, "local_epochs": 1, "local_steps": None, "enable_checkpointing": False}
         if settings["centralized"]:
             usual = {"algorithm": FedAvg, "aggregator": None, "sampler": Uniform, "clients_per_round": 0.1}
             self.idle = [key for key, value in usual.items() if value not in (settings[key], type(settings[key]))]
@@ -261,7 +260,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         raise MisconfigurationException("trainer.local_epochs and trainer.local_steps exclude each other; set one.")
     for key, least in _AT_LEAST.items():
         value = settings[key]
-        wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
+        wrong = (isinstance(value, bool) and key != "fast_dev_run") or not isinstance(value, int) or value < least
         if wrong and not (value is None and key in _MAY_BE_NONE):
             raise MisconfigurationException(f"trainer.{key}={value!r} must be a whole number of at least {least}.")
     for key, possible in _CHOICES.items():
