@@ -167,6 +167,23 @@ def test_a_module_may_leave_out_of_a_checkpoint_what_it_has_anyway(tmp_path, str
     assert resumed.test(Adapted(strict), Clients(), ckpt_path="last")[0]["test/scale"] == expected.scale == 4
 
 
+def test_what_a_module_takes_out_of_a_checkpoint_for_good_is_said(tmp_path, caplog):
+    class Renamed(Regression):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {f"model.{k}": v for k, v in checkpoint["state_dict"].items()}
+
+    class Undone(Renamed):
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+
+    for model, said in ((Undone(), 0), (Renamed(), 1), (Adapted(), 0)):
+        caplog.clear()
+        fit(tmp_path / type(model).__name__, 2, model=model)
+        assert sum("on_save_checkpoint leaves out, renames" in message for message in caplog.messages) == said
+    with pytest.raises(MisconfigurationException, match="belongs to another model"):
+        fit(tmp_path / "Renamed", 3, "last", model=Renamed())
+
+
 def test_a_checkpoint_is_plain_and_lightning_reads_it(tmp_path):
     model, trainer = fit(tmp_path, 2, model=Regression(lr=0.07))
     path = trainer.run_dir / "checkpoints" / "last.ckpt"

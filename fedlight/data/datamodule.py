@@ -133,6 +133,20 @@ class FederatedDataModule(Remembers, LightningDataModule):
         return DataLoader(dataset, batch_size=self.eval_batch_size, **reading)
 
 
+def set_up(data: FederatedDataModule, stage: str | None) -> None:
+    """Set up a datamodule, whose number of clients may be a whole one of any type.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    data.setup(stage)
+    found: Any = getattr(data, "num_clients", None)
+    found = found.item() if hasattr(found, "item") else found
+    if isinstance(found, float) and found.is_integer():
+        data.num_clients = found = int(found)
+    check_whole(f"data: {type(data).__name__}.num_clients", found)
+
+
 def class_counts(data: FederatedDataModule) -> Tensor | None:
     """A datamodule's ``partition_counts`` as a tensor ``[num_clients, num_classes]`` int64; it may give an array.
 

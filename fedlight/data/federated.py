@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fedlight.data.arrays import ArrayDataset, in_memory
-from fedlight.data.datamodule import Around, FederatedDataModule, class_counts
+from fedlight.data.datamodule import Around, FederatedDataModule, class_counts, set_up
 from fedlight.data.dataset_partition import DatasetPartition
 from fedlight.data.partition import Partitioner
 from fedlight.data.reading import Loaded, loaded
@@ -133,7 +133,7 @@ class Wrapping(Around, FederatedDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the data."""
-        self.data.setup(stage)
+        set_up(self.data, stage)
 
 
 class PooledData(Wrapping):

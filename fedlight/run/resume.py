@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.checks import check_objects, path_of
+from fedlight.data.datamodule import set_up
 from fedlight.data.federated import given_data
 from fedlight.data.reading import class_names
 from fedlight.module.optimizers import RoundSchedule
@@ -107,7 +108,7 @@ def set_up_data(datamodule: Any, command: str, checkpoint: dict[str, Any]) -> No
     Raises:
         MisconfigurationException: if its classes are others than those that the checkpoint's model knows.
     """
-    datamodule.setup(command)
+    set_up(datamodule, command)
     data = given_data(datamodule)
     if type(data).__qualname__ in checkpoint:
         data.load_state_dict(checkpoint[type(data).__qualname__])

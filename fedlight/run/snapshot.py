@@ -1,7 +1,7 @@
 """What a checkpoint holds of a run, and how it is written and read."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import lightning
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fedlight import __version__
 from fedlight.data.federated import given_data
+from fedlight.module.hooks import overrides
 from fedlight.personal.parts import tensor_names
 from fedlight.run.checkpoint import FORMAT, save_checkpoint
 from fedlight.run.context import RunContext
@@ -53,10 +55,22 @@ def make_checkpoint(run: RunContext) -> dict[str, Any]:
     }
     known = set(checkpoint)
     run.hooks("on_save_checkpoint", checkpoint)
+    _say_changed(run, own.keys(), checkpoint.get("state_dict", {}).keys())
     added = {k: _copied(v) for k, v in checkpoint.items() if k not in known and _is_plain(v)}
     fedlight = checkpoint.pop("fedlight")
     kept = {key: fedlight.pop(key) for key in ("clients", "experiment")}  # these are plain, and large
     return {**plain(checkpoint), **added, "fedlight": {**plain(fedlight), **kept}}
+
+
+def _say_changed(run: RunContext, own: Set[str], saved: Set[str]) -> None:
+    """Say what a hook has taken out of the state, or put into it, and no hook makes undone."""
+    needed = own if run.module.strict_loading else {info.name for info in run.layout.parameters}
+    changed = sorted((needed - saved) | (saved - own))
+    if changed and not overrides(run.module, "on_load_checkpoint"):
+        _told.info(
+            f"model: on_save_checkpoint leaves out, renames or adds {changed[0]!r}{' ...' * (len(changed) > 1)} of"
+            " checkpoint['state_dict']: neither fit nor test can go on from it until on_load_checkpoint undoes that."
+        )
 
 
 def refuse_registered(run: RunContext, state: Mapping[str, Any]) -> None:
@@ -161,3 +175,6 @@ def _copied(value: Any) -> Any:
 def _is_plain(value: Any) -> bool:
     read = type(value) in (bool, int, float, str, list, tuple)
     return value is None or read or isinstance(value, Tensor | Mapping | np.number | np.bool_ | np.str_)
+
+
+_told = WarningCache()

@@ -19,6 +19,7 @@ from fedlight.data import (
     NaturalGroups,
 )
 from fedlight.data.dataset_partition import find_targets
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
 
 
 class Words(Dataset):
@@ -249,3 +250,21 @@ def test_a_stock_loader_reads_trees_and_an_analysis_sees_no_augmentation():
 
 def test_iid_is_the_default_of_any_dataset():
     assert isinstance(DatasetPartition(Words()).partitioner, IID)
+
+
+@pytest.mark.parametrize("settings", [{}, {"centralized": True}])
+@pytest.mark.parametrize("held", [0, 1])
+def test_the_number_of_clients_may_be_any_whole_number(tmp_path, settings, held):
+    def fit(number):
+        data = Clients(held_out_clients=held)
+        data.num_clients = number
+        model = Regression()
+        quiet_trainer(tmp_path, max_rounds=1, **settings).fit(model, data)
+        return weights(model)
+
+    expected = fit(4)
+    for number in (4.0, np.float32(4), np.int64(4)):
+        assert torch.equal(fit(number), expected)
+    for number in (4.5, "4", None):
+        with pytest.raises(ValueError, match=r"data: Clients.num_clients must be a whole number"):
+            fit(number)
