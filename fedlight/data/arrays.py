@@ -208,6 +208,10 @@ class ArrayDataset(Dataset[Any]):
         """Other rows of the same storage, or another transform; nothing is copied."""
         return self._over(self.storage, indices, transform)
 
+    def first(self, samples: int) -> "ArrayDataset":
+        """The first samples of this dataset."""
+        return self.view(self.positions(torch.arange(samples, device=self.device)), self.transform)
+
     def to(self, device: torch.device | str) -> "ArrayDataset":
         """The same dataset on a device. The storage is moved by the first call and shared by all datasets after it."""
         storage = self.storage.to(_with_index(torch.device(device)))

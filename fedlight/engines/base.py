@@ -95,7 +95,9 @@ class Findings:
     read: tuple[str, ...] = ()  # what is read that differs from step to step or round to round
     outside: tuple[str, ...] = ()  # what they do outside of the module: print, log, change globals
     idle: tuple[str, ...] = ()  # trained parameters that have no gradient in some steps
+    waking: tuple[str, ...] = ()  # those that have one in others
     written: tuple[str, ...] = ()  # those that a forward or backward pass writes to
+    unlike: tuple[str, ...] = ()  # what is another where a step is a function of tensors
 
 
 @dataclass(frozen=True)

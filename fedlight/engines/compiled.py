@@ -22,15 +22,17 @@ _ENGINE = "eager with trainer.compile=true"
 class CompiledStep:
     """Gives the gradient of a step on full batches; those of other sizes are not worth the time of compiling.
 
-    It is a function of tensors only, so that all slots of an engine share it.
+    It is a function of tensors only, so that all slots of an engine share it. To be compared with, it runs uncompiled
+    on batches of any size, as ``vmap`` runs it.
 
     Raises:
         MisconfigurationException: if Python code has to run in every step.
     """
 
-    def __init__(self, training: LocalTraining) -> None:
-        check_recordable(training, _ENGINE)
-        self._training, self._values = training, values_of_step(training)
+    def __init__(self, training: LocalTraining, compile: bool = True) -> None:
+        if compile:
+            check_recordable(training, _ENGINE)
+        self._training, self._values, self._compile = training, values_of_step(training), compile
         self._step = ClientStep(training, ParameterLayout.of(training.module))
         self._sizes = (training.batch_size,) * training.accumulate_grad_batches
         self._programs: dict[tuple[Any, ...], Program] = {}
@@ -42,7 +44,7 @@ class CompiledStep:
 
     def takes(self, batches: Sequence[IndexedBatch]) -> bool:
         """Whether it is made for batches of these sizes."""
-        return tuple(len(tree_leaves(batch)[0]) for batch, _ in batches) == self._sizes
+        return not self._compile or _sizes(batches) == self._sizes
 
     def __call__(
         self,
@@ -64,10 +66,14 @@ class CompiledStep:
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
         key = spec, *((name, value.shape, value.dtype) for name, value in named.items())
         if key not in self._programs:
-            self._programs[key] = Program(self._step, self._sizes, tuple(named), shared=None, compile=True)
+            shared = None if self._compile else frozenset[str]()
+            self._programs[key] = Program(self._step, _sizes(batches), tuple(named), shared, self._compile)
         program = self._programs[key]
         try:
-            out = program(named)
+            if self._compile:
+                out = program(named)
+            else:
+                out = {name: rows[0] for name, rows in program({k: v[None] for k, v in named.items()}).items()}
         except Exception as error:
             raise Unrecordable(_ENGINE, explain(error, self._training.module, "cannot be compiled")) from error
         log.own_loss |= self._step.own_loss
@@ -78,3 +84,7 @@ class CompiledStep:
             elif kind == "value":
                 log.merge(key_, value, out[f"weight/{key_}"], program.reductions[key_])
         return out["gradient"], state | {n.removeprefix("state/"): v for n, v in out.items() if n.startswith("state/")}
+
+
+def _sizes(batches: Sequence[IndexedBatch]) -> tuple[int, ...]:
+    return tuple(len(tree_leaves(batch)[0]) for batch, _ in batches)

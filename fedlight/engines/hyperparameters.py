@@ -25,13 +25,17 @@ class LocalHyperparameters:
     algorithm's ``factors`` multiply the learning rate of each of so many steps. Where nothing ``varies``, steps of a
     round do not differ, and the optimizer does not depend on the client. Where the module ``asks`` for what differs
     between clients of as many steps, as the number of batches, it depends on the client's size.
+
+    Attributes:
+        optimizer: the class of the optimizer that ``configure_optimizers`` has last made.
     """
 
     def __init__(self, module: LightningModule, factors: Callable[[int], Sequence[float]] | None = None) -> None:
         self._module, self._factors, trainer = module, factors, module._trainer
         if trainer is not None:
             trainer.asked = False  # type: ignore[attr-defined]
-        schedulers = configure_optimizers(module).schedulers
+        made = configure_optimizers(module)
+        schedulers, self.optimizer = made.schedulers, type(made.optimizer)
         self.asks = getattr(trainer, "asked", False)
         self._scheduled = any(s.interval != "round" for s in schedulers) or self.asks
         self.varies = self._scheduled or factors is not None
@@ -50,7 +54,8 @@ class LocalHyperparameters:
 
     def _unscaled(self, task: ClientTask, per_epoch: Sequence[int], fresh: Optimization | None) -> list[Values]:
         if not self._scheduled:
-            constant = _values(fresh or configure_optimizers(self._module))
+            fresh = fresh or configure_optimizers(self._module)
+            self.optimizer, constant = type(fresh.optimizer), _values(fresh)
             if task.lrs is not None:
                 constant = tuple({**group, "lr": lr} for group, lr in zip(constant, task.lrs, strict=True))
             return [constant] * sum(per_epoch)
@@ -66,6 +71,7 @@ class LocalHyperparameters:
 
     def _dummy(self, lrs: tuple[float, ...] | None) -> Optimization:
         optimization = configure_optimizers(self._module)
+        self.optimizer = type(optimization.optimizer)
         for group in optimization.optimizer.param_groups:
             group["params"] = [nn.Parameter(torch.zeros(()))]
         if lrs is not None:

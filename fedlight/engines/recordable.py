@@ -14,6 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 from torchmetrics import Metric
 
 from fedlight.data.arrays import ArrayDataset
@@ -85,21 +86,27 @@ def _reasons(training: LocalTraining, engine: str) -> Iterator[str]:
     if findings.replaced and engine == "cuda_graph":
         yield f"{step} puts another tensor in the place of {findings.replaced[0]}; write into the buffer instead"
     found = findings if engine != "cuda_graph" or training.compile else Findings()
-    yield from _at_parameters(module, found, optimizer.param_groups)
+    yield from _at_parameters(module, found, optimizer)
     scaled = getattr(training.fabric.strategy.precision, "scaler", None) is not None
     if scaled and (engine != "cuda_graph" or training.compile):
         yield "trainer.precision=16-mixed looks for overflow in every step; bf16-mixed does not"
 
 
-def _at_parameters(module: LightningModule, findings: Findings, groups: list[dict[str, Any]]) -> Iterator[str]:
+def _at_parameters(module: LightningModule, findings: Findings, optimizer: Optimizer) -> Iterator[str]:
     """What autograd does with a parameter by itself, and a copy, or a function that gives all gradients, does not."""
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
             yield f"parameter {name} has a hook, which a recorded step would not call"
     if findings.written:
         yield f"training_step writes to parameter {findings.written[0]}, and a recorded step would lose that"
+    groups = optimizer.param_groups
     if findings.idle and any(group.get(decay) for group in groups for decay in ("weight_decay", "lambd")):
         yield f"parameter {findings.idle[0]} has no gradient in a step, and weight decay would move it once recorded"
+    if findings.waking and not (type(optimizer) is SGD and not any(group["momentum"] for group in groups)):
+        yield f"parameter {findings.waking[0]} has a gradient in some steps only, and momentum would move it in others"
+    for what in findings.unlike:
+        how = "as it may where it looks at what a parameter is or at its .grad, or catches errors"
+        yield f"training_step gives {what} where it is recorded as a function of tensors, {how}"
 
 
 def explain(error: Exception, module: LightningModule, otherwise: str) -> str:
@@ -129,7 +136,7 @@ def values_of_step(training: LocalTraining) -> tuple[ModuleState, list[Any]]:
     owners = {f"penalty {i}": vars(p) for i, p in enumerate([] if step is None else step.penalties)}
     owners |= {} if training.perturbation is None else {"perturbation": vars(training.perturbation)}
     state = ModuleState(owners, lambda: scheduled(owners))  # these are inputs: steps read what they are now
-    return state, [variables(training.module, used=True)]
+    return state, [variables(training.module, used=True), _hooks(training.module)]
 
 
 def is_outdated(training: LocalTraining, values: tuple[ModuleState, list[Any]]) -> bool:
@@ -140,10 +147,16 @@ def is_outdated(training: LocalTraining, values: tuple[ModuleState, list[Any]]) 
     changes = [name for state in states if not state.unchanged() for name in state.changes()]
     for state in states:
         state.refresh()
-    others = differ(seen[0])
+    hooks = _hooks(training.module)
+    others = differ(seen[0]) or hooks != seen[1]
     if others:
-        seen[0] = variables(training.module, used=True)
+        seen[:] = variables(training.module, used=True), hooks
     return others or any(_metric_of(name, metrics) is None for name in changes)
+
+
+def _hooks(module: LightningModule) -> list[Any]:
+    kinds = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
+    return [hook for m in module.modules() for kind in kinds for hook in getattr(m, kind, {}).values()]
 
 
 def _metrics(module: LightningModule) -> list[str]:

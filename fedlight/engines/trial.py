@@ -2,14 +2,16 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlight.engines.base import Findings, LocalTraining
+from fedlight.data.arrays import ArrayDataset
+from fedlight.engines.base import ClientTask, Findings, LocalTraining
+from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.client_loop import ClientLoop
 from fedlight.engines.recordable import seen_outside
 from fedlight.local import LocalObjective
@@ -17,6 +19,9 @@ from fedlight.module.looking import watched
 from fedlight.module.state import attributes_of, untouched
 from fedlight.module.step import IndexedBatch
 from fedlight.perturbations.base import State
+
+if TYPE_CHECKING:
+    from fedlight.engines.compiled import CompiledStep
 
 STEPS = 3
 """Local steps of the trial: what happens in every second step is seen, too."""
@@ -29,28 +34,89 @@ _FAR = 1000
 def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool) -> Findings:
     """Train the example for a few steps, note what happens, and undo it; ``call`` calls the module's hooks.
 
-    For an engine that ``records`` steps they are taken with other indices of the batches, too.
+    For an engine that ``records`` steps they are taken with other indices of the batches, too, and compared with what
+    they give as functions of tensors.
 
     Raises:
         MisconfigurationException: for what no engine can train, by name.
     """
-    findings, params = _tried(training, call)
+    example = training.example
+    assert example is not None
+    findings, seen = _tried(training, example, call)
     if not records or findings.read or findings.drawn or findings.changed:
         return findings
     try:  # tensors and floats take an int's value unnoticed: `loss * batch_idx`, `0.9**batch_idx`
-        apart = (_tried(training, call, _FAR)[1] - params).norm()
-        assert training.example is not None
-        rounding = 0.0 if params.device.type == "cpu" else 0.01 * (params - training.example.objective.start).norm()
-        same = bool(apart <= rounding) or not bool(params.isfinite().all())
+        apart = (_tried(training, example, call, _FAR)[1].params - seen.params).norm()
+        rounding = 0.0 if apart.device.type == "cpu" else 0.01 * (seen.params - example.objective.start).norm()
+        same = bool(apart <= rounding) or not bool(seen.params.isfinite().all())
     except Exception:  # as where a tensor has no such entry
         same = False
-    return findings if same else replace(findings, read=("batch_idx",))
+    return _compared(training, example, call, findings) if same else replace(findings, read=("batch_idx",))
 
 
-def _tried(training: LocalTraining, call: Callable[..., Any], far: int = 0) -> tuple[Findings, Tensor]:
-    """What steps do, and the parameters ``[P]`` after them; the indices of batches begin at ``far``."""
+def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., Any], findings: Findings) -> Findings:
+    """The findings, and those of one step on a full batch, on the next smaller one and on the smallest."""
+    from fedlight.engines.compiled import CompiledStep  # torch.fx takes long to import
+
+    if not isinstance(example.dataset, ArrayDataset):
+        return findings
+    idle: list[set[str]] = [{*findings.idle}]
+    unlike, own_loss = list[str](), set[bool]()
+    sizes = sorted(map(sum, StepSizes(training).all))
+    function = CompiledStep(training, compile=False)
+    for samples in sorted({sizes[0], *sizes[-2:]}):
+        one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
+        found, written = _tried(training, one, call)
+        idle.append({*found.idle})
+        own_loss.add(written.own_loss)
+        try:
+            what = written.differs(_tried(training, one, call, function=function)[1])
+        except Exception:  # the engine says what it is
+            what = ""
+        unlike += [f"{what} on {samples} samples"] if what else []
+    unlike += ["a train/loss of its own in some steps only"] if len(own_loss) > 1 else []
+    some = {name for names in idle for name in names}
+    waking = {name for name in some if not all(name in names for names in idle)}
+    return replace(findings, idle=tuple(sorted(some)), waking=tuple(sorted(waking)), unlike=tuple(unlike))
+
+
+@dataclass
+class _Outcome:
+    """What there is after the last of a trial's steps; what differs by more than ``rounding`` is not the same."""
+
+    params: Tensor
+    gradient: Tensor
+    buffers: dict[str, Tensor]
+    logs: dict[str, tuple[Tensor, Tensor]]
+    own_loss: bool
+    rounding: float
+
+    def differs(self, other: "_Outcome") -> str:
+        """What is another with the other; empty if nothing is."""
+        if self._apart(self.gradient, other.gradient, self.rounding, self.rounding * 0.01 * float(self.params.norm())):
+            return "another gradient"
+        if any(self._apart(value, other.buffers[name], 0.05) for name, value in self.buffers.items()):
+            return "other buffers"
+        logged = {name: weight.item() for name, (_, weight) in self.logs.items()}
+        if logged != {name: weight.item() for name, (_, weight) in other.logs.items()}:
+            return "other logs"
+        both = ((*self.logs[name], other.logs[name][0]) for name in logged)  # a tie may give another sample's class
+        return "other logs" if any(self._apart(a, b, 0.2, 1.0) for a, _, b in both) else ""
+
+    def _apart(self, one: Tensor, other: Tensor, share: float, more: float = 0.0) -> bool:
+        one, other = one.to(self.gradient.dtype), other.to(self.gradient.dtype)
+        return bool(one.isfinite().all()) and not bool((one - other).norm() <= share * one.norm() + more)
+
+
+def _tried(
+    training: LocalTraining,
+    example: ClientTask,
+    call: Callable[..., Any],
+    far: int = 0,
+    function: "CompiledStep | None" = None,
+) -> tuple[Findings, _Outcome]:
+    """What steps do, and what comes of them; the indices of batches begin at ``far``."""
     module, changed, drawn = training.module, set[str](), set[str]()
-    assert training.example is not None
     with untouched(module) as before:
         attributes, generators = attributes_of(module), {}
 
@@ -65,10 +131,10 @@ def _tried(training: LocalTraining, call: Callable[..., Any], far: int = 0) -> t
                 drawn.update(what for what in now if now[what] != generators[what])
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
-        slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module, None)
+        slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module, function)
         slot.read, slot.outside, slot.idle, slot.written, slot.far = set(), set(), set(), set(), far
         try:
-            slot.train(0, training.example)
+            result = slot.train(0, example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
         finally:
             slot.flat.release()
@@ -84,7 +150,10 @@ def _tried(training: LocalTraining, call: Callable[..., Any], far: int = 0) -> t
             idle=tuple(name for name, p in module.named_parameters() if id(p) in slot.idle),
             written=tuple(sorted(slot.written)),
         )
-    return findings, slot.flat.params
+        eps = 0.01 if "16" in training.fabric.strategy.precision.precision else torch.finfo(result.params.dtype).eps
+        rounding, own_loss = min(0.1, 2000 * eps), slot.log.own_loss
+        outcome = _Outcome(slot.flat.params, slot.flat.grad, result.buffers, result.metrics, own_loss, rounding)
+    return findings, outcome
 
 
 def _held(module: nn.Module) -> dict[str, Tensor]:
@@ -119,7 +188,8 @@ class _TrialLoop(ClientLoop):
 def _generators(device: torch.device) -> dict[str, Any]:
     """States of the host's global generators; on a CPU torch's own is left to layers such as dropout."""
     kind, keys, *rest = np.random.get_state()
-    found = {"random": random.getstate(), "numpy.random": (kind, np.asarray(keys).tobytes(), *rest)}
+    found: dict[str, Any] = {"random": random.getstate(), "numpy.random": (kind, np.asarray(keys).tobytes(), *rest)}
+    found["torch, which it seeds"] = torch.initial_seed()
     return found if device.type == "cpu" else found | {"torch's CPU generator": torch.get_rng_state().tolist()}
 
 

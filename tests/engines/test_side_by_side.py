@@ -53,6 +53,17 @@ class Watches(Callback):
         pass
 
 
+class Knows(Small):
+    """Looks whether the weight that it uses is the one that it began with."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = id(self.net[0].weight)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + (id(self.net[0].weight) == self.kept))
+
+
 class Prints(Small):
     def training_step(self, batch, batch_idx):
         print("here")
@@ -120,6 +131,7 @@ def fit(folder, module, sizes=SIZES, **settings):
         (Small, {"precision": "bf16-mixed"}, "Eager: auto; trainer.precision"),
         (Small, {"callbacks": [Watches()]}, "Eager: auto; Watches overrides on_train_batch_end"),
         (Small, {"engine": "eager"}, "Eager: as trainer.engine says"),
+        (Knows, {}, "Eager: auto; training_step gives another gradient"),
         (Prints, {}, "Eager: auto; Prints.training_step prints"),
         (Logs, {}, "Eager: auto; Logs.training_step logs"),
         (Keeps, {}, "Eager: auto; Keeps.training_step changes the variable last"),

@@ -103,9 +103,10 @@ class Vmap(Engine):
             MisconfigurationException: if it cannot be batched, saying why.
         """
         example: Any = self._training.example
-        data = example.dataset.view(example.dataset.positions(torch.arange(samples)), example.dataset.transform)
         parts = StackedParts(replace(self._training, clients=clients, limit_batches=None))
-        return self._try_step(parts, replace(example, dataset=data, length=(None, _STEPS)), clients, _STEPS)
+        return self._try_step(
+            parts, replace(example, dataset=example.dataset.first(samples), length=(None, _STEPS)), clients, _STEPS
+        )
 
     def _try_step(self, parts: StackedParts, example: ClientTask, clients: int, steps: int = 1) -> Tensor:
         training = self._training

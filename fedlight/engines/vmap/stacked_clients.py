@@ -108,6 +108,7 @@ class StackedClients:
             count = len(list(same))
             with about(self._training.module, self._tasks[begin].client):
                 values = schedule.values(self._tasks[begin], self._plans[begin].steps_per_epoch)
+            self._parts.optimizer.check(schedule.optimizer)
             blocks.append(Block(begin, begin + count, values))
             begin += count
         self._values = [block.values for block in blocks for _ in range(block.begin, block.end)]

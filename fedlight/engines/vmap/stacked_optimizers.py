@@ -58,6 +58,13 @@ class StackedOptimizer:
             if group is not None:  # others are trainable, but the optimizer does not know them
                 self._runs.append(_Run(group, part[0].offset, part[-1].offset + part[-1].numel))
 
+    def check(self, kind: type) -> None:
+        """Refuse that the module has come to use an optimizer of another class."""
+        if kind is not self._type:
+            was, now = self._type.__name__, kind.__name__
+            reason = f"configure_optimizers makes {now} where it made {was}, and steps are taken as {was}'s"
+            raise MisconfigurationException(f"trainer.engine=vmap: {reason}. Use trainer.engine=eager.")
+
     def begin(self, params: Tensor, blocks: Sequence[Block]) -> None:
         """Start a round, with fresh state, on ``params`` ``[K, P]``; steps change it in place."""
         self._leaves: list[tuple[nn.Parameter, Block, _Run]] = []
