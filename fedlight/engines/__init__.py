@@ -60,6 +60,12 @@ def runs_python(wanted: str | Engine, training: LocalTraining) -> bool:
     return (auto or wanted == "eager" or isinstance(wanted, Eager)) and not training.compile
 
 
+def runs_functions(wanted: str | Engine, training: LocalTraining) -> bool:
+    """Whether what is recorded of a local step will be a function of tensors."""
+    auto = wanted == "auto" and not _accelerated(training.fabric.device)
+    return auto or wanted == "vmap" or getattr(wanted, "together", False) or training.compile
+
+
 def _fastest(training: LocalTraining) -> Engine:
     if _accelerated(training.fabric.device):
         try:

@@ -31,11 +31,11 @@ _FAR = 1000
 """By so much other indices of batches are, with which the steps of an engine that records them must be the same."""
 
 
-def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool) -> Findings:
+def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool, functions: bool) -> Findings:
     """Train the example for a few steps, note what happens, and undo it; ``call`` calls the module's hooks.
 
-    For an engine that ``records`` steps they are taken with other indices of the batches, too, and compared with what
-    they give as functions of tensors.
+    For an engine that ``records`` steps they are taken with other indices of the batches, too, and where it takes them
+    as ``functions`` of tensors they are compared with what they give as such.
 
     Raises:
         MisconfigurationException: for what no engine can train, by name.
@@ -51,7 +51,9 @@ def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool) 
         same = bool(apart <= rounding) or not bool(seen.params.isfinite().all())
     except Exception:  # as where a tensor has no such entry
         same = False
-    return _compared(training, example, call, findings) if same else replace(findings, read=("batch_idx",))
+    if not same:
+        return replace(findings, read=("batch_idx",))
+    return _compared(training, example, call, findings) if functions else findings
 
 
 def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., Any], findings: Findings) -> Findings:
@@ -66,13 +68,13 @@ def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., 
     function = CompiledStep(training, compile=False)
     for samples in sorted({sizes[0], *sizes[-2:]}):
         one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
-        found, written = _tried(training, one, call)
+        try:
+            found, written = _tried(training, one, call)
+            what = written.differs(_tried(training, one, call, function=function)[1])
+        except Exception:  # whoever takes such a step says what it is
+            continue
         idle.append({*found.idle})
         own_loss.add(written.own_loss)
-        try:
-            what = written.differs(_tried(training, one, call, function=function)[1])
-        except Exception:  # the engine says what it is
-            what = ""
         unlike += [f"{what} on {samples} samples"] if what else []
     unlike += ["a train/loss of its own in some steps only"] if len(own_loss) > 1 else []
     some = {name for names in idle for name in names}

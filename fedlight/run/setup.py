@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from fedlight.engines import runs_python
+from fedlight.engines import runs_functions, runs_python
 from fedlight.engines.base import ClientTask, Findings, LocalTraining
 from fedlight.engines.eager import Eager
 from fedlight.engines.moving import say_changed
@@ -231,7 +231,7 @@ def local_training(run: RunContext, movers: Movers) -> LocalTraining:
     records = not runs_python(settings["engine"], training)
     if not frozen and not federation.clients.compared and not records:
         return replace(training, state=movers.state)
-    findings = try_steps(training, run.hooks.module_only, records)
+    findings = try_steps(training, run.hooks.module_only, records, runs_functions(settings["engine"], training))
     movers.adopt(findings.moving)
     _say(findings, federation.clients.buffer_policy)
     return replace(training, findings=findings, state=movers.state, example=_example(run))

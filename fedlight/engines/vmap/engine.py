@@ -53,7 +53,9 @@ class Vmap(Engine):
         assert training.example is not None
         assert isinstance(training.example.dataset, ArrayDataset)
         self._samples = training.example.dataset.storage.kind
-        self._try_step(self._parts, training.example, 2)
+        uncompiled = StackedParts(replace(training, compile=False))
+        self._try_step(uncompiled, training.example, 2)
+        self._parts.step.changing = uncompiled.step.changing
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
