@@ -154,6 +154,8 @@ def test_what_may_differ(first, tmp_path):
         check_val_every_n_rounds=2,
         client_val_every_n_rounds=0,
         limit_val_batches=1,
+        limit_train_batches=1.0,
+        views=["all", "selected", "server"],
         profiler="simple",
         logger=False,
         engine="eager",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -325,6 +326,17 @@ def test_what_a_killed_run_was_writing_is_removed_by_the_next(tmp_path):
     RunFolder.create(tmp_path, "default")
     assert torn[0].exists()
     folder.unlock()
+
+
+@RunIf(linux=True)
+def test_a_disk_without_room_for_a_byte_is_named(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(MisconfigurationException, match="trainer.default_root_dir: cannot write to "):
+            RunFolder(tmp_path).lock()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_last_checkpoint_is_said_to_be_whole_where_there_is_one(tmp_path):

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from fedlight.data.reading import class_names
 from fedlight.penalties.numbers import settings_of
 from fedlight.run.context import RunContext
 from fedlight.seeding import preserved_global_rng, seed_global_rng
+from fedlight.server.federation import View
 
 # Not the engine, compile, deterministic or devices: they say how the same function is computed, and a run may move.
 _TRAINER = (
@@ -43,6 +44,7 @@ _SAMPLES = 8
 def describe(run: RunContext) -> dict[str, Any]:
     """What a run has in common with those that continue it, by nested keys."""
     trainer, module, optimization = run.trainer, run.module, run.schedule
+    limit = run.settings["limit_train_batches"]
     hparams = plain({k: v for k, v in module.hparams.items() if not k.startswith("_")})
     groups = optimization.optimizer.param_groups
     return {
@@ -51,11 +53,11 @@ def describe(run: RunContext) -> dict[str, Any]:
         "perturbation": plain(trainer.perturbation),
         "trainer": {
             **{key: plain(run.settings[key]) for key in _TRAINER},
-            "limit_train_batches": repr(run.settings["limit_train_batches"]),  # 1 is a batch, 1.0 all of them
+            "limit_train_batches": repr(None if repr(limit) == "1.0" else limit),  # 1 is a batch, 1.0 all of them
             "sampler": plain(trainer.sampler),
             "clients_per_round": trainer.sampler.clients_per_round,
             "callbacks": plain(trainer.penalties),
-            "views": list(run.federation.views),
+            "views": [view for view in get_args(View) if view in run.federation.views],
             "buffers": run.federation.clients.buffer_policy,
         },
         "data": _data(run.datamodule),

@@ -28,7 +28,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self._above: list[Path] = []
 
     @classmethod
@@ -87,11 +87,10 @@ class RunFolder:
             MisconfigurationException: if another process holds it, or it cannot be written to.
         """
         try:
-            self._lock = (self.path / ".lock").open("a")
+            self._lock = (self.path / ".lock").open("ab", buffering=0)  # what cannot be written does not wait for close
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock.truncate(0)
-            self._lock.write(f"{os.getpid()}\n")  # found out now if nothing can be written
-            self._lock.flush()
+            self._lock.write(f"{os.getpid()}\n".encode())  # found out now if nothing can be written
             self.remove_unfinished(held=True)
         except BlockingIOError as error:
             self.unlock()

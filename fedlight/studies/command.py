@@ -56,10 +56,17 @@ class StudyRunner:
     def run(self) -> int:
         """Run them all: the exit code is 0 if every run is finished, 1 if one failed, or what a signal asks for."""
         write_plan(self.folder, self.study, self.runs)
-        self._slots = deque(slot for slot in self._slots if slot.summary() is None)
+        finished = [slot for slot in self._slots if slot.summary() is not None]
+        newer = [slot.newer(command(self.study, slot.run, self.root, resume=False)) for slot in finished]
+        self._slots = deque(slot for slot in self._slots if slot not in finished)
         self._done = len(self.runs) - len(self._slots)
         counts = f"{len(self.runs)} runs, {self._done} finished before, {len(self._slots)} to do"
         _say(f"study {self.study.name}: {counts}, in {self.folder}")
+        if files := set().union(*newer):
+            _say(
+                f"{', '.join(sorted(files))}: written after {sum(map(bool, newer))} finished runs began, which stay as"
+                " they are. If other runs are meant now, give the study another name."
+            )
         if self.study.early_terminate:
             _say("early_terminate is W&B's: here, every run trains to its end.")
         with handling(self._on_signal, signal.SIGINT, signal.SIGTERM):

@@ -194,6 +194,15 @@ class RunSlot:
         """Whether the newest version has a checkpoint to continue from."""
         return any((self.path / f"version_{v}/checkpoints/last.ckpt").exists() for v in versions(self.path)[-1:])
 
+    def newer(self, command: Sequence[str]) -> set[str]:
+        """Configurations of its command that were written after the newest version began, which may not know them."""
+        found = set[str]()
+        for name in (word.rpartition("=")[2] for word in command if word.endswith((".yaml", ".yml"))):
+            with suppress(OSError):
+                began = (self.path / f"version_{versions(self.path)[-1]}/config.yaml").stat().st_mtime
+                found |= {name} if Path(name).stat().st_mtime > began else set()
+        return found
+
     def record(self, command: Sequence[str], **result: Any) -> None:
         """Write ``run.json``."""
         content = {"parameters": dict(self.run.parameters), "command": list(command), **result}

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.studies.command import StudyRunner, selected
 from fedlight.studies.plan import PlannedRun, RunSlot, log_tail, plan
-from tests.studies.helpers import read, run, write_study
+from tests.studies.helpers import STUB, read, run, write_study
 
 
 def folders(path: Path) -> list[Path]:
@@ -64,6 +64,18 @@ def test_what_is_finished_is_skipped_and_what_is_new_is_run(tmp_path, capsys):
     assert run(path)[0] == 0
     assert "3 runs, 2 finished before, 1 to do" in capsys.readouterr().out
     assert [rounds(f) for f in folders(path)] == [[0, 1], [0, 1], [0, 1]]
+
+
+def test_a_configuration_that_was_changed_after_a_run_is_named(tmp_path, capsys):
+    base = tmp_path / "base.yaml"
+    base.write_text("")
+    command = [sys.executable, str(STUB), "fit", f"--config={base}", "${args}"]
+    path = write_study(tmp_path, {"seed_everything": [0, 1]}, command=command)
+    assert [run(path)[0], run(path)[0]] == [0, 0]
+    assert "written after" not in capsys.readouterr().out
+    os.utime(base, (time.time() + 9, time.time() + 9))
+    assert run(path)[0] == 0
+    assert f"{base}: written after 2 finished runs began, which stay as they are." in capsys.readouterr().out
 
 
 def test_a_report_knows_of_runs_that_are_left_out_later(tmp_path):
