@@ -18,8 +18,10 @@ from fedlight.data import (
     ImageData,
     NaturalGroups,
 )
+from fedlight.data.datamodule import set_up
 from fedlight.data.dataset_partition import find_targets
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
+from fedlight.data.federated import training_data
+from tests.helpers.tiny import SIZES, Clients
 
 
 class Words(Dataset):
@@ -252,19 +254,15 @@ def test_iid_is_the_default_of_any_dataset():
     assert isinstance(DatasetPartition(Words()).partitioner, IID)
 
 
-@pytest.mark.parametrize("settings", [{}, {"centralized": True}])
 @pytest.mark.parametrize("held", [0, 1])
-def test_the_number_of_clients_may_be_any_whole_number(tmp_path, settings, held):
-    def fit(number):
-        data = Clients(held_out_clients=held)
-        data.num_clients = number
-        model = Regression()
-        quiet_trainer(tmp_path, max_rounds=1, **settings).fit(model, data)
-        return weights(model)
-
-    expected = fit(4)
+def test_the_number_of_clients_may_be_any_whole_number(held):
+    data = Clients(held_out_clients=held)
     for number in (4.0, np.float32(4), np.int64(4)):
-        assert torch.equal(fit(number), expected)
+        data.num_clients = number
+        set_up(wrapped := training_data(data, centralized=False), "fit")
+        assert (data.num_clients, wrapped.num_clients) == (4, 4 - held)
+        assert sum(map(len, map(wrapped.client_dataset, range(4)))) == sum(SIZES)
     for number in (4.5, "4", None):
+        data.num_clients = number
         with pytest.raises(ValueError, match=r"data: Clients.num_clients must be a whole number"):
-            fit(number)
+            set_up(training_data(data, centralized=False), "fit")
