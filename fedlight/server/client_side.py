@@ -18,7 +18,7 @@ from fedlight.seeding import generator
 from fedlight.server.client_states import NOTHING, ClientStates
 from fedlight.server.client_states import BufferPolicy as BufferPolicy
 from fedlight.server.rows import from_all
-from fedlight.server.state import num_bytes
+from fedlight.server.state import num_bytes, tensors
 from fedlight.transforms.attack import attacks_by, chain_of
 from fedlight.transforms.base import Packed, check_messages, pack, unpack
 
@@ -132,7 +132,9 @@ class ClientSide(ClientStates):
         """The message of a client that has trained."""
         client, rows, beside, whole = result.client, dict[str, State](), State(), result
         result = self.split.result(whole if self.losses is None else replace(whole, loss=self.losses[client]))
-        rows["algorithm"], message = self.algorithm.client_update(self._received, self._own(client), result)
+        own, message = self.algorithm.client_update(self._received, self._own(client), result)
+        rows["algorithm"] = tensors(own, self.algorithm, "client_update")
+        message = tensors(message, self.algorithm, "client_update", {"params": result.start})
         packed = Packed(message)
         if self.transforms:
             rng = generator(self.seed, "transform", self._server.round, client)

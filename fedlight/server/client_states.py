@@ -15,7 +15,7 @@ from fedlight.personal.base import OwnTraining, Personalization
 from fedlight.personal.split import Split
 from fedlight.perturbations.base import Perturbation, State
 from fedlight.server.clients import ClientStore
-from fedlight.server.state import ServerState, num_bytes
+from fedlight.server.state import ServerState, num_bytes, tensors
 from fedlight.transforms.attack import attacks_by
 from fedlight.transforms.base import Transform
 
@@ -68,7 +68,8 @@ class ClientStates:
     def broadcast(self, server: ServerState) -> State:
         """What algorithm and perturbation send to every client."""
         beside = {} if self.perturbation is None else self.perturbation.broadcast(server.perturbation)
-        return {**self.algorithm.broadcast(server.algorithm), **beside}
+        sent, shape = self.algorithm.broadcast(server.algorithm), {"params": server.algorithm["params"]}
+        return tensors(sent, self.algorithm, "broadcast", shape) | beside
 
     @property
     def sends_buffers(self) -> bool:
@@ -103,7 +104,8 @@ class ClientStates:
 
     def _own(self, client: int) -> State:
         state = self.store.get(client, "algorithm")
-        return self.algorithm.init_client(self._server.algorithm["params"]) if state is None else state
+        found = self.algorithm.init_client(self._server.algorithm["params"]) if state is None else state
+        return tensors(found, self.algorithm, "init_client")
 
     def _own_perturbation(self, client: int) -> State:
         assert self.perturbation is not None

@@ -30,6 +30,7 @@ from fedlight.server.state import (
     moved_buffers,
     num_bytes,
     summed_rounds,
+    tensors,
 )
 from fedlight.server.state import ServerState as ServerState
 
@@ -70,9 +71,10 @@ class Federation:
         self._infinite = [k for k, v in buffers.items() if v.is_floating_point() and bool(v.isinf().any())]
         self.split.to(params.device)
         self.clients.initial, shared = self.split.own(params), self.split.shared(params)
+        first = {"params": shared}
         latest = {"params": params.double(), "initial": params, "shares": self._shares}
         self.state = ServerState(
-            algorithm=self.algorithm.init_server(shared),
+            algorithm=like(tensors(self.algorithm.init_server(shared), self.algorithm, "init_server", first), first),
             perturbation={} if self.perturbation is None else self.perturbation.init_server(shared),
             personal={"initial": self.clients.initial, "mean": self.clients.initial},
             buffers=self.clients.initial_buffers,
@@ -109,7 +111,7 @@ class Federation:
             row = self.store.get(result.client, "last_update")
             message["last_update"] = torch.zeros_like(update) if row is None else row["params"].double()
             rows["last_update"] = {"params": update.to(self.state.algorithm["params"].dtype)}
-        terms = {**algorithm.contribution(message, result), **bounded}
+        terms = tensors(algorithm.contribution(message, result), algorithm, "contribution") | bounded
         alone = not terms and self.aggregator is None
         terms["update"] = update.mul_(weight) if alone else weight * update  # another long vector costs page faults
         if self.perturbation is not None:
@@ -189,7 +191,8 @@ class Federation:
         if self.aggregator is not None:
             kept = list(begun_by_enough(kept, self.aggregator.tolerates(len(kept))))
             total |= in_place_of_sums(self.aggregator, kept, [report.weight for report in used])
-        algorithm = like(self.algorithm.aggregate(old.algorithm, total), old.algorithm)
+        found = self.algorithm.aggregate(old.algorithm, total)
+        algorithm = like(tensors(found, self.algorithm, "aggregate", old.algorithm, exact=True), old.algorithm)
         perturbation = old.perturbation
         if self.perturbation is not None:
             sums = {k.removeprefix(_PERTURBATION): v for k, v in total.items() if k.startswith(_PERTURBATION)}

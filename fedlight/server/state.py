@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -102,6 +103,29 @@ def real(buffer: Tensor) -> Tensor:
 def like(state: State, old: State) -> State:
     """A state in the data types that it had, on its device."""
     return {k: v.to(old[k]) if k in old else v for k, v in state.items()}
+
+
+def tensors(found: Any, owner: object, method: str, like: State | None = None, exact: bool = False) -> State:
+    """What a method has given, which must be tensors by name, and those of ``like`` among them, in their shapes.
+
+    Raises:
+        MisconfigurationException: naming the method, and what it gives instead.
+    """
+    by_name, like, wrong = isinstance(found, Mapping), like or {}, ""
+    odd = [k for k, v in found.items() if not isinstance(v, Tensor)] if by_name else []
+    if not by_name or odd:
+        wrong = (
+            f"{type(found[odd[0]] if odd else found).__name__}{f' as {odd[0]!r}' if odd else ''}: give tensors by name"
+        )
+    elif differing := [k for k, v in like.items() if k not in found or found[k].shape != v.shape]:
+        has = {k: list(found[k].shape) if k in found else None for k in differing}
+        wanted = {k: list(like[k].shape) for k in differing}
+        wrong = f"{has}; it must be {wanted}"
+    elif exact and (more := sorted(found.keys() - like.keys())):
+        wrong = f"{more}, which no checkpoint could be continued with. Let init_server begin it"
+    if wrong:
+        raise MisconfigurationException(f"algorithm: {type(owner).__name__}.{method} gives {wrong}.")
+    return State(found)
 
 
 def moved(state: State, device: torch.device | str) -> State:

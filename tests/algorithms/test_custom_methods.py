@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from fedlight.algorithms import FedAvg
 from fedlight.algorithms.base import mean_update
@@ -327,3 +327,29 @@ def test_an_aggregator_with_fewer_clients_than_it_needs_is_refused(tmp_path):
         ),
     ):
         late.fit(Regression(), data)
+
+
+def odd(method, made, key="params"):
+    """FedAvg, of which one method gives something else in the place of ``params``, or beside it."""
+
+    def replaced(self, *args):
+        found = getattr(FedAvg, method)(self, *args)
+        state = found[1] if isinstance(found, tuple) else found
+        state[key] = made(state["params"])
+        return found
+
+    return type("Odd", (FedAvg,), {method: replaced})()
+
+
+@pytest.mark.parametrize("method", ["init_server", "broadcast", "client_update", "aggregate"])
+def test_what_is_no_tensor_of_the_models_shape_is_refused_by_name(tmp_path, method):
+    cases = [(Tensor.numpy, "ndarray as 'params'"), (lambda w: w[None], r"\{'params': \[1, 4\]\}; it must be")]
+    cases += [(lambda w: w[:3], r"\{'params': \[3\]\}"), (lambda w: float(w[0]), "float as 'params'")]
+    for made, what in cases:
+        with pytest.raises(MisconfigurationException, match=f"algorithm: Odd.{method} gives {what}"):
+            quiet_trainer(tmp_path, max_rounds=1, algorithm=odd(method, made)).fit(Regression(), Clients())
+
+
+def test_what_the_server_keeps_is_there_from_the_beginning(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"Odd.aggregate gives \['late'\], which no checkpoint"):
+        quiet_trainer(tmp_path, algorithm=odd("aggregate", torch.clone, "late")).fit(Regression(), Clients())
