@@ -70,9 +70,12 @@ def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., 
         one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
         try:
             found, written = _tried(training, one, call)
-            what = written.differs(_tried(training, one, call, function=function)[1])
         except Exception:  # whoever takes such a step says what it is
             continue
+        try:
+            what = written.differs(_tried(training, one, call, function=function)[1])
+        except Exception as error:  # engines try full batches by themselves, and explain it
+            what = "" if samples == sizes[-1] else f"an error ({str(error.__cause__ or error).partition(chr(10))[0]})"
         idle.append({*found.idle})
         own_loss.add(written.own_loss)
         unlike += [f"{what} on {samples} samples"] if what else []
