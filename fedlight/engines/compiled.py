@@ -22,8 +22,8 @@ _ENGINE = "eager with trainer.compile=true"
 class CompiledStep:
     """Gives the gradient of a step on full batches; those of other sizes are not worth the time of compiling.
 
-    It is a function of tensors only, so that all slots of an engine share it. To be compared with, it runs uncompiled
-    on batches of any size, as ``vmap`` runs it.
+    It is a function of tensors only, so that all slots of an engine share it. To be compared with, it does not
+    ``compile``, takes batches of any size, and runs as ``vmap`` does, with masks of dropout from the seed 0.
 
     Raises:
         MisconfigurationException: if Python code has to run in every step.
@@ -64,6 +64,8 @@ class CompiledStep:
             named[name] = part if isinstance(part, Tensor) else params.new_full((), part)
         named |= {f"state/{name}": value for name, value in state.items()}
         named |= {f"buffers/{name}": value for name, value in buffers.items()}
+        if not self._compile:
+            named |= {name: params.new_zeros((), dtype=torch.int64) for name in ("seed", "step")}
         key = spec, *((name, value.shape, value.dtype) for name, value in named.items())
         if key not in self._programs:
             shared = None if self._compile else frozenset[str]()

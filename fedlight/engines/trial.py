@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,23 +60,28 @@ def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool, 
 def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., Any], findings: Findings) -> Findings:
     """The findings, and those of one step on a full batch, on the next smaller one and on the smallest."""
     from fedlight.engines.compiled import CompiledStep  # torch.fx takes long to import
+    from fedlight.engines.vmap.functions import ClientDropout
 
     if not isinstance(example.dataset, ArrayDataset):
         return findings
     idle: list[set[str]] = [{*findings.idle}]
     unlike, own_loss = list[str](), set[bool]()
-    sizes = sorted(map(sum, StepSizes(training).all))
-    function = CompiledStep(training, compile=False)
-    for samples in sorted({sizes[0], *sizes[-2:]}):
+    function, zero = CompiledStep(training, compile=False), torch.zeros((), dtype=torch.int64)
+    smallest, *others = sorted(map(sum, StepSizes(training).all))
+    full = max(others, default=smallest)
+    for samples in sorted({smallest, *others[-2:]}, reverse=True):
         one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
         try:
-            found, written = _tried(training, one, call)
+            found, written = _tried(training, one, call, draws=ClientDropout(zero, zero))
         except Exception:  # whoever takes such a step says what it is
             continue
         try:
-            what = written.differs(_tried(training, one, call, function=function)[1])
-        except Exception as error:  # engines try full batches by themselves, and explain it
-            what = "" if samples == sizes[-1] else f"an error ({str(error.__cause__ or error).partition(chr(10))[0]})"
+            other = _tried(training, one, call, function=function)[1]
+            what = "" if written.draws else written.differs(other)  # numbers that are drawn may come in another order
+        except Exception as error:
+            if samples == full:  # which engines try by themselves, and explain
+                break
+            what = f"an error ({str(error.__cause__ or error).partition(chr(10))[0]})"
         idle.append({*found.idle})
         own_loss.add(written.own_loss)
         unlike += [f"{what} on {samples} samples"] if what else []
@@ -94,6 +100,7 @@ class _Outcome:
     buffers: dict[str, Tensor]
     logs: dict[str, tuple[Tensor, Tensor]]
     own_loss: bool
+    draws: bool
     rounding: float
 
     def differs(self, other: "_Outcome") -> str:
@@ -119,25 +126,28 @@ def _tried(
     call: Callable[..., Any],
     far: int = 0,
     function: "CompiledStep | None" = None,
+    draws: AbstractContextManager[Any] | None = None,
 ) -> tuple[Findings, _Outcome]:
     """What steps do, and what comes of them; the indices of batches begin at ``far``."""
     module, changed, drawn = training.module, set[str](), set[str]()
     with untouched(module) as before:
-        attributes, generators = attributes_of(module), {}
+        attributes, generators = attributes_of(module), dict[str, Any]()
 
         def watching(name: str, *args: Any) -> None:
             with watched(module, set()):  # hooks may read what they like; recorded steps have none
                 call(name, *args)
             if name == "on_client_start":
-                generators.update(_generators(training.fabric.device))
+                generators.update(_generators(training.fabric.device), state=_random_state(training.fabric.device))
             elif name == "on_train_batch_end":
                 changed.update(attributes.changes())
                 now = _generators(training.fabric.device)
                 drawn.update(what for what in now if now[what] != generators[what])
+                generators["draws"] = not torch.equal(_random_state(training.fabric.device), generators["state"])
 
         held = {name: tensor.data_ptr() for name, tensor in _held(module).items()}
         slot = _TrialLoop(replace(training, call=watching, epochs=None, steps=STEPS, num_workers=0), module, function)
         slot.read, slot.outside, slot.idle, slot.written, slot.far = set(), set(), set(), set(), far
+        slot.draws = draws or nullcontext()
         try:
             result = slot.train(0, example)
             replaced = [name for name, tensor in _held(module).items() if held.get(name) != tensor.data_ptr()]
@@ -156,8 +166,8 @@ def _tried(
             written=tuple(sorted(slot.written)),
         )
         eps = 0.01 if "16" in training.fabric.strategy.precision.precision else torch.finfo(result.params.dtype).eps
-        rounding, own_loss = min(0.1, 2000 * eps), slot.log.own_loss
-        outcome = _Outcome(slot.flat.params, slot.flat.grad, result.buffers, result.metrics, own_loss, rounding)
+        kept = slot.log.own_loss, generators["draws"], min(0.1, 2000 * eps)
+        outcome = _Outcome(slot.flat.params, slot.flat.grad, result.buffers, result.metrics, *kept)
     return findings, outcome
 
 
@@ -174,6 +184,7 @@ class _TrialLoop(ClientLoop):
     idle: set[int]
     written: set[str]
     far: int
+    draws: AbstractContextManager[Any]
 
     def _gradient(self, batches: list[IndexedBatch], point: Tensor, nth: int) -> Tensor:
         before = self.flat.params.clone()
@@ -184,7 +195,7 @@ class _TrialLoop(ClientLoop):
 
     def _step(self, objective: LocalObjective, batches: list[IndexedBatch], state: State) -> tuple[State, bool]:
         indexed: list[IndexedBatch] = [(batch, WatchedIndex.of(i + self.far, self.read)) for batch, i in batches]
-        with watched(self.module, self.read), seen_outside(self.module, self.outside):
+        with watched(self.module, self.read), seen_outside(self.module, self.outside), self.draws:
             found = super()._step(objective, indexed, state)
         self.idle.update(id(parameter) for parameter in self.flat.idle)
         return found
@@ -196,6 +207,10 @@ def _generators(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"random": random.getstate(), "numpy.random": (kind, np.asarray(keys).tobytes(), *rest)}
     found["torch, which it seeds"] = torch.initial_seed()
     return found if device.type == "cpu" else found | {"torch's CPU generator": torch.get_rng_state().tolist()}
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 class WatchedIndex(int):

@@ -90,7 +90,7 @@ class Counts(Net):
 
 
 REASONS = {
-    Knows: "another gradient on 1 samples",
+    Knows: "another gradient on 4 samples",
     LooksAtGradients: "another gradient",
     Catches: "another gradient",
     SmallAlone: "another gradient on 1 samples",
@@ -154,3 +154,19 @@ def test_an_optimizer_of_another_class_in_a_later_round_is_refused(tmp_path, mon
         MisconfigurationException, match="engine=vmap: configure_optimizers makes Adam where it made SGD"
     ):
         cases.train(tmp_path, "vmap")
+
+
+class Attends(cases.Net):
+    """Attention draws its dropout's masks in another order where it is a function."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 6, dropout=0.3, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(self.layer(x[:, 0])[:, None])
+
+
+def test_what_draws_in_another_order_is_no_other_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "Net", Attends)
+    cases.train(tmp_path, "vmap", max_rounds=1)
