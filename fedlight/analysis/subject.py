@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset, sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -161,13 +162,14 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
                 f"`data: {key}` needs a dataset of numbered samples of which its DataLoader makes batches, found"
                 f" {type(loader.dataset).__name__}. Give measure_hessian a list of batches after training instead."
             )
-        order: Any = getattr(getattr(loader.sampler, "dataset", None), "_sampler", loader.sampler)  # in DDP
-        order = order if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+        batches: Any = loader.batch_sampler
+        order = batches.sampler if type(batches) is BatchSampler else batches
+        order = getattr(getattr(order, "dataset", None), "_sampler", order)  # in DDP
         rows = getattr(order, "indices", order if hasattr(order, "__getitem__") else None)
         if rows is None and not isinstance(order, _EVENLY):
             what = f"every row counts once in it, however often {type(order).__name__} draws it"
             rank_zero_warn(f"`data: {key}`: {what}. To weigh them so, give measure_hessian a list of its batches.")
-        return loader.dataset if rows is None else Subset(loader.dataset, sorted({int(row) for row in rows}))
+        return loader.dataset if rows is None else Subset(loader.dataset, sorted({*map(int, tree_leaves([*rows]))}))
 
     train, val = only(trainer.train_dataloader), only(trainer.val_dataloaders)
     return Subject(

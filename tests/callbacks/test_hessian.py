@@ -485,8 +485,10 @@ def test_in_a_stock_trainer(tmp_path):
 class Unusual(Plain):
     """Reads some rows of its data, and logs by itself."""
 
+    reading = {"batch_size": 5, "sampler": SubsetRandomSampler(range(10))}
+
     def train_dataloader(self):
-        return DataLoader(self.data, 5, sampler=SubsetRandomSampler(range(10)))
+        return DataLoader(self.data, **self.reading)
 
     def training_step(self, batch, batch_idx):
         self.logger.log_metrics({"own": 1.0})
@@ -499,6 +501,17 @@ def test_in_a_stock_trainer_the_rows_of_the_sampler_are_measured_and_the_loggers
     largest = by_hand(model.data.x[:10])[0][0]
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)
     assert sum("own" in row for row in logger.metrics) == 6  # steps of training
+
+
+@pytest.mark.parametrize(
+    "batches", [BatchSampler(SubsetRandomSampler(range(10)), 5, False), [[4, 3, 2, 1, 0], [5, 6, 7, 8, 9]]]
+)
+def test_in_a_stock_trainer_the_rows_of_a_batch_sampler_are_measured(tmp_path, batches):
+    model = Unusual()
+    model.reading = {"batch_sampler": batches}
+    trainer, _ = stock(tmp_path, spectrum(), logger=Seen(), limit_val_batches=0, model=model, max_epochs=1)
+    largest = by_hand(model.data.x[:10])[0][0]
+    assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)
 
 
 class Doubled(Plain):
@@ -516,15 +529,24 @@ def test_in_a_stock_trainer_the_loader_of_the_data_makes_the_batches(tmp_path, d
     assert callback.results["server"].lambda_max == pytest.approx(by_hand(x)[0][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("by_batches", [False, True])
-def test_in_a_stock_trainer_what_a_sampler_weighs_is_said(tmp_path, by_batches, recwarn):
-    class Batches(BatchSampler):
-        pass
+class Fives(BatchSampler):
+    pass
 
-    model, drawn = Plain(), WeightedRandomSampler([1.0, *[0.0] * 19], 10)
-    own = {"batch_sampler": Batches(range(20), 5, False)} if by_batches else {"sampler": drawn, "batch_size": 5}
+
+_DRAWN = WeightedRandomSampler([1.0, *[0.0] * 19], 10)
+
+
+@pytest.mark.parametrize(
+    ("own", "name"),
+    [
+        ({"sampler": _DRAWN, "batch_size": 5}, "WeightedRandomSampler"),
+        ({"batch_sampler": BatchSampler(_DRAWN, 5, False)}, "WeightedRandomSampler"),
+        ({"batch_sampler": Fives(range(20), 5, False)}, "Fives"),
+    ],
+)
+def test_in_a_stock_trainer_what_a_sampler_weighs_is_said(tmp_path, own, name, recwarn):
+    model = Plain()
     model.train_dataloader = lambda: DataLoader(model.data, **own)
-    name = "Batches" if by_batches else "WeightedRandomSampler"
     stock(tmp_path, spectrum(), model=model, limit_val_batches=0, max_epochs=1)
     said = [str(warning.message) for warning in recwarn]
     assert sum(f"every row counts once in it, however often {name} draws it" in text for text in said) > 0
