@@ -177,6 +177,12 @@ def without(*lines):
     return lambda text: "".join(line for i, line in enumerate(text.splitlines(True)) if i not in lines)
 
 
+@pytest.mark.parametrize("value", ["text", None, [1.0]])
+def test_what_a_module_logs_there_and_is_no_number_is_named(tmp_path, value):
+    with pytest.raises(TypeError, match="metrics.csv takes numbers, and 'own' is"):
+        MetricsCSV(tmp_path / "metrics.csv").log_metrics({"loss": 0.5, "own": value})
+
+
 DAMAGE = {  # what was done to the file, and the rounds whose rows differ then
     "nothing": (lambda text: text, []),
     "a missing row": (without(2), [1]),

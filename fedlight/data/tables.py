@@ -156,6 +156,8 @@ def read_leaf(path: Path) -> dict[str, Table]:
                 if not len(x) == len(y) == count:
                     raise ValueError(f"{user} has {len(x)} x and {len(y)} y, but num_samples is {count}")
                 numbers = count and isinstance(x[0], list)  # arrays need a tenth of the room
+                if numbers and any(isinstance(value, str) for value in x[0]):
+                    raise ValueError(f"x of {user} are lists with texts; write one text for each sample, or numbers")
                 table["text"] += list(np.asarray(x, np.float32)) if numbers else x
                 table["label"] += y
                 table["client"] += [str(user)] * count

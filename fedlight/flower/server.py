@@ -24,6 +24,7 @@ from fedlight.local import ClientResult
 from fedlight.personal.base import Personalization
 from fedlight.run.evaluation import Stage
 from fedlight.run.experiment import differences
+from fedlight.run.folder import read_json
 from fedlight.run.names import over_clients
 from fedlight.run.preflight import check_methods
 from fedlight.run.session import Session
@@ -142,7 +143,10 @@ class ServerSession(Session):
         if self.folder is not None:
             path = self.folder.path / "sites.json"
             if path.exists():
-                self.id = json.loads(path.read_text())["id"]
+                self.id = str(read_json(path).get("id", ""))
+                if not self.id:
+                    what = "is damaged. Its `id` names what sites keep of this run: repair it, or begin anew"
+                    raise MisconfigurationException(f"{path} {what}, without `resume`.")
             hosts = {client: found["host"] for client, found in sorted(sites.found.items())}
             self.folder.write_json(path.name, {"id": self.id, "hosts": hosts})
 

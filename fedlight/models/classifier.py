@@ -124,7 +124,7 @@ class Classifier(LightningModule):
     def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> None:
         x, y = _pair(batch)
         logits = self(x)
-        classes = y.argmax(1) if y.is_floating_point() else y  # the likeliest, where y are probabilities
+        classes = y.argmax(1) if y.is_floating_point() and y.ndim > 1 else y  # the likeliest, where y are probabilities
         count = (classes != -100).sum()  # nobody waits for it, as a tensor
         values = {"loss": F.cross_entropy(logits, y), "accuracy": (logits.argmax(1) == classes).sum() / count}
         shown = {f"{stage}/{name}": torch.where(count > 0, value, 0.0) for name, value in values.items()}

@@ -2,11 +2,12 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from fedlight.checks import check_whole
 from fedlight.models.cnn import dense_layers
 from fedlight.written import Remembers
 
@@ -21,10 +22,10 @@ class MLP(Remembers, nn.Sequential):
     """
 
     def __init__(self, in_features: int, num_classes: int, hidden: Sequence[int] = (64,)) -> None:
-        sizes = [in_features, *hidden, num_classes]
-        if min(sizes) < 1:
-            found = f"in_features={in_features}, hidden={list(hidden)}, num_classes={num_classes}"
-            raise ValueError(f"`model.net`: MLP needs sizes of at least 1, got {found}.")
+        if not isinstance(hidden, Iterable):
+            raise ValueError(f"`model.net`: MLP.hidden is a list, as in MLP(64, 10, hidden=[32]), got {hidden!r}.")
+        given = {"in_features": [in_features], "hidden": hidden, "num_classes": [num_classes]}
+        sizes = [check_whole(f"`model.net`: MLP.{key}", size) for key, sizes in given.items() for size in sizes]
         super().__init__(OrderedDict(dense_layers(sizes)))
         self.in_features = in_features
 

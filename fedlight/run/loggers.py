@@ -49,6 +49,8 @@ class MetricsCSV(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write a round's row; what modules log here themselves, without a ``round``, joins the next one."""
+        if odd := [k for k, v in metrics.items() if not hasattr(v, "__float__")]:
+            raise TypeError(f"metrics.csv takes numbers, and {odd[0]!r} is {metrics[odd[0]]!r:.80}: log it elsewhere.")
         self._own |= {k: float(v) for k, v in metrics.items()}
         if "round" not in metrics:
             return

@@ -485,7 +485,9 @@ def test_in_a_stock_trainer(tmp_path):
 class Unusual(Plain):
     """Reads some rows of its data, and logs by itself."""
 
-    reading = {"batch_size": 5, "sampler": SubsetRandomSampler(range(10))}
+    def __init__(self, **reading):
+        super().__init__()
+        self.reading = reading or {"batch_size": 5, "sampler": SubsetRandomSampler(range(10))}
 
     def train_dataloader(self):
         return DataLoader(self.data, **self.reading)
@@ -507,8 +509,7 @@ def test_in_a_stock_trainer_the_rows_of_the_sampler_are_measured_and_the_loggers
     "batches", [BatchSampler(SubsetRandomSampler(range(10)), 5, False), [[4, 3, 2, 1, 0], [5, 6, 7, 8, 9]]]
 )
 def test_in_a_stock_trainer_the_rows_of_a_batch_sampler_are_measured(tmp_path, batches):
-    model = Unusual()
-    model.reading = {"batch_sampler": batches}
+    model = Unusual(batch_sampler=batches)
     trainer, _ = stock(tmp_path, spectrum(), logger=Seen(), limit_val_batches=0, model=model, max_epochs=1)
     largest = by_hand(model.data.x[:10])[0][0]
     assert float(trainer.callback_metrics["hessian/lambda_max"]) == pytest.approx(largest, rel=1e-5)

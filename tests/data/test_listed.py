@@ -129,6 +129,10 @@ def damaged(file, **changes):
         (lambda f: damaged(f, user_data=None), "no file of LEAF.*KeyError: 'user_data'"),
         (lambda f: damaged(f, num_samples=[4, 2]), "no file of LEAF.*: f0 has 3 x and 3 y, but num_samples is 4"),
         (lambda f: damaged(f, users=["f0"]), "no file of LEAF.*ValueError"),
+        (  # as those of Sent140
+            lambda f: damaged(f, users=["f0"], num_samples=[1], user_data={"f0": {"x": [["7", "text"]], "y": [0]}}),
+            "no file of LEAF.*: x of f0 are lists with texts; write one text for each sample",
+        ),
     ],
 )
 def test_a_file_that_is_not_leafs_is_named(tmp_path, change, said):

@@ -133,6 +133,12 @@ def test_a_server_that_is_started_again_goes_on_with_the_same_bits(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         serve(tmp_path / "config.yaml", options, transport)
     transport.lose = lambda node, parcel: None
+    (sites,) = tmp_path.glob("server/**/sites.json")
+    whole = sites.read_text()
+    sites.write_text(whole[:20])
+    with pytest.raises(MisconfigurationException, match="sites.json is damaged. Its `id` names what sites keep"):
+        serve(tmp_path / "config.yaml", {**options, "resume": "last"}, transport)
+    sites.write_text(whole)
     trainer = serve(tmp_path / "config.yaml", {**options, "resume": "last"}, transport)
     assert_same(simulation, trainer)
 

@@ -220,6 +220,8 @@ def test_accuracy_is_that_of_samples_with_a_class_and_of_the_likeliest_class():
         assert logged == {"val/loss": F.cross_entropy(model(x), labels), "val/accuracy": 1.0, "n": 4}
         model.validation_step((x, F.one_hot(labels, 3).float()), 0)
         assert (logged["val/accuracy"], logged["n"]) == (1.0, 4)
+        with pytest.raises(RuntimeError, match="Long"):  # torch's, of labels that are neither
+            model.validation_step((x, labels.float()), 0)
         labels[:2] = torch.tensor([-100, (labels[1] + 1) % 3])
         model.validation_step((x, labels), 0)
         assert logged == {"val/loss": F.cross_entropy(model(x), labels), "val/accuracy": torch.tensor(2 / 3), "n": 3}

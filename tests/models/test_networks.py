@@ -173,7 +173,9 @@ def test_mlp_says_how_many_features_it_got():
     [
         (lambda: ResNet18GN(num_classes=10, groups=3), "model.net.groups"),
         (lambda: SmallCNN(num_classes=10, image_size=5), "model.net.image_size"),
-        (lambda: MLP(in_features=0, num_classes=10), "in_features=0"),
+        (lambda: MLP(in_features=0, num_classes=10), "MLP.in_features must be at least 1, got 0"),
+        (lambda: MLP(64, 10, hidden=[32, 1.5]), "MLP.hidden must be a whole number, got 1.5"),
+        (lambda: MLP(64, [32], 10), r"MLP.hidden is a list, as in MLP\(64, 10, hidden=\[32\]\), got 10"),
     ],
 )
 def test_impossible_sizes_are_refused(build, key):
