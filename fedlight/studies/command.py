@@ -197,7 +197,7 @@ def main(args: list[str]) -> int:
     """Run a study; the exit code is 0 if every run is finished, 1 if one failed, 130 or 143 if it was stopped."""
     options = _parser().parse_args(args)
     study = load_study(options.study)
-    runs = selected(plan(study, options.count), options.only)
+    runs = selected(plan(study, options.count, study_folder(options.root, study)), options.only)
     for run in runs[:1]:
         command(study, run, options.root, resume=False)  # so that a command that cannot be built is known at once
     if options.dry_run:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +35,11 @@ class PlannedRun:
     label: str
 
 
-def plan(study: Study, count: int | None = None) -> list[PlannedRun]:
-    """All runs of a study, at most ``count`` and ``run_cap``. The same study gives the same runs."""
+def plan(study: Study, count: int | None = None, folder: Path | None = None) -> list[PlannedRun]:
+    """All runs of a study, at most ``count`` and ``run_cap``. The same study gives the same runs.
+
+    Those that have begun in its ``folder`` keep their names, whose labels tell of what varied then.
+    """
     limit = min((n for n in (count, study.run_cap) if n is not None), default=None)
     if study.method == "random" and limit is None:
         why = "a random study needs a number of runs: set run_cap in its YAML, or pass --count."
@@ -46,7 +49,9 @@ def plan(study: Study, count: int | None = None) -> list[PlannedRun]:
     once = {run.name: run for run in (_planned(study, parameters, varying) for parameters in chosen)}
     if again := len(chosen) - len(once):
         rank_zero_info(f"{study.name}: {again} of {len(chosen)} runs have the parameters of another: each is run once.")
-    return [*once.values()]
+    begun = {p.name[-8:]: p.name for p in folder.glob("*-????????") if versions(p)} if folder else {}
+    begun |= {name[-8:]: name for name in once if folder and versions(folder / name)}
+    return [replace(run, name=begun.get(name[-8:], name)) for name, run in once.items()]
 
 
 def _grid(study: Study) -> Iterator[dict[str, Any]]:

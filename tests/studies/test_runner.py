@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from fedlight.studies.command import StudyRunner, selected
+from fedlight.studies.command import StudyRunner, main, selected
 from fedlight.studies.plan import PlannedRun, RunSlot, log_tail, plan
 from tests.studies.helpers import STUB, read, run, write_study
 
@@ -76,6 +76,14 @@ def test_a_configuration_that_was_changed_after_a_run_is_named(tmp_path, capsys)
     os.utime(base, (time.time() + 9, time.time() + 9))
     assert run(path)[0] == 0
     assert f"{base}: written after 2 finished runs began, which stay as they are." in capsys.readouterr().out
+
+
+def test_a_parameter_that_begins_to_vary_makes_no_other_runs_of_those_there_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for lrs, state in (([1], "2 runs, 0 finished"), ([1, 2], "4 runs, 2 finished"), ([2], "2 runs, 2 finished")):
+        assert main([str(write_study(tmp_path, {"lr": lrs, "seed_everything": [0, 1]}))]) == 0
+        assert state in capsys.readouterr().out
+    assert len(folders(tmp_path / "tiny.yaml")) == 4
 
 
 def test_a_report_knows_of_runs_that_are_left_out_later(tmp_path):
