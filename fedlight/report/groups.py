@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from fedlight.report.naming import SEEDS, Items, Method, method_labels, pooled, setting_labels, setting_of
-from fedlight.report.runs import Run
+from fedlight.report.runs import Run, natural
 from fedlight.run.names import smaller_is_better
 
 
@@ -213,7 +213,9 @@ def group_runs(runs: Sequence[Run]) -> Study:
             labels.setdefault(str(run.path), key)
             if run.status == "finished":
                 group = groups.setdefault(key, Group(method, setting, *key))
-                same = sorted([*(other for other in group.runs if _is_same(other, run)), run], key=_written)
+                same = [*(other for other in group.runs if _is_same(other, run)), run]
+                beside = len({Path(one.path).parent for one in same}) == 1  # copies of files are of any age
+                same.sort(key=(lambda one: natural(Path(one.path))) if beside else _written)
                 repeated |= {str(older.path): older for older in same[:-1]}
                 group.runs = [other for other in group.runs if not _is_same(other, run)] + same[-1:]
     return Study(_ordered(list(groups.values())), list(runs), labels, list(repeated.values()))

@@ -101,7 +101,7 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
         yield read_run(folder)
         return
     try:
-        children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), _natural(path)))
+        children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), natural(path)))
     except OSError as error:  # of another user
         yield Run(folder, "torn", f"the folder cannot be read: {error.strerror}")
         return
@@ -221,6 +221,6 @@ def _damage(path: Path, load: Callable[[str], Any] = json.loads) -> str:
         return f"{path.name} cannot be read: {getattr(error, 'problem', error)}{where}"
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural(path: Path) -> list[tuple[int, str]]:
     """``version_10`` after ``version_9``."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]

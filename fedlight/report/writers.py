@@ -158,9 +158,11 @@ def write_latex(table: Table, path: Path) -> None:
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", "λ": r"$\lambda$", ">": "$>$",
-    "<": "$<$", "ζ": r"$\zeta$", "ρ": r"$\rho$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--", ">": "$>$", "<": "$<$",
 }  # fmt: skip
+_GREEK = "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau phi chi psi omega"
+_LATEX |= {letter: rf"$\{name}$" for letter, name in zip("αβγδεζηθκλμνξπρστφχψω", _GREEK.split(), strict=True)}
+_LATEX |= {letter.upper(): rf"$\{_LATEX[letter][2].upper()}{_LATEX[letter][3:]}" for letter in "γδθλξπσφψω"}
 
 
 def _latex(text: str) -> str:

@@ -116,6 +116,13 @@ def test_the_newer_of_two_is_told_by_its_rounds_and_not_by_its_place(tmp_path):
     assert [r.path.parent.name for r in study.repeated] == ["old"]
 
 
+def test_of_versions_beside_one_another_the_later_counts_whenever_it_was_copied(tmp_path):
+    for version, accuracy in ((2, 0.1), (10, 0.2)):
+        path = write_run(tmp_path / "a" / f"version_{version}", [accuracy])
+        os.utime(path / "metrics.csv", (100 - version, 100 - version))
+    assert group_runs(find_runs([tmp_path])).groups[0].stat("val/accuracy").mean == 0.2
+
+
 def test_classes_of_one_name_and_numbers_that_look_alike_are_methods_of_their_own():
     first, second = run([0.1]), run([0.9])
     first.config["algorithm.class_path"], second.config["algorithm.class_path"] = "one.FedX", "two.FedX"

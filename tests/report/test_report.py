@@ -323,7 +323,7 @@ def test_differences_to_a_baseline(tmp_path):
 
 
 def test_writers_escape(tmp_path):
-    table = Table(["a|b", "c_d"], [[Cell("<x>", bold=True), Cell("50 % & {y}")]], "a *note*")
+    table = Table(["a|b", "c_d"], [[Cell("<x>", bold=True), Cell("50 % & {y} αΔ")]], "a *note*")
     picture = tmp_path / "p q.png"
     picture.write_bytes(b"\x89PNG")
     document = [Heading("T#", 1), Text("<script>", warning=True), table, Picture(picture, "c<a>p")]
@@ -333,8 +333,8 @@ def test_writers_escape(tmp_path):
     markdown, page = (tmp_path / "r.md").read_text(), (tmp_path / "r.html").read_text()
     assert "# T\\#" in markdown
     assert "> \\<script\\>" in markdown
-    assert "| **\\<x\\>** | 50 % & {y} |" in markdown
+    assert "| **\\<x\\>** | 50 % & {y} αΔ |" in markdown
     assert "(p%20q.png)" in markdown
     assert "<script>" not in page
     assert "<strong>&lt;x&gt;</strong>" in page
-    assert r"\textbf{$<$x$>$} & 50 \% \& \{y\} \\" in (tmp_path / "t.tex").read_text()
+    assert r"\textbf{$<$x$>$} & 50 \% \& \{y\} $\alpha$$\Delta$ \\" in (tmp_path / "t.tex").read_text()
