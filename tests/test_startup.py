@@ -77,6 +77,27 @@ def test_a_first_round_needs_few_packages_and_loads_little_besides_lightning(loa
         assert f"fedlight.{later}" not in loaded["round"]
 
 
+HELP = """
+import sys
+from fedlight.__main__ import main
+sys.argv = ["fedlight", "fit", "--model.help", "Classifier"]
+try:
+    main()
+finally:
+    loaded = {name.split(".")[0] for name in sys.modules}
+    from lightning_utilities.core.imports import RequirementCache, package_available
+    assert RequirementCache("scipy") and package_available("scipy")
+    print("LOADED", *loaded)
+"""
+
+
+def test_a_help_loads_nothing_that_torchmetrics_finds():
+    ended = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, cwd=ROOT)
+    assert "smoothing" in ended.stdout, ended.stderr
+    assert {"torchmetrics", "lightning"} <= {*ended.stdout.split("LOADED")[1].split()}
+    assert not {"scipy", "matplotlib", "torchvision", "transformers"} & {*ended.stdout.split("LOADED")[1].split()}
+
+
 @pytest.mark.parametrize("collects", [True, False])
 def test_garbage_is_collected_again_if_it_was(monkeypatch, collects):
     monkeypatch.setattr(fedlight.gc, "isenabled", lambda: collects)
