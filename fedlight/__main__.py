@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 from typing import Any
 
@@ -25,16 +26,17 @@ def main() -> None:
 
 
 def _run() -> None:
-    try:
-        asks = any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in sys.argv)
-        with loading():
-            if asks:
-                _load_few_metrics()
-            from fedlight.cli.command import main as run
+    if interruptible := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # modules that are imported may lose a KeyboardInterrupt, or crash
+    asks = any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in sys.argv)
+    with loading():
+        if asks:
+            _load_few_metrics()
+        from fedlight.cli.command import main as run
 
-            gc.freeze()  # to look through all of it at the end would take a quarter of a short command's time
-    except KeyboardInterrupt:
-        sys.exit(130)
+        gc.freeze()  # to look through all of it at the end would take a quarter of a short command's time
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # As with `python -m`, so that a study's runs find the same classes; after what fedlight itself is made of, which a
     # file called random.py must not replace.
     if not sys.flags.safe_path and (here := os.getcwd()) not in sys.path:
