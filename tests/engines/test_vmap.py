@@ -324,6 +324,27 @@ def test_what_a_parameter_does_in_autograd_alone_is_refused(change, tmp_path):
         quiet_trainer(tmp_path, engine="vmap").fit(model, Clients())
 
 
+class Skips(Regression):
+    """Takes no step with a single sample."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if len(batch[0]) > 1 else None
+
+
+class Encodes(Regression):
+    """Does what torch does for one client, and not for several."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + nn.functional.one_hot((batch[1] > 0).long()).sum()
+
+
+@pytest.mark.parametrize(("module", "expected"), [(Skips, "returned None; every step needs"), (Encodes, "branches")])
+def test_steps_of_every_size_are_tried(module, expected, tmp_path):
+    trainer = quiet_trainer(tmp_path, engine="vmap", clients_per_round=4, accumulate_grad_batches=4)
+    with pytest.raises(MisconfigurationException, match=f"trainer.engine=vmap: .*{expected}"):
+        trainer.fit(module(), Clients((14, 5, 5, 5)))
+
+
 class Decayed(Regression):
     def __init__(self):
         super().__init__()

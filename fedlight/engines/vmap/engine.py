@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlight.data.arrays import ArrayDataset
 from fedlight.engines.base import ClientTask, Engine, LocalTraining, named
+from fedlight.engines.batch_order import StepSizes
 from fedlight.engines.eager import Eager
 from fedlight.engines.recordable import Unrecordable, check_recordable, explain, is_outdated, values_of_step
 from fedlight.engines.vmap.programs import StackedParts
@@ -41,7 +42,7 @@ class Vmap(Engine):
     _eager: Eager | None = None
 
     def setup(self, training: LocalTraining) -> None:
-        """Try a step of two clients.
+        """Try a step of two clients, with as many samples as any step has.
 
         Raises:
             MisconfigurationException: if it cannot be batched, saying why.
@@ -56,6 +57,8 @@ class Vmap(Engine):
         uncompiled = StackedParts(replace(training, compile=False))
         self._try_step(uncompiled, training.example, 2)
         self._parts.step.changing = uncompiled.step.changing
+        for sizes in StepSizes(training).all:
+            self.try_step(2, sum(sizes), 1)
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
@@ -96,7 +99,7 @@ class Vmap(Engine):
             self._eager.teardown()
             self._eager = None
 
-    def try_step(self, clients: int, samples: int) -> Tensor:
+    def try_step(self, clients: int, samples: int, steps: int = _STEPS) -> Tensor:
         """Train the example so many times side by side, on so many samples a step: the parameters ``[clients, P]``.
 
         There are some steps, so that what is rounded differs.
@@ -105,10 +108,9 @@ class Vmap(Engine):
             MisconfigurationException: if it cannot be batched, saying why.
         """
         example: Any = self._training.example
-        parts = StackedParts(replace(self._training, clients=clients, limit_batches=None))
-        return self._try_step(
-            parts, replace(example, dataset=example.dataset.first(samples), length=(None, _STEPS)), clients, _STEPS
-        )
+        parts = StackedParts(replace(self._training, clients=clients, limit_batches=None, compile=False))
+        example = replace(example, dataset=example.dataset.first(samples), length=(None, steps))
+        return self._try_step(parts, example, clients, steps)
 
     def _try_step(self, parts: StackedParts, example: ClientTask, clients: int, steps: int = 1) -> Tensor:
         training = self._training
