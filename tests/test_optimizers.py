@@ -222,9 +222,10 @@ def test_one_cycle_in_every_step(tmp_path):
         (OneCycle(5), "of OneCycle: OneCycleLR ends after 5 steps, and a client's round has up to 6: "),
         (OneCycle(2, interval="round"), "OneCycleLR ends after 2 rounds, and trainer.max_rounds has up to 3: "),
         (OneCycle(2, interval="epoch"), "OneCycleLR ends after 2 epochs, and a client's round has up to 3: "),
+        (OneCycle(9, interval="round"), "OneCycleLR changes momentum as well, and clients get the learning rate alone"),
     ],
 )
-def test_a_schedule_that_is_too_short_is_found_before_training(tmp_path, model, message):
+def test_a_schedule_that_a_round_cannot_follow_is_found_before_training(tmp_path, model, message):
     trained = []
     model.on_client_start = lambda client: trained.append(client)
     settings = {"local_epochs": 3 if model.more.get("interval") == "epoch" else 2}

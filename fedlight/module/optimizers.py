@@ -151,16 +151,17 @@ def check_schedules(module: LightningModule, sizes: Sequence[int], trainer: Any)
         _step_without_gradient(optimization.optimizer)
         for scheduled in optimization.schedulers:
             count = {"step": steps, "epoch": epochs, "round": trainer.max_rounds}[scheduled.interval]
-            _check_schedule(module, scheduled, count)
+            _check_schedule(module, scheduled, count, optimization.optimizer)
     taken = {id(p) for group in optimization.optimizer.param_groups for p in group["params"]}
     if left := [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in taken]:
         some = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         rank_zero_info(f"model.configure_optimizers: no client trains {some}, which the optimizer does not have.")
 
 
-def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int) -> None:
+def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int, optimizer: Optimizer) -> None:
     scheduler, calls, metric = scheduled.scheduler, list[Any](), 1.0 if scheduled.reduce_on_plateau else None
     name, step, steps = type(scheduler).__name__, scheduler.step, range(count // scheduled.frequency)
+    others, moved = _others(optimizer), list[str]()
     if overrides(module, "lr_scheduler_step"):
         scheduler.step = lambda *args, **named: calls.append((*args, *named.values()))  # type: ignore[method-assign]
         module.lr_scheduler_step(scheduler, metric)
@@ -180,6 +181,17 @@ def _check_schedule(module: LightningModule, scheduled: ScheduledLR, count: int)
                 f", and {whole} has up to {count}: {error} For a schedule of local steps take"
                 " total_steps=self.trainer.estimated_stepping_batches and interval 'step'."
             ) from error
+        moved += [place[1] for place, value in _others(optimizer).items() if value != others.get(place, value)]
+    if moved and scheduled.interval == "round":
+        raise MisconfigurationException(
+            f"model.configure_optimizers of {type(module).__name__}: {name} changes {moved[0]} as well, and clients"
+            " get the learning rate alone with interval 'round'. Give it cycle_momentum=False, or take interval 'step'."
+        )
+
+
+def _others(optimizer: Optimizer) -> dict[tuple[int, str], Any]:
+    groups = enumerate(optimizer.param_groups)
+    return {(i, key): value for i, group in groups for key, value in group.items() if key not in ("params", "lr")}
 
 
 def _step_without_gradient(optimizer: Optimizer) -> None:
