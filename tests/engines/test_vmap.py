@@ -23,7 +23,7 @@ from fedlight.penalties.man import MAN
 from fedlight.perturbations import ASAM, LESAM, SAM, DualSAM
 from tests.engines import cases
 from tests.engines.tape import Tape
-from tests.helpers.tiny import Clients, Regression, quiet_trainer, weights
+from tests.helpers.tiny import Clients, Regression, quiet_trainer, two_classes, weights
 
 CASES = {
     "plain": {},
@@ -433,6 +433,21 @@ class Recurrent(Regression):
 
     def forward(self, x):
         return self.net(x.unsqueeze(2))[0][:, -1, 0]
+
+
+class Classes(Regression):
+    """A recurrent layer, which torch takes no batched inputs for where its weights are not batched."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x.unsqueeze(2))[0][:, -1], y)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_model_that_all_clients_share_is_tried_as_in_a_round(tmp_path):
+    trainer = quiet_trainer(tmp_path, engine="vmap", algorithm=algorithms.FedNTD(), limit_val_batches=0)
+    with pytest.raises(MisconfigurationException, match="trainer.engine=vmap: .* cannot be batched"):
+        trainer.fit(Classes(net=nn.GRU(1, 3, batch_first=True)), two_classes())
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -109,6 +109,7 @@ class Vmap(Engine):
         """
         example: Any = self._training.example
         parts = StackedParts(replace(self._training, clients=clients, limit_batches=None, compile=False))
+        parts.step.changing = self._parts.step.changing  # what does not change is shared, as in a round
         example = replace(example, dataset=example.dataset.first(samples), length=(None, steps))
         return self._try_step(parts, example, clients, steps)
 
