@@ -117,6 +117,15 @@ class Penalty(_CallbackBase, Term):
             step.remove(self, over=True)
             self.on_fit_start(trainer, pl_module)
 
+    def on_round_trained(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Refuse in ``FederatedTrainer``, whose engines keep a step, that what is measured is not there any more."""
+        step = penalized_step(pl_module)
+        if step is not None and (gone := step.gone(self)):
+            raise MisconfigurationException(
+                f"{type(self).__name__}: a hook has put another module in the place of {gone[0]}, which it measures. Do"
+                " so in __init__, setup or configure_model, and train in stages with one fit for each."
+            )
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what several processes of Lightning's ``Trainer`` have measured."""
         if (step := penalized_step(pl_module)) is not None:

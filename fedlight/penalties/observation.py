@@ -64,8 +64,8 @@ class Observation(TorchFunctionMode):
         names = {child: name for name, child in reversed([("", module), *named_submodules(module)])}
         everywhere = [child for child in module.modules() if child in names] if self.looking else []
         modules = dict.fromkeys([*everywhere, *labels])
-        self._frames = [_Frame(self, names.get(child, ""), child, labels.get(child)) for child in modules]
-        if self._frames:
+        self.frames = [_Frame(self, names.get(child, ""), child, labels.get(child)) for child in modules]
+        if self.frames:
             torch.compiler.reset()  # what was compiled before does not look whether hooks have come
 
     def start(self) -> None:
@@ -95,7 +95,7 @@ class Observation(TorchFunctionMode):
     def remove(self, over: bool) -> None:
         """Take the hooks away; with ``over`` copies stop as well, which keep theirs."""
         self.findings.over = over
-        for frame in self._frames:
+        for frame in self.frames:
             frame.remove(all=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -225,7 +225,7 @@ class Observation(TorchFunctionMode):
         self._settled, takes = True, self.findings.takes
         self.looking = any(taken for (source, _), taken in takes.items() if source[0])
         kinds = {source[0] for source, _ in takes}
-        for frame in self._frames:
+        for frame in self.frames:
             if not (self.looking and (frame.opaque or frame.kind in kinds)):
                 frame.remove(all=False)
 
@@ -251,7 +251,7 @@ class _Frame:
         activates = observation.looking and is_activation(module)
         self.opaque, self.squashes = activates or isinstance(module, Metric), activates and squashes(module)
         entering = [module.register_forward_pre_hook(self.enter)] if observation.looking else []
-        self._handles = [*entering, module.register_forward_hook(self.leave)]
+        self.handles = [*entering, module.register_forward_hook(self.leave)]
 
     def enter(self, module: nn.Module, args: Any) -> None:
         if self.observation._recording:
@@ -271,11 +271,11 @@ class _Frame:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of a part of the module are copied, too, and hold no other part's hooks.
-        return self.__dict__ | {"_handles": [handle for handle in self._handles if handle.hooks_dict_ref() is not None]}
+        return self.__dict__ | {"handles": [handle for handle in self.handles if handle.hooks_dict_ref() is not None]}
 
     def remove(self, all: bool) -> None:
         """Remove the hooks, or all but the one that measures."""
-        for handle in self._handles if all or self.label is None else self._handles[:-1]:
+        for handle in self.handles if all or self.label is None else self.handles[:-1]:
             handle.remove()
 
 

@@ -68,6 +68,11 @@ class PenalizedStep:
         now = list(self.module.modules())
         return all([found() for found in o.modules] == now for o in self._observations if o.penalty is penalty)
 
+    def gone(self, penalty: Term) -> list[str]:
+        """The names of what is measured and exists no more."""
+        frames = [frame for o in self._observations if o.penalty is penalty for frame in o.frames]
+        return [f.label for f in frames if f.label and any(hook.hooks_dict_ref() is None for hook in f.handles)]
+
     def end_with_fit(self, penalty: Term) -> None:
         """Let what is read from a file of the module that is written meanwhile not be penalised."""
         for observation in self._observations:

@@ -112,6 +112,16 @@ def test_it_combines_with_an_algorithm_over_rounds(tmp_path):
     assert is_untouched(module)
 
 
+def test_a_layer_that_a_hook_replaces_is_named(tmp_path):
+    class Replaced(Regression):
+        def on_round_start(self):
+            if self.trainer.current_round == 1:
+                self.net[1] = nn.GELU()
+
+    with pytest.raises(MisconfigurationException, match=r"MAN: a hook has put another module in the place of net\.1,"):
+        fit(tmp_path, model(Replaced), MAN(ZETA), max_rounds=3)
+
+
 class Called(nn.Sequential):
     """The network of :func:`model` with a function for its activation."""
 
