@@ -206,6 +206,19 @@ def test_the_current_folder_comes_first_as_with_python_m_unless_that_is_forbidde
     assert found == ["the script's folder" if safe else str(tmp_path)]
 
 
+def test_what_may_not_be_read_is_named_in_a_line(monkeypatch, capsys):
+    def forbidden(*args, **kwargs):
+        raise PermissionError(13, "Permission denied", "runs/a")
+
+    monkeypatch.setattr(fedlight.cli.command, "FederatedCLI", forbidden)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert (stop.value.code, capsys.readouterr().err) == (
+        2,
+        "fedlight: error: [Errno 13] Permission denied: 'runs/a'\n",
+    )
+
+
 def test_ctrl_c_while_modules_are_loaded_ends_quietly(monkeypatch):
     handlers = []
 

@@ -253,7 +253,14 @@ def main(args: ArgsType = None) -> None:
         if stop.code == 128 + signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
             exit_by_signal(signal.SIGTERM)
         raise
-    except (MisconfigurationException, ValueError, TypeError, FloatingPointError, ConnectionError) as error:
+    except (
+        MisconfigurationException,
+        ValueError,
+        TypeError,
+        FloatingPointError,
+        ConnectionError,
+        PermissionError,
+    ) as error:
         found = _ours(error)
         if found is None:
             raise
@@ -263,7 +270,10 @@ def main(args: ArgsType = None) -> None:
 def _ours(error: BaseException | None) -> BaseException | None:
     """What fedlight raised on purpose, so that its message says all: the error, or one that another was made of."""
     while error is not None:
-        if isinstance(error, MisconfigurationException) or raised_in(error).split(".")[0] == fedlight.__name__:
+        if (
+            isinstance(error, MisconfigurationException | PermissionError)
+            or raised_in(error).split(".")[0] == fedlight.__name__
+        ):
             return error
         if str(error).startswith("Does not validate against any of the Union"):  # it has swallowed the error inside
             return ValueError(readable(str(error)).strip())

@@ -17,7 +17,7 @@ from fedlight.data.pixels import read_images
 
 EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".bmp", ".gif", ".webp", ".avif"}
 EXTENSIONS |= {".ppm", ".pgm", ".tif", ".tiff"}
-_NOT_DATA = (".", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # hidden files, the ._x.jpg of macOS among them
+_NOT_DATA = (".", "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found")  # hidden files, macOS's ._x.jpg, too
 _SPELLINGS = {
     "train": "training|train|trn",
     "val": "validation|validating|validate|valid|val|development|devel|dev|evaluation|eval",
@@ -147,11 +147,15 @@ def _walk(root: Path, suffixes: Collection[str]) -> list[_File]:
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Each folder of a tree with the names of the folders and files in it that hold data; links have an end."""
-    for place, inner, names in os.walk(root, followlinks=True):
+    for place, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
         path = Path(place)
         up = {above.resolve() for above in (path, *path.parents)} | {*path.resolve().parents}
         inner[:] = sorted(n for n in inner if not n.startswith(_NOT_DATA) and (path / n).resolve() not in up)
         yield path, inner, sorted(n for n in names if not n.startswith(_NOT_DATA))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"`data.source`: {error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _without_splits(root: Path, files: list[_File]) -> list[_File]:

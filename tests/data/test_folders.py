@@ -1,6 +1,7 @@
 """Trees of folders: which are splits, domains and classes, and which can be read in two ways."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -176,6 +177,20 @@ def test_folders_without_images_links_upwards_and_images_of_both_sets_are_said(t
     assert f"1 folders hold nothing to read and are no class, as {tmp_path}/train/cow" in said
     assert "5 of 6 test images are training images, too" in said
     assert f"1 files beside them are of other kinds and left out, as {tmp_path}/train/dog/9.heic" in said
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    tree(tmp_path, {"cat": [1], "dog": [2]})
+    scandir = os.scandir
+
+    def forbidding(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    with pytest.raises(ValueError, match="`data.source`: .*dog cannot be read: Permission denied"):
+        load_source(str(tmp_path))
 
 
 def test_folders_that_hold_links_to_one_another_have_an_end(tmp_path):
