@@ -95,15 +95,15 @@ def _below(folder: Path, seen: set[Path]) -> Iterator[Run]:
     if (place := folder.resolve()) in seen:
         return
     seen.add(place)
-    if (folder / "study.json").is_file():
-        yield from _study_runs(folder, seen)
-    elif _is_run(folder):
-        yield read_run(folder)
-        return
     try:
         children = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), natural(path)))
     except OSError as error:  # of another user
         yield Run(folder, "torn", f"the folder cannot be read: {error.strerror}")
+        return
+    if (folder / "study.json").is_file():
+        yield from _study_runs(folder, seen)
+    elif _is_run(folder):
+        yield read_run(folder)
         return
     for child in children:
         if child.is_dir() and not child.name.startswith("."):

@@ -124,7 +124,13 @@ def test_a_folder_of_another_user_is_listed_and_stops_nothing(tmp_path, monkeypa
             raise PermissionError(13, "Permission denied")
         return listed(path)
 
+    def is_file(path):
+        if path.parent.name == "theirs":
+            raise PermissionError(13, "Permission denied")
+        return path.exists()
+
     monkeypatch.setattr(Path, "iterdir", iterdir)
+    monkeypatch.setattr(Path, "is_file", is_file)
     mine, theirs = find_runs([tmp_path])
     assert (mine.status, theirs.status) == ("finished", "torn")
     assert theirs.detail == "the folder cannot be read: Permission denied"
