@@ -129,7 +129,7 @@ class StepSizes:
     Attributes:
         shared: sizes of the micro-batches of steps that several clients take at the same time.
         alone: those of steps that are always one client's; that depends on no round, and on no process.
-        all: both.
+        tried: a full one, the next smaller one and the smallest, in samples: what is tried out before training.
         steps: of a client, on average.
         batched: programs that serve several clients, run one after the other in a round.
         single: programs that serve one client.
@@ -150,7 +150,8 @@ class StepSizes:
                 alike[len(plan), sizes] += clients * training.per_round / total
         self.shared = {full for steps in longest if steps} | {sizes for (_, sizes), n in alike.items() if n >= _SEVERAL}
         self.alone = {sizes for _, sizes in alike} - self.shared
-        self.all = self.shared | self.alone
+        samples = sorted({sum(sizes) for sizes in self.shared | self.alone}, reverse=True)
+        self.tried = sorted({*samples[:2], *samples[-1:]}, reverse=True)
         self.single = sum(n for (_, sizes), n in alike.items() if sizes in self.alone)
         self.batched = sum(min(1.0, n) for (_, sizes), n in alike.items() if sizes in self.shared)
         below = 0.0

@@ -67,21 +67,14 @@ def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., 
     idle: list[set[str]] = [{*findings.idle}]
     unlike, own_loss = list[str](), set[bool]()
     function, zero = CompiledStep(training, compile=False), torch.zeros((), dtype=torch.int64)
-    smallest, *others = sorted(map(sum, StepSizes(training).all))
-    full = max(others, default=smallest)
-    for samples in sorted({smallest, *others[-2:]}, reverse=True):
+    for samples in StepSizes(training).tried:
         one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
         try:
             found, written = _tried(training, one, call, draws=ClientDropout(zero, zero))
+            other = _tried(training, one, call, function=function)[1]
         except Exception:  # whoever takes such a step says what it is
             continue
-        try:
-            other = _tried(training, one, call, function=function)[1]
-            what = "" if written.draws else written.differs(other)  # numbers that are drawn may come in another order
-        except Exception as error:
-            if samples == full:  # which engines try by themselves, and explain
-                break
-            what = f"an error ({str(error.__cause__ or error).partition(chr(10))[0]})"
+        what = "" if written.draws else written.differs(other)  # numbers that are drawn may come in another order
         idle.append({*found.idle})
         own_loss.add(written.own_loss)
         unlike += [f"{what} on {samples} samples"] if what else []

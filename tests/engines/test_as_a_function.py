@@ -56,14 +56,6 @@ class SmallAlone(Net):
         return Knows.more(self, batch) if len(batch[1]) == 1 else 0.0
 
 
-class SkipsSmall(Net):
-    def training_step(self, batch, batch_idx):
-        return super().training_step(batch, batch_idx) if len(batch[1]) > 1 else None
-
-    def more(self, batch):
-        return 0.0
-
-
 class Seeds(Net):
     def more(self, batch):
         torch.manual_seed(3)
@@ -94,7 +86,6 @@ REASONS = {
     LooksAtGradients: "another gradient",
     Catches: "another gradient",
     SmallAlone: "another gradient on 1 samples",
-    SkipsSmall: r"an error \(training_step returned None; every step needs a loss\) on 1 samples",
     Seeds: "draws from torch, which it seeds",
     LogsSome: "train/loss of its own in some steps only",
     Counts: "other buffers",

@@ -42,7 +42,7 @@ class Vmap(Engine):
     _eager: Eager | None = None
 
     def setup(self, training: LocalTraining) -> None:
-        """Try a step of two clients, with as many samples as any step has.
+        """Try a step of two clients, with as many samples as most steps have, and as few as any.
 
         Raises:
             MisconfigurationException: if it cannot be batched, saying why.
@@ -57,8 +57,8 @@ class Vmap(Engine):
         uncompiled = StackedParts(replace(training, compile=False))
         self._try_step(uncompiled, training.example, 2)
         self._parts.step.changing = uncompiled.step.changing
-        for sizes in StepSizes(training).all:
-            self.try_step(2, sum(sizes), 1)
+        for samples in StepSizes(training).tried:
+            self.try_step(2, samples, 1)
 
     def train(self, round: int, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
         """Train the clients, as many at once as memory allows."""
