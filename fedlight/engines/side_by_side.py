@@ -83,7 +83,7 @@ def why_not_same(step: Callable[[int, int], Tensor], training: LocalTraining) ->
             return f"{watch.found[0]} may round differently beside other clients"
         many = step(min(max(3, training.per_round), _PLACES), sum(sizes))
         if not bool((many == two[0]).all() and (two[1] == two[0]).all()):
-            return "this processor rounds differently beside other clients"
+            return "it draws, or this processor rounds, differently beside other clients"
     return None
 
 

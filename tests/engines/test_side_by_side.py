@@ -221,7 +221,9 @@ def test_what_cannot_be_traced_runs_as_it_did(tmp_path, monkeypatch):
 def test_a_processor_that_rounds_by_position_is_not_trusted(tmp_path, monkeypatch):
     step = Vmap.try_step
     monkeypatch.setattr(Vmap, "try_step", lambda self, n, m, *s: step(self, n, m, *s) + 1e-7 * (n > 2 and m == 2))
-    assert fit(tmp_path, Small())[0] == "Eager: auto; this processor rounds differently beside other clients"
+    assert (
+        fit(tmp_path, Small())[0] == "Eager: auto; it draws, or this processor rounds, differently beside other clients"
+    )
 
 
 def test_which_steps_are_taken_alike():

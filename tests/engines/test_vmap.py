@@ -457,3 +457,18 @@ def test_a_recurrent_layer_is_left_as_it_was(tmp_path):
     for engine, model in models.items():
         quiet_trainer(tmp_path, engine=engine, logger=False, max_rounds=2).fit(model, Clients())
     torch.testing.assert_close(weights(models["vmap"]), weights(models["eager"]), rtol=0, atol=1e-6)
+
+
+class LogsWidths(cases.Net):
+    """In batches of one it logs a number under a name that is a float64 tensor's otherwise."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/share", 0.25 if len(batch[1]) == 1 else loss.detach() * 0 + 0.5)
+        return loss
+
+
+def test_a_name_may_be_logged_in_two_types(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "Net", LogsWidths)
+    (_, eager), (_, rows) = (cases.train(tmp_path, engine) for engine in ("eager", "vmap"))
+    assert [row["train/share"] for row in rows] == pytest.approx([row["train/share"] for row in eager])

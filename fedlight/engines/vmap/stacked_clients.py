@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import accumulate, groupby
 
 import torch
@@ -226,12 +227,12 @@ class StackedClients:
 
     def _by_entry(self, entries: list[tuple[slice | Tensor, Tensor]], neutral: float) -> Tensor:
         """A row of all clients for each entry: ``[entries, K]``."""
-        first, clients = entries[0][1], len(self._tasks)
+        wide, clients = reduce(torch.promote_types, {value.dtype for _, value in entries}), len(self._tasks)
         if all(len(value) == clients for _, value in entries):
-            return torch.stack([value for _, value in entries])
-        out = first.new_full((len(entries), clients), neutral)
+            return torch.stack([value.to(wide) for _, value in entries])
+        out = entries[0][1].new_full((len(entries), clients), neutral, dtype=wide)
         for row, (rows, value) in zip(out, entries, strict=True):
-            row[rows] = value
+            row[rows] = value.to(wide)
         return out
 
 
