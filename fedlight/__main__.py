@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from fedlight import loading
@@ -26,7 +27,8 @@ def main() -> None:
 
 
 def _run() -> None:
-    if interruptible := signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    handles = threading.current_thread() is threading.main_thread()
+    if interruptible := handles and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # modules that are imported may lose a KeyboardInterrupt, or crash
     asks = any(word in ("-h", "--help") or word.partition("=")[0].endswith(".help") for word in sys.argv)
     with loading():

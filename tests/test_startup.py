@@ -118,3 +118,11 @@ def test_names_and_packages_are_found():
     assert set(fedlight.__all__) <= set(dir(fedlight))
     for name in fedlight.__all__:
         assert getattr(fedlight, name).__name__.split(".")[-1] == name
+
+
+def test_the_program_may_be_called_in_a_thread():
+    code = "import sys, threading; from fedlight.__main__ import main; sys.argv = ['fedlight', 'fit', '--nothing'];"
+    code += " thread = threading.Thread(target=main); thread.start(); thread.join()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "signal only works" not in ended.stderr
+    assert "--nothing" in ended.stderr
