@@ -104,7 +104,7 @@ class Perturbation:
         Args:
             client: its state before.
             state: what the last step returned.
-            start: where its training started, ``[P]``.
+            start: the model that it received, with its personal entries, ``[P]``.
         """
         return client, {}
 

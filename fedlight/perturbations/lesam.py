@@ -33,7 +33,7 @@ class LESAM(Perturbation):
 
     def begin(self, received: State, client: State, start: Tensor) -> State:
         """ε of this round."""
-        direction = client["has_received"] * (client["received"] - start)
+        direction = client["has_received"] * (client["received"] - received["params"])
         return {"epsilon": self.rho * unit(direction)}
 
     def epsilon(self, params: Tensor, gradient: Tensor | None, state: State) -> tuple[Tensor, State]:

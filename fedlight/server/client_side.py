@@ -145,7 +145,7 @@ class ClientSide(ClientStates):
                 message = unpack(chain, self._received, packed)
         if self.perturbation is not None:
             own = self._own_perturbation(client)
-            rows["perturbation"], beside = self.perturbation.client_update(own, whole.perturbation, whole.start)
+            rows["perturbation"], beside = self.perturbation.client_update(own, whole.perturbation, self._model(client))
             beside = self.split.restricted(beside)
         rows["buffers"] = {k: v for k, v in result.buffers.items() if self.is_local(k)}
         rows["personal"] = self.personal.client_update(self.own(client), whole)

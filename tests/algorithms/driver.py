@@ -75,7 +75,7 @@ class Driver:
             if perturbation is not None:
                 before = self.clients_perturbation.get(i) or perturbation.init_client(params)
                 self.clients_perturbation[i], sent = perturbation.client_update(
-                    before, result.perturbation, result.start
+                    before, result.perturbation, received["params"]
                 )
                 add(total_perturbation, {**perturbation.contribution(sent, result), "clients": 1})
             self.up = up + sum(v.numel() for v in sent.values())

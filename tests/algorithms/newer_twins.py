@@ -100,7 +100,7 @@ def fedinit(problem, oracle, beta):
     def play(t, selected, lr):
         nonlocal w
         for i in selected:
-            last[i] = local(problem, oracle, i, w + beta * (w - last.get(i, w)), lr)
+            last[i] = local(problem, oracle, i, w, lr, start=w + beta * (w - last.get(i, w)))
         w = np.mean([last[i] for i in selected], axis=0)
         return w
 

@@ -106,10 +106,10 @@ class Dual(Sam):
         self.mu = self.rho * mean / np.sqrt(np.sum(mean**2))
 
 
-def local(problem, oracle, i, received, lr, correct=lambda g, w: g):
-    """Local steps of plain SGD along the corrected gradient."""
+def local(problem, oracle, i, received, lr, correct=lambda g, w: g, start=None):
+    """Local steps of plain SGD along the corrected gradient, from what was received or from elsewhere."""
     oracle.begin(i, received)
-    w = received.copy()
+    w = (received if start is None else start).copy()
     for _ in range(problem.steps[i]):
         w = w - lr * correct(oracle(i, w), w)
     return w

@@ -6,7 +6,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.nn import functional as F
 
-from fedlight.algorithms import SCAFFOLD, FedDyn, FedSWA
+from fedlight.algorithms import SCAFFOLD, FedDyn, FedInit, FedSWA
 from fedlight.callbacks import ClientMetrics
 from fedlight.engines.cuda_graph import CudaGraph
 from fedlight.penalties.man import MAN
@@ -16,7 +16,7 @@ from fedlight.personal.fine_tune import FineTune
 from fedlight.personal.local_only import LocalOnly
 from fedlight.personal.per_fedavg import PerFedAvg
 from fedlight.personal.pfedme import PFedMe
-from fedlight.perturbations import SAM
+from fedlight.perturbations import LESAM, SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.seeding import generator
 from tests.engines.tape import Tape
@@ -89,6 +89,23 @@ def test_ditto_is_algorithm_1_of_its_paper(tmp_path, lam, length):
     assert figures["clients/personal_loss_mean"] == pytest.approx(float(losses.mean()))
     assert figures["clients/personal_loss_std"] == pytest.approx(float(losses.std(unbiased=False)))
     assert figures["clients/loss_mean"] == pytest.approx(sum(float(plain.loss(k, w)) for k in range(4)) / 4)
+
+
+def test_lesam_follows_the_servers_way_wherever_a_training_starts(tmp_path):
+    """FedInit starts beyond the server's model, and Ditto's own model where it was."""
+    plain = Plain()
+    w, before, last, v = plain.start, None, [plain.start] * 4, [plain.start] * 4
+    for _ in range(ROUNDS):
+        way = torch.zeros_like(w) if before is None else 0.3 * (before - w) / (before - w).norm()
+        start = [w + 0.5 * (w - last[k]) if before is not None else w for k in range(4)]
+        last = [s - LR * plain.gradient(k, s + way) for k, s in enumerate(start)]
+        v = [x - LR * (plain.gradient(k, x + way) + 0.5 * (x - w)) for k, x in enumerate(v)]
+        before, w = w, sum(last) / 4
+    more = {"algorithm": FedInit(0.5), "perturbation": LESAM(0.3), "local_epochs": 1}
+    trainer, model = fit(tmp_path, Ditto(0.5), **more)
+    torch.testing.assert_close(weights(model), w)
+    for client in range(4):
+        torch.testing.assert_close(own(trainer, client), v[client])
 
 
 @pytest.mark.parametrize("engine", ["eager", "vmap"])

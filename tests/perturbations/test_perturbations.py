@@ -25,6 +25,11 @@ def close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def received(perturbation, client, params, server=None):
+    """What a round begins with that starts from the model that was received."""
+    return perturbation.begin({**(server or {}), "params": params}, client, params)
+
+
 def two_parameters():
     """One weight and one bias."""
     return ParameterLayout.of(nn.Linear(1, 1).double())
@@ -58,11 +63,11 @@ def test_asam_treats_the_parameters_of_norms_as_biases():
 def test_lesam_points_from_the_model_received_now_to_the_one_before():
     lesam = LESAM(rho=0.5)
     first = lesam.init_client(vector(0.0, 0.0))
-    state = lesam.begin({}, first, vector(3.0, 4.0))
+    state = received(lesam, first, vector(3.0, 4.0))
     assert torch.equal(state["epsilon"], vector(0.0, 0.0))  # nothing was received before
     client, sent = lesam.client_update(first, state, vector(3.0, 4.0))
     assert sent == {}
-    epsilon, _ = lesam.epsilon(vector(8.0, 8.0), None, lesam.begin({}, client, vector(0.0, 8.0)))
+    epsilon, _ = lesam.epsilon(vector(8.0, 8.0), None, received(lesam, client, vector(0.0, 8.0)))
     close(epsilon, vector(0.3, -0.4))
     assert not lesam.needs_gradient
 
@@ -87,7 +92,7 @@ HESSIAN = torch.tensor([[2.0, 1.0], [1.0, 3.0]], **TENSOR)
 def second_gradient(perturbation, w, server=None, client=None):
     """The gradient that the optimizer gets for L(w) = ½wᵀHw."""
     perturbation.setup(two_parameters())
-    state = perturbation.begin(server or {}, client or {}, w)
+    state = received(perturbation, client or {}, w, server)
     passes = []
 
     def gradient(point, nth):
@@ -133,7 +138,7 @@ def prepared(perturbation, dtype=torch.float64):
     """A perturbation with the state that its first round begins with."""
     w = torch.tensor([1.2, 0.6], dtype=dtype)
     perturbation.setup(two_parameters())
-    return w, perturbation.begin(perturbation.init_server(w), perturbation.init_client(w), w)
+    return w, received(perturbation, perturbation.init_client(w), w, perturbation.init_server(w))
 
 
 ALL = [SAM, ASAM, LESAM, DualSAM]
@@ -197,9 +202,9 @@ def test_vmap_over_clients_gives_what_each_client_gets(cls):
     params, gradients, starts = (torch.randn(3, 2, generator=rng, **TENSOR) for _ in range(3))
     server = perturbation.init_server(params[0])
     clients = [perturbation.init_client(params[0]) for _ in range(3)]
-    clients = [perturbation.client_update(c, perturbation.begin(server, c, p), p)[0]
+    clients = [perturbation.client_update(c, received(perturbation, c, p, server), p)[0]
                for c, p in zip(clients, params, strict=True)]  # fmt: skip
-    states = [perturbation.begin(server, c, s) for c, s in zip(clients, starts, strict=True)]
+    states = [received(perturbation, c, s, server) for c, s in zip(clients, starts, strict=True)]
     stacked = {name: torch.stack([s[name] for s in states]) for name in states[0]}
     batched, after = torch.func.vmap(perturbation.epsilon)(params, gradients, stacked)
     for i in range(3):
