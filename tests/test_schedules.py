@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -124,13 +125,16 @@ def test_a_constant_schedule_changes_no_bit_of_an_algorithm(name):
     assert all((a == b).all() for a, b in zip(one, other, strict=True))
 
 
-def test_momentum_on_the_server_may_begin_at_zero():
-    """What the optimizer keeps is there from the first round on, so that a checkpoint can be compared."""
-    driver = Driver(FedAvgM(momentum={"schedule": "linear", "from": 0, "to": 0.5, "rounds": 1}))
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_on_the_server_may_begin_at_zero(nesterov):
+    """What the optimizer keeps is there from the first round on, so that a checkpoint can be compared; v is Δ then."""
+    schedule = {"schedule": "linear", "from": 0, "to": 0.5, "rounds": 1}
+    driver = Driver(FedAvgM(momentum=schedule, nesterov=nesterov))
     names = set(driver.server)
     assert "optimizer.momentum_buffer" in names
-    driver.run()
+    *_, before, after = driver.run()
     assert set(driver.server) == names
+    np.testing.assert_allclose(driver.server["optimizer.momentum_buffer"], before - after, rtol=0, atol=1e-12)
 
 
 def net():

@@ -17,6 +17,11 @@ _PREFIX = "optimizer."
 _sgd = partial(torch.optim.SGD, lr=1.0)
 
 
+def _above_zero(value: Tensor) -> float:
+    """A scheduled number: torch's SGD forgets the step of a round whose momentum is 0, and refuses Nesterov's."""
+    return max(float(value), 5e-324)
+
+
 class FedOpt(Algorithm):
     """The mean update Δ of the clients is a (negative) gradient, and a torch optimizer on the server follows it.
 
@@ -83,7 +88,7 @@ class FedOpt(Algorithm):
         optimizer.step()
         return {**server, "params": params.detach(), "steps": server["steps"] + 1, **_tensors(optimizer, params)}
 
-    def _prepare(self, params: Tensor, number: Any = float) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    def _prepare(self, params: Tensor, number: Any = _above_zero) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
         parameter = torch.nn.Parameter(params.clone())
         now = {k: tree_map_only(Tensor, number, value) for k, value in self.settings.items()}
         return parameter, self.optimizer([parameter], **now)
