@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import isfunction, ismethod
 from typing import Any
 
 import torch
@@ -141,12 +142,16 @@ def _copied(module: nn.Module) -> LightningModule:
     if not module.automatic_optimization:
         name = type(module).__name__
         raise TypeError(f"{name} optimises manually: its training_step takes steps, and is no loss to be analysed.")
-    clone = copy.deepcopy(module, _shared_attributes(module))
+    clone = copy.deepcopy(module, memo := _shared_attributes(module))
     clone._trainer, clone._fabric = module._trainer, module._fabric  # what training_step may ask for
     step = penalized_step(clone)
     if step is not None:
         for penalty in step.penalties:
             step.remove(penalty)
+    for attributes in map(vars, clone.modules()):
+        for name, value in attributes.items():  # a compiled method, which would be that of the module itself
+            compiled = getattr(value, "_torchdynamo_orig_callable", None) if isfunction(value) else None
+            attributes[name] = copy.deepcopy(compiled, memo) if ismethod(compiled) else value
     return clone
 
 

@@ -112,6 +112,7 @@ class Penalty(_CallbackBase, Term):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Attach anew where the module has other submodules than before: it may replace some in its own hooks."""
+        self._check(pl_module)  # whose hooks may change how it optimises, too
         step = penalized_step(pl_module) if batch_idx == 0 else None
         if step is not None and self in step.penalties and not step.has_all(self):
             step.remove(self, over=True)

@@ -45,7 +45,7 @@ def _sizes(batch: Any) -> Iterator[int]:
         yield batch.size(0) if batch.ndim else 1
     elif isinstance(graphs := getattr(batch, "num_graphs", None), int):
         yield graphs
-    elif isinstance(batch, Iterable) and not isinstance(batch, str):
+    elif isinstance(batch, Iterable) and not isinstance(batch, str | Iterator):  # which is used up by looking
         for part in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _sizes(part)
     elif is_dataclass(batch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -148,6 +149,16 @@ def test_a_compiled_module_is_analysed_uncompiled():
     compiled = hessian_operator(torch.compile(module, backend="aot_eager"), [(X, Y)])
     module.net._compiled_call_impl = None
     assert torch.equal(compiled.matvec(v), hessian_operator(module, [(X, Y)]).matvec(v))
+
+
+def test_a_compiled_method_is_that_of_the_copy():
+    module, plain = Task(mlp()), Task(mlp())
+    plain.load_state_dict(module.state_dict())
+    module.training_step = torch.compile(module.training_step, backend="eager")
+    from_compiled(torch.compile(module, backend="eager"))  # as Lightning's Trainer does
+    v = torch.randn(sum(p.numel() for p in module.parameters()))
+    compiled = hessian_operator(module, [(X, Y)]).matvec(v)
+    assert torch.equal(compiled, hessian_operator(plain, [(X, Y)]).matvec(v))
 
 
 def test_attention_has_second_derivatives():

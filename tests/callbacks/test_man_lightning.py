@@ -283,6 +283,27 @@ def test_nothing_to_penalise_is_said_before_the_first_update():
     assert is_untouched(module)
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_step_that_takes_the_iterator_has_all_batches():
+    class OfIterator(Lit):
+        def training_step(self, dataloader_iter):
+            return super().training_step(*next(dataloader_iter)[:2])
+
+    data = batches(3)
+    ours, trainer = fit(OfIterator(), data, MAN(ZETA))
+    assert_same(ours, formula_gradients(Lit(), [[batch] for batch in data]))
+    assert "train/penalty" in trainer.callback_metrics
+
+
+def test_manual_optimization_that_a_hook_begins_is_refused():
+    class Later(Lit):
+        def on_train_epoch_start(self):
+            self.automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="MAN cannot be added to the loss of Later"):
+        fit(Later(), batches(1), MAN(ZETA))
+
+
 def test_layers_made_in_configure_model():
     class Late(Lit):
         def __init__(self):
