@@ -137,7 +137,7 @@ def check_aggregator(settings: Mapping[str, Any], perturbation: Perturbation | N
     """Refuse what a trainer's aggregator cannot stand in for."""
     aggregator, algorithm = settings["aggregator"], settings["algorithm"]
     name = f"{_KEY}: {type(aggregator).__name__}"
-    sends = perturbation is not None and type(perturbation).client_update is not Perturbation.client_update
+    sends = perturbation is not None and type(perturbation).aggregate is not Perturbation.aggregate
     private = any(t.stage == 3 for t in settings["transforms"])
     reasons = (
         not isinstance(aggregator, Aggregator) and f"{name} is no Aggregator.",

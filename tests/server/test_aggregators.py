@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from scipy.stats import trim_mean
 from torch import nn
 
-from fedlight.algorithms import SCAFFOLD, FedAvg, FedDyn, FedExP
+from fedlight.algorithms import SCAFFOLD, FedAvg, FedDyn, FedExP, FedLESAM
 from fedlight.perturbations import DualSAM
 from fedlight.server.aggregators import Aggregator, GeometricMedian, Krum, Median, TrimmedMean, in_place_of_sums
 from fedlight.server.sampling import Bernoulli
@@ -229,6 +229,18 @@ def test_what_it_cannot_stand_in_for_is_refused_before_training(tmp_path, settin
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path, **given).fit(Regression(), Clients())
     assert not list(tmp_path.glob("default/version_*"))
+
+
+def test_a_perturbation_that_sends_nothing_goes_with_it(tmp_path):
+    """LESAM keeps what a client received, and nothing of it crosses: the median of equal clients is their mean."""
+    found = []
+    for aggregator in (None, Median()):
+        data, settings = Clients(batch_size=5), {"aggregator": aggregator, "clients_per_round": 4}
+        trainer = quiet_trainer(tmp_path, algorithm=FedLESAM(), **settings)
+        data.datasets = data.datasets[:1] * 4
+        trainer.fit(model := Regression(), data)
+        found.append(weights(model))
+    torch.testing.assert_close(*found)
 
 
 def test_a_round_that_loses_too_many_clients_ends_the_run(tmp_path):
