@@ -149,7 +149,16 @@ def federated_subject(trainer: Any) -> Subject:
 
 def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
     """The module of a stock Lightning Trainer, with the datasets behind its loaders."""
-    from fedlight.module.step import transfer_function
+
+    def transfer(batch: Any) -> Any:
+        """As Lightning's evaluation does: hooks, which a datamodule may have too, may augment in training."""
+        before = trainer.state.stage, module.training
+        trainer.validating, module.training = True, False
+        try:
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        finally:
+            trainer.state.stage, module.training = before
 
     def only(loaders: Any) -> Any:
         return loaders[0] if isinstance(loaders, list | tuple) and len(loaders) == 1 else loaders
@@ -177,7 +186,7 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
         device=trainer.strategy.root_device,
         train=lambda: dataset(train, "train"),
         val=lambda: dataset(val, "val") if trainer.val_dataloaders else None,
-        transfer=transfer_function(module, trainer.strategy.root_device),
+        transfer=transfer,
         collate_fn=getattr(train, "collate_fn", None),
         val_collate_fn=getattr(val, "collate_fn", None),
         rank=trainer.global_rank,

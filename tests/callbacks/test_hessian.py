@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, WeightedRandomSampler, default_collate
@@ -462,13 +463,13 @@ class Plain(Regression):
         return DataLoader(self.data, 10)
 
 
-def stock(tmp_path, *callbacks, model=None, **settings):
+def stock(tmp_path, *callbacks, model=None, data=None, **settings):
     torch.manual_seed(3)
     model = model or Plain()
     quiet = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     quiet |= {"enable_checkpointing": False, "max_epochs": 3, "log_every_n_steps": 1, "default_root_dir": tmp_path}
     trainer = Trainer(callbacks=list(callbacks), **{**quiet, **settings})
-    trainer.fit(model)
+    trainer.fit(model, datamodule=data)
     return trainer, model
 
 
@@ -528,6 +529,30 @@ def test_in_a_stock_trainer_the_loader_of_the_data_makes_the_batches(tmp_path, d
     _, model = stock(tmp_path, callback, model=Doubled(), max_epochs=1, limit_train_batches=1)
     x = model.data.x * factor**0.5
     assert callback.results["server"].lambda_max == pytest.approx(by_hand(x)[0][0], rel=1e-5)
+
+
+class Scaling(LightningDataModule):
+    """Its hooks scale by 2, which is undone in training."""
+
+    def train_dataloader(self):
+        return DataLoader(Plain().data, batch_size=5)
+
+    val_dataloader = train_dataloader
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return apply_to_collection(batch, torch.Tensor, lambda x: 2 * x)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        factor = 0.5 if self.trainer.training or self.trainer.lightning_module.training else 1.0
+        return apply_to_collection(batch, torch.Tensor, lambda x: factor * x)
+
+
+@pytest.mark.parametrize("validated", [0, 1])
+def test_in_a_stock_trainer_hooks_of_the_datamodule_are_called_as_in_an_evaluation(tmp_path, validated):
+    callback = spectrum(every_n_rounds=3)
+    settings = {"model": (model := Plain()), "max_epochs": 1, "limit_val_batches": validated}
+    stock(tmp_path, callback, data=Scaling(), **settings)
+    assert callback.results["server"].lambda_max == pytest.approx(by_hand(2 * model.data.x)[0][0], rel=1e-5)
 
 
 class Fives(BatchSampler):
