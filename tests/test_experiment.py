@@ -260,4 +260,4 @@ def test_a_batch_is_not_all_of_them(tmp_path):
         trainer = quiet_trainer(tmp_path, max_rounds=0, limit_train_batches=limit)
         trainer.fit(Regression(), Clients())
         found.append(trainer._session.experiment)
-    assert differences(*found) == {"trainer.limit_train_batches": ["1", "1.0"]}
+    assert differences(*found) == {"trainer.limit_train_batches": ["1", "None"]}
