@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def try_steps(training: LocalTraining, call: Callable[..., Any], records: bool, 
     example = training.example
     assert example is not None
     findings, seen = _tried(training, example, call)
-    if not records or findings.read or findings.drawn or findings.changed:
+    if not records or findings.read or findings.drawn or findings.changed or findings.outside:
         return findings
     try:  # tensors and floats take an int's value unnoticed: `loss * batch_idx`, `0.9**batch_idx`
         apart = (_tried(training, example, call, _FAR)[1].params - seen.params).norm()
@@ -64,24 +64,28 @@ def _compared(training: LocalTraining, example: ClientTask, call: Callable[..., 
 
     if not isinstance(example.dataset, ArrayDataset):
         return findings
-    idle: list[set[str]] = [{*findings.idle}]
-    unlike, own_loss = list[str](), set[bool]()
+    training = replace(training, findings=findings)  # what moves is an input of the function
+    every, own_loss = [findings], set[bool]()
     function, zero = CompiledStep(training, compile=False), torch.zeros((), dtype=torch.int64)
     for samples in StepSizes(training).tried:
         one = replace(example, dataset=example.dataset.first(samples), length=(None, 1))
         try:
             found, written = _tried(training, one, call, draws=ClientDropout(zero, zero))
-            other = _tried(training, one, call, function=function)[1]
+            every.append(found)
+            own_loss.add(written.own_loss)
+            if found.moving != findings.moving or found.read or found.drawn or found.changed or found.outside:
+                continue
+            if written.draws:  # numbers may be drawn in another order
+                continue
+            what = written.differs(_tried(training, one, call, function=function)[1])
         except Exception:  # whoever takes such a step says what it is
             continue
-        what = "" if written.draws else written.differs(other)  # numbers that are drawn may come in another order
-        idle.append({*found.idle})
-        own_loss.add(written.own_loss)
-        unlike += [f"{what} on {samples} samples"] if what else []
-    unlike += ["a train/loss of its own in some steps only"] if len(own_loss) > 1 else []
-    some = {name for names in idle for name in names}
-    waking = {name for name in some if not all(name in names for names in idle)}
-    return replace(findings, idle=tuple(sorted(some)), waking=tuple(sorted(waking)), unlike=tuple(unlike))
+        every.append(Findings(idle=found.idle, unlike=(f"{what} on {samples} samples",) if what else ()))
+    if len(own_loss) > 1:
+        every.append(Findings(idle=findings.idle, unlike=("a train/loss of its own in some steps only",)))
+    joined = {f.name: [name for found in every for name in getattr(found, f.name)] for f in fields(Findings)}
+    joined["waking"] = [name for name in joined["idle"] if not all(name in found.idle for found in every)]
+    return Findings(**{key: tuple(dict.fromkeys(names)) for key, names in joined.items()})
 
 
 @dataclass
