@@ -214,8 +214,8 @@ def group_runs(runs: Sequence[Run]) -> Study:
             if run.status == "finished":
                 group = groups.setdefault(key, Group(method, setting, *key))
                 same = [*(other for other in group.runs if _is_same(other, run)), run]
-                beside = len({Path(one.path).parent for one in same}) == 1  # copies of files are of any age
-                same.sort(key=(lambda one: natural(Path(one.path))) if beside else _written)
+                folders = {re.sub(r"version_\d+$", "", str(one.path)) for one in same}  # copies of files are of any age
+                same.sort(key=_written if len(folders) > 1 else lambda one: natural(Path(one.path)))
                 repeated |= {str(older.path): older for older in same[:-1]}
                 group.runs = [other for other in group.runs if not _is_same(other, run)] + same[-1:]
     return Study(_ordered(list(groups.values())), list(runs), labels, list(repeated.values()))
