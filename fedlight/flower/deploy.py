@@ -119,7 +119,7 @@ def main(args: Sequence[str]) -> int:
 
 def _write(app: Path, composed: Parts, publisher: str) -> None:
     """Write the app; nothing is written where the experiment cannot be deployed."""
-    check_deployable(composed.trainer, composed.datamodule)
+    check_deployable(composed.trainer, composed.datamodule, composed.model)
     text = _text(composed)
     code = _own_code(yaml.safe_load(text))
     name = re.sub(r"[^a-zA-Z0-9]+", "-", app.absolute().name).lstrip("-")

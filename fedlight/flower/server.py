@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from fedlight.callbacks._rounds import RoundCallback
@@ -21,6 +22,8 @@ from fedlight.flower.messages import Transport
 from fedlight.flower.sites import RemoteClients, Sites
 from fedlight.flower.spectrum import SiteHessian
 from fedlight.local import ClientResult
+from fedlight.module.hooks import overrides
+from fedlight.module.parameters import ParameterLayout
 from fedlight.personal.base import Personalization
 from fedlight.run.evaluation import Stage
 from fedlight.run.experiment import differences
@@ -192,8 +195,8 @@ class ServerTrainer(FederatedTrainer):
         return partial(SiteHessian, self._session) if self.measures_at_sites else None
 
 
-def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule) -> None:
-    """Refuse what only a simulation can do, by its key."""
+def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule, model: LightningModule) -> None:
+    """Refuse what only a simulation can do, and personal parts that the model does not have, by key."""
     settings = trainer.settings
     colluding = [type(attack).__name__ for attack in attacks_by(settings["transforms"]) if attack.colludes]
     for key in (key for key in ("centralized", "fast_dev_run") if settings[key]):
@@ -204,6 +207,8 @@ def check_deployable(trainer: FederatedTrainer, datamodule: FederatedDataModule)
     if datamodule.held_out_clients:
         why = "clients that never train have no site. Set it to 0; new sites may come at any time."
         raise MisconfigurationException(f"data.held_out_clients: {why}")
+    if not (overrides(model, "configure_model") or overrides(model, "setup")):  # then it has all of its parts
+        trainer.personal.setup(model, ParameterLayout.of(model))
 
 
 def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> ServerTrainer:
@@ -217,7 +222,7 @@ def serve(config: Path, options: Mapping[str, Any], transport: Transport) -> Ser
     trainer: ServerTrainer = cli.trainer  # type: ignore[assignment]
     trainer.callbacks.append(_Crossed())
     data: FederatedDataModule = cli.datamodule
-    check_deployable(trainer, data)
+    check_deployable(trainer, data, cli.model)
     trainer.sites = Sites(transport, options)
     trainer.sites.gather()
     found = trainer.sites.found

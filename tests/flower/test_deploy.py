@@ -100,6 +100,7 @@ def test_a_folder_that_holds_something_is_refused(app, capsys):
         (["flower", "-c", "quickstart", "-o", "app", "--algorithm=FedProx", "--algorithm.mu=-1"], "mu"),
         (["flower", "-c", "quickstart", "-o", "app", "--ckpt_path=last"], "resume"),
         (["flower", "-c", "quickstart", "-o", "app", "--data.held_out_clients=2"], "data.held_out_clients"),
+        (["flower", "-c", "quickstart", "-o", "app", "--trainer.personal=FedPer"], "'FedPer' means nothing"),
         (["flower", "-c", "quickstart", "-o", "app", "--local=0"], "must be at least 1"),
         (["flower", "-c", "quickstart", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
         (["flower", "-o", "app", "--local=2"], 'pip install "fedlight[flower]"'),
