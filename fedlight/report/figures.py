@@ -116,7 +116,7 @@ def draw_layers(study: Study, setting: str, path: Path) -> Path | None:
 
 
 def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
-    """The accuracy on the clients' own data after the last round: the mean and the worst tenth; None without any."""
+    """The accuracy on the clients' own data after the last round: mean and 10th percentile; None without any."""
     groups = [g for g in study.within(setting) if g.stat("clients/accuracy_mean") is not None]
     if not groups:
         return None
@@ -128,7 +128,7 @@ def draw_clients(study: Study, setting: str, path: Path) -> Path | None:
             style = _style(study, group)
             ends = [100 * stat.mean for stat in (worst, mean) if stat is not None]
             axes.plot(ends, [i] * len(ends), color=style["color"], linewidth=1.2)
-            labels = ("mean over clients", "worst 10 % of clients") if i == 0 else (None, None)
+            labels = ("mean over clients", "10th percentile of clients") if i == 0 else (None, None)
             axes.plot(ends[-1:], [i], "o", color=style["color"], label=labels[0])
             axes.plot(ends[:-1], [i] * (len(ends) - 1), "|", color=style["color"], markersize=14, label=labels[1])
         axes.set_yticks(range(len(groups)), [g.label for g in reversed(groups)])

@@ -208,11 +208,11 @@ def figures(study: Study, setting: str, metric: str) -> Table | None:
 
 
 def _spread(name: str) -> list[Column]:
-    """Mean and deviation over clients of a metric on their own data, and what the worst of them have."""
-    ends = ("p90", "max") if smaller_is_better(name) else ("p10", "min")
-    figures = zip(("mean", "std", "worst 10 %", "worst"), ("mean", "std", *ends), strict=True)
+    """Mean and deviation over clients of a metric on their own data, and the end at which they are worst."""
+    percent, worst = (90, "max") if smaller_is_better(name) else (10, "min")
+    figures = {"mean": "mean", "std": "std", f"{percent}th percentile": f"p{percent}", "worst": worst}
     whose = "clients" if name == "accuracy" else f"clients, {name}"
-    return [(f"{whose}: {t}", _shown(f"clients/{name}_{figure}")) for t, figure in figures]
+    return [(f"{whose}: {t}", _shown(f"clients/{name}_{figure}")) for t, figure in figures.items()]
 
 
 def _of_setting(study: Study, setting: str, metric: str, columns: Sequence[Column], note: str) -> Table:

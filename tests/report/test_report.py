@@ -67,7 +67,7 @@ def test_the_numbers_are_right(report):
     assert results["Central"] == ["90.00", "0.100", "–", "1", "–", "1"]
     others = rows(markdown.split("## Setting: alpha=0.3")[1], "method | λ\\_max")
     of_loss = ["clients, loss: mean", "clients, loss: worst"]
-    assert others["method"] == ["λ\\_max", "trace", "clients: mean", "clients: worst 10 %", *of_loss, "MB", "s"]
+    assert others["method"] == ["λ\\_max", "trace", "clients: mean", "clients: 10th percentile", *of_loss, "MB", "s"]
     assert others["FedDC+MAN"] == ["10", "100", "–", "–", "–", "–", "6", "6"]
     assert others["FedAvg"][2:6] == ["51.00 ± 1.41", "25.50 ± 0.71", "0.49 ± 0.01", "1.49 ± 0.01"]
 
