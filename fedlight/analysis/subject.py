@@ -165,7 +165,8 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
 
     def dataset(loader: Any, key: str) -> Dataset[Any]:
         if not isinstance(loader, DataLoader):
-            raise MisconfigurationException(f"`data: {key}` needs one DataLoader, found {type(loader).__name__}.")
+            found = f"found {type(loader).__name__}. Give measure_hessian a list of batches after training instead."
+            raise MisconfigurationException(f"`data: {key}` needs one DataLoader, {found}")
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             raise MisconfigurationException(
                 f"`data: {key}` needs a dataset of numbered samples of which its DataLoader makes batches, found"
@@ -180,7 +181,7 @@ def plain_subject(trainer: "Trainer", module: LightningModule) -> Subject:
             rank_zero_warn(f"`data: {key}`: {what}. To weigh them so, give measure_hessian a list of its batches.")
         return loader.dataset if rows is None else Subset(loader.dataset, sorted({*map(int, tree_leaves([*rows]))}))
 
-    train, val = only(trainer.train_dataloader), only(trainer.val_dataloaders)
+    train, val = trainer.train_dataloader, only(trainer.val_dataloaders)
     return Subject(
         module=module,
         device=trainer.strategy.root_device,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import isfunction, ismethod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -136,8 +136,8 @@ class TaskLoss:
 
 
 def _copied(module: nn.Module) -> LightningModule:
-    module = unwrapped(module)
-    if not isinstance(module, LightningModule):
+    module = cast(LightningModule, unwrapped(module))
+    if not any(cls.__name__ == "LightningModule" for cls in type(module).__mro__):  # also pytorch_lightning's
         raise TypeError(f"Only a LightningModule can be analysed, found {type(module).__name__}.")
     if not module.automatic_optimization:
         name = type(module).__name__

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 
 from fedlight.analysis import records
 from fedlight.analysis.measurement import Measurement
 from fedlight.analysis.result import HessianResult
 from fedlight.analysis.subject import Subject, is_federated, output_folder, subject_of
 from fedlight.checks import check_whole
+from fedlight.penalties.base import CallbackBase
 from fedlight.run.folder import optional
 from fedlight.run.loggers import log_picture, read_metrics
 from fedlight.written import Remembers
@@ -22,7 +22,7 @@ _REDRAW = 30.0  # seconds between two drawings of the same history
 
 
 @dataclass(eq=False, repr=False)
-class HessianSpectrum(Remembers, Measurement, Callback):
+class HessianSpectrum(Remembers, Measurement, CallbackBase):
     """Measures the curvature of the task loss: eigenvalues, trace, spectral density, layers, sharpness.
 
     The loss is that of ``training_step`` without penalties, in eval mode and float32. Training is not touched: the
@@ -123,9 +123,10 @@ class HessianSpectrum(Remembers, Measurement, Callback):
             self._draw_history(trainer, pl_module, folder)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """In a stock trainer: measure, log and draw after the validation of an epoch."""
-        if not (is_federated(trainer) or trainer.sanity_checking or trainer.state.fn != "fit"):
-            self._epoch = -1  # the epoch's last validation counts
+        """In a stock trainer: measure, log and draw after the validation at the end of an epoch."""
+        if is_federated(trainer) or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # others come within an epoch
             self._measure_epoch(trainer, pl_module)
 
     def _measure_epoch(self, trainer: Any, pl_module: Any) -> None:

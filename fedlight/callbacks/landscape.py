@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.fabric.utilities import rank_zero_warn
-from lightning.pytorch import Callback
 
 from fedlight.analysis.measurement import Survey, ViewName, checkpoint_weights, run_name
 from fedlight.analysis.records import draw_lines, draw_survey
 from fedlight.analysis.subject import Weights, is_federated, output_folder, subject_of
+from fedlight.penalties.base import CallbackBase
 from fedlight.run.loggers import log_picture
 from fedlight.written import Remembers
 
 
 @dataclass(eq=False, repr=False)
-class LossLandscape(Remembers, Survey, Callback):
+class LossLandscape(Remembers, Survey, CallbackBase):
     """Draws the task loss on a plane through the final model when a fit ends, federated or in a stock Trainer.
 
     ``plots/landscape_contour.png`` and ``plots/landscape_surface.png`` are written to the run's folder, and with

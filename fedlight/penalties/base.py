@@ -15,18 +15,18 @@ from fedlight.penalties.step import USED_UP, PenalizedStep, penalized_step, unwr
 from fedlight.penalties.term import Term
 
 if TYPE_CHECKING or "pytorch_lightning" not in sys.modules:
-    _CallbackBase = Callback
+    CallbackBase = Callback
 else:
     # Lightning's twin package has a `Callback` of its own. Its Trainer takes any, its CLI asks for a subclass. The twin
     # is not imported for that: doing so redirects Lightning's messages to the twin's logger.
-    class _CallbackBase(Callback, sys.modules["pytorch_lightning"].Callback):
+    class CallbackBase(Callback, sys.modules["pytorch_lightning"].Callback):
         """A callback of both packages."""
 
 
 __all__ = ["PenalizedStep", "Penalty", "penalized_step"]
 
 
-class Penalty(_CallbackBase, Term):
+class Penalty(CallbackBase, Term):
     """A term that is added to the loss which ``training_step`` returns. Base class; MAN is one.
 
     A new penalty is a subclass with a :meth:`penalty`. Where it is a function of what layers put out, :meth:`observe`

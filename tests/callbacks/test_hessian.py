@@ -584,6 +584,13 @@ class Manual(Plain):
         self.automatic_optimization = False
 
 
+class Listed(Plain):
+    """Its batches are lists of one."""
+
+    def train_dataloader(self):
+        return [super().train_dataloader()]
+
+
 class Streamed(Plain):
     def train_dataloader(self):
         return DataLoader(self.data, batch_size=None)
@@ -596,6 +603,7 @@ class Streamed(Plain):
         (Plain, LossLandscape(view="all"), "view 'all'.*which only FederatedTrainer has"),
         (Manual, spectrum(), "HessianSpectrum: Manual optimises manually"),
         (Streamed, spectrum(), "`data: train` needs a dataset of numbered samples"),
+        (Listed, spectrum(), "`data: train` needs one DataLoader, found list"),
     ],
 )
 def test_what_a_stock_trainer_has_not_is_refused(tmp_path, model, callback, message):
@@ -613,6 +621,18 @@ def test_in_a_stock_trainer_without_validation(tmp_path, settings):
     last = (trainer.global_step - 1) // len(model.train_dataloader())
     assert {p.name for p in Path(logger.log_dir).glob("*/*.png")} == {"density_epoch1.png", f"density_epoch{last}.png"}
     assert "on_train_epoch_end" not in vars(callback)  # a federated run of the same callback has no use for it
+
+
+@pytest.mark.parametrize("interval", [2, 4])  # of 6 batches
+def test_in_a_stock_trainer_an_epoch_is_measured_once_at_its_end(tmp_path, interval):
+    class Steps(HessianSpectrum):
+        def run(self, subject, view="server"):
+            steps.append(subject.module.global_step)
+            return super().run(subject, view)
+
+    steps = []
+    stock(tmp_path, Steps(every_n_rounds=1, density=False), val_check_interval=interval, max_epochs=2)
+    assert steps == [6, 12]
 
 
 @pytest.mark.parametrize("callback", [Checkpoint(), RoundProgress(), PartitionPicture()])

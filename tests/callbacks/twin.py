@@ -1,4 +1,4 @@
-"""MAN in the Trainer and the CLI of pytorch_lightning. Run as a script; prints "twin agrees"."""
+"""MAN and HessianSpectrum in the Trainer and the CLI of pytorch_lightning. Run as a script; prints "twin agrees"."""
 
 # ruff: noqa: I001  fedlight first, as in a project that sorts its imports
 import importlib
@@ -50,11 +50,21 @@ def main() -> None:
     trainer.fit(module)
     check(recorder, trainer, module)
 
+    spectrum = early.HessianSpectrum(every_n_rounds=1, density=False, trace=False)
+    module.train_dataloader = lambda: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches(1)[0]), 4)
+    silent_trainer(spectrum, trainer_class=twin.Trainer).fit(module)
+    alone = early.HessianSpectrum(every_n_rounds=1, density=False, trace=False)
+    one = Lit(lr=0.0)
+    one.load_state_dict(module.state_dict())
+    silent_trainer(alone).fit(one, module.train_dataloader())
+    assert abs(spectrum.results["server"].lambda_max / alone.results["server"].lambda_max - 1) < 1e-5
+
     # The CLI asks for a subclass of its own Callback: MAN is one where pytorch_lightning was imported first.
     for name in [name for name in sys.modules if name.startswith("fedlight")]:
         del sys.modules[name]
     late = importlib.import_module("fedlight.callbacks")
-    assert issubclass(late.MAN, twin.Callback)
+    for callback in (late.MAN, late.HessianSpectrum, late.LossLandscape):
+        assert issubclass(callback, twin.Callback)
     recorder = Recorder()
     arguments = ["fit", "--trainer.callbacks+=fedlight.callbacks.MAN", f"--trainer.callbacks.zeta={ZETA}"]
     defaults = {
