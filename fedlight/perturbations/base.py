@@ -71,8 +71,8 @@ class Perturbation:
         """What the client's steps of this round read and update.
 
         Args:
-            received: all that the client received, also from the algorithm.
-            client: the client's own state, with what the algorithm keeps of it beside.
+            received: all that the client received, also from the algorithm; vectors are 0 at entries that are frozen.
+            client: the client's own state, with what the algorithm keeps of it beside; it as well.
             start: where its training starts, ``[P]``.
         """
         return {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlight.data.arrays import in_memory
 from fedlight.engines.base import ClientTask, named
-from fedlight.local import ClientResult
+from fedlight.local import ClientResult, LocalObjective
 from fedlight.personal.base import OwnTraining
 from fedlight.perturbations.base import State
 from fedlight.seeding import generator
@@ -75,7 +75,7 @@ class ClientSide(ClientStates):
         return replace(
             task,
             objective=replace(own.objective, references=references),
-            perturbation=self._begin_perturbation(client, start),
+            perturbation=self._begin_perturbation(client, own.objective),
             buffers=task.buffers | held,
             stage=stage,
             length=own.length,
@@ -123,7 +123,7 @@ class ClientSide(ClientStates):
             dataset=dataset,
             weight=weight,
             buffers=self._buffers(client),
-            perturbation=self._begin_perturbation(client, objective.start),
+            perturbation=self._begin_perturbation(client, objective),
             lrs=lrs,
             loss_scale=self._server.loss_scale,
         )
@@ -199,6 +199,6 @@ class ClientSide(ClientStates):
         if self.perturbation is None:
             return sent, {}
         whole = self.split.model(start, self.initial)
-        begun = self._begin_perturbation(-1, whole)
+        begun = self._begin_perturbation(-1, LocalObjective(whole))
         beside = self.perturbation.client_update(self._own_perturbation(-1), begun, whole)[1]
         return sent, self.split.restricted(beside)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlight.algorithms.base import Algorithm
 from fedlight.data.datamodule import FederatedDataModule, class_counts
-from fedlight.local import ClientResult
+from fedlight.local import ClientResult, LocalObjective
 from fedlight.module.parameters import ParameterLayout
 from fedlight.personal.base import OwnTraining, Personalization
 from fedlight.personal.split import Split
@@ -112,13 +112,18 @@ class ClientStates:
         state = self.store.get(client, "perturbation")
         return self.perturbation.init_client(self._first) if state is None else state
 
-    def _begin_perturbation(self, client: int, start: Tensor) -> State:
-        """Its state at the start of a training; it sees the whole model, and of the server's 0 at personal entries."""
+    def _begin_perturbation(self, client: int, objective: LocalObjective) -> State:
+        """Its state at the start of a training; it sees 0 at frozen entries, and of the server's at personal ones."""
         if self.perturbation is None:
             return {}
         received = {**self.split.padded(self._received), "params": self._model(client)}
         own = {**self.split.padded(self._own(client)), **self._own_perturbation(client)}
-        return self.perturbation.begin(received, own, start)
+        start = objective.start
+
+        def seen(state: State) -> State:
+            return {k: objective.moving(v) if v.shape == start.shape else v for k, v in state.items()}
+
+        return self.perturbation.begin(seen(received), seen(own), start)
 
     def _buffers(self, client: int) -> State:
         local = (self.store.get(client, "buffers") or {}) | self._trained.get(client, NOTHING)[1]

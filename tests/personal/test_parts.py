@@ -22,7 +22,7 @@ from fedlight.perturbations import ASAM, LESAM, SAM
 from fedlight.run.loggers import read_metrics
 from fedlight.server.sampling import Sampler
 from fedlight.transforms import ClipUpdate, DifferentialPrivacy, TopK
-from tests.helpers.tiny import SIZES, Clients, Regression, quiet_trainer
+from tests.helpers.tiny import SIZES, Clients, Keep, Regression, quiet_trainer
 
 ROUNDS = ((0, 2, 3), (1, 2), (0, 1))
 
@@ -215,6 +215,15 @@ def test_only_the_gradient_moves_personal_entries():
     assert split.restricted({"v": params, "n": torch.tensor(3.0)})["v"].tolist() == [4, 7]
     assert split.padded({"v": shared})["v"].tolist() == [0, 1, 0, 2]
     assert [info.offset for info in split.layout.parameters] == [0, 1]
+
+
+def test_a_perturbation_has_its_radius_in_what_is_trained(tmp_path):
+    """The head has moved since the last round, and is frozen while the body trains: it has no share of the norm."""
+    keep = Keep()
+    trained(tmp_path, PersonalParts("head", "alternating"), algorithm=keep, perturbation=LESAM(0.3), engine="eager")
+    last = {result.client: result.perturbation["epsilon"] for result in keep.rounds[-1]}
+    assert last[0][-5:].tolist() == [0.0] * 5
+    assert float(last[0].norm()) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("algorithm", [FedAvg, algorithms.FedDyn])
