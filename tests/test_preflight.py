@@ -528,13 +528,21 @@ def test_very_unequal_clients_are_a_warning_where_an_estimate_is_divided_by_thei
 
 
 @pytest.mark.parametrize(
-    ("name", "momentum", "said"), [("SCAFFOLD", 0.9, True), ("SCAFFOLD", 0, False), ("FedAvg", 0.9, False)]
+    ("name", "settings", "said"),
+    [
+        ("SCAFFOLD", {"momentum": 0.9}, " and momentum"),
+        ("SCAFFOLD", {"lr": 0.1}, " and several learning rates"),
+        ("SCAFFOLD", {}, None),
+        ("FedAvg", {"momentum": 0.9, "lr": 0.1}, None),
+    ],
 )
-def test_an_estimate_of_gradients_is_said_to_be_of_another_size_with_momentum(tmp_path, caplog, name, momentum, said):
+def test_an_estimate_of_gradients_is_said_to_be_of_another_size(tmp_path, caplog, name, settings, said):
+    """It is divided by the learning rates of the first group."""
     model = Regression()
-    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.01, momentum=momentum)
+    groups = [{"params": [model.net.weight]}, {"params": [model.net.bias], **settings}]
+    model.configure_optimizers = lambda: torch.optim.SGD(groups, lr=0.01)
     quiet_trainer(tmp_path, algorithm=getattr(algorithms, name)(), max_rounds=0).fit(model, Clients())
-    assert ("That is so of plain SGD; with SGD and momentum it has another size." in caplog.text) is said
+    assert (f"That is so of plain SGD; with SGD{said} it has another size." in caplog.text) is (said is not None)
 
 
 @pytest.mark.parametrize(("name", "said"), [("FedAvg", True), ("FedDyn", False)])

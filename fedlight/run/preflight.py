@@ -149,11 +149,12 @@ def _check_algorithm(federation: Federation, schedule: RoundSchedule) -> None:
             f"algorithm: {name} divides by the local learning rate, and model.optimizer has none that is positive"
             f" (found {schedule.lr}). Use an optimizer with an lr, or another algorithm."
         )
-    momentum = max(group.get("momentum", 0) for group in found.param_groups)
-    if algorithm.needs_lr and not algorithm.optimizers and (momentum or not isinstance(found, SGD)):
+    also = " and momentum" * any(group.get("momentum", 0) for group in found.param_groups)
+    also += " and several learning rates" * (len({float(group.get("lr", 0)) for group in found.param_groups}) > 1)
+    if algorithm.needs_lr and not algorithm.optimizers and (also or not isinstance(found, SGD)):
         rank_zero_info(
-            f"algorithm: {name} takes a client's update, divided by its learning rates, for its gradient. That is so of"
-            f" plain SGD; with {type(found).__name__}{' and momentum' * bool(momentum)} it has another size."
+            f"algorithm: {name} takes a client's update, divided by its (first) learning rates, for its gradient. That"
+            f" is so of plain SGD; with {type(found).__name__}{also} it has another size."
         )
     sizes = federation.sizes[federation.sizes > 0]
     smallest, largest = int(sizes.min()), int(sizes.max())
