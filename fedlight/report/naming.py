@@ -3,7 +3,7 @@
 import functools
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fedlight.penalties.numbers import KEYS
 from fedlight.run.names import method_name
@@ -139,6 +139,9 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, _Part):
+        inner = ", ".join(f"{key}={show(v)}" for key, v in value.settings)
+        return f"{_class(value.path)}({inner})" if inner or not value.path else _class(value.path)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(show(v) for v in value) + "]"
     if isinstance(value, str) and "." in value and value.replace(".", "").replace("_", "").isalnum():
@@ -194,6 +197,13 @@ def _is_penalty(class_path: str) -> bool:
     return isinstance(found, type) and issubclass(found, Penalty)
 
 
+class _Part(NamedTuple):
+    """An object of a configuration, by its class, or a dictionary."""
+
+    path: str
+    settings: Items
+
+
 def _hashable(items: Mapping[str, Any]) -> Items:
     return tuple(sorted((key, _frozen(value)) for key, value in items.items()))
 
@@ -205,5 +215,8 @@ def _frozen(value: Any) -> Any:
         after = f" after {value['after']}" if value.get("after") else ""
         return f"{value['schedule']} {value['from']:g} to {value['to']:g} in {value['rounds']} rounds{after}"
     if isinstance(value, Mapping):
-        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+        inner = value.get("init_args") or {}
+        whole = "class_path" not in value or not isinstance(inner, Mapping)
+        given = value if whole else {k: v for k, v in value.items() if k not in ("class_path", "init_args")} | inner
+        return _Part(str(value.get("class_path", "")), _hashable(given))
     return value

@@ -192,6 +192,18 @@ def test_intervals_are_those_of_students_t():
     assert Stat.of([0.1]).half_width is None
 
 
+def test_objects_in_a_setting_are_called_by_their_classes():
+    clip = {"class_path": "fedlight.transforms.ClipUpdate", "init_args": {"norm": 1.0}}
+    chains = [None, [clip], [{"class_path": "mine.ClipUpdate", "init_args": {"norm": 1.0}}], [{"a": {"b": 2}}]]
+    study = group_runs([run([0.1], transforms=chain) for chain in chains])
+    assert study.settings == [
+        "transforms=null",
+        "transforms=[ClipUpdate(norm=1)] #2",
+        "transforms=[ClipUpdate(norm=1)] #3",
+        "transforms=[(a=(b=2))]",
+    ]
+
+
 def test_a_baseline_is_a_label_or_a_name_that_is_one_methods():
     study = group_runs([run([0.1]), run([0.2], callbacks=[man(0.1)]), run([0.3], callbacks=[man(0.2)])])
     assert study.baseline("FedAvg") == "FedAvg"
