@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from fedlight.penalties.numbers import KEYS
@@ -74,7 +74,19 @@ def setting_of(config: Mapping[str, Any]) -> Items:
     reading = {k for k in config if k.startswith("data.") and k.rpartition(".")[2] in _READING}
     own = {k: v for k, v in config.items() if not (f"{k}.".startswith(apart) or k.startswith(_ASIDE) or k in reading)}
     stops = [c for c in _callbacks(config) if isinstance(c, Mapping) and _class(c.get("class_path", "")) == _STOPS]
+    own = {inner: v for key, value in own.items() for inner, v in _spread(key, value)}
     return _hashable(own | {f"{_STOPS}.{k}": v for c in stops for k, v in (c.get("init_args") or {}).items()})
+
+
+def _spread(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A list of objects by keys of their own, so that settings are told apart by what differs in it."""
+    listed = value if isinstance(value, list) else []
+    if not listed or not all(isinstance(entry, Mapping) and "class_path" in entry for entry in listed):
+        yield key, value
+        return
+    for i, entry in enumerate(listed):
+        yield f"{key}.{i}.class_path", entry["class_path"]
+        yield from ((f"{key}.{i}.init_args.{name}", v) for name, v in (entry.get("init_args") or {}).items())
 
 
 def pooled(setting: Items) -> Items:

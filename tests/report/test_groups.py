@@ -194,14 +194,19 @@ def test_intervals_are_those_of_students_t():
 
 def test_objects_in_a_setting_are_called_by_their_classes():
     clip = {"class_path": "fedlight.transforms.ClipUpdate", "init_args": {"norm": 1.0}}
-    chains = [None, [clip], [{"class_path": "mine.ClipUpdate", "init_args": {"norm": 1.0}}], [{"a": {"b": 2}}]]
+    other = {"class_path": "mine.ClipUpdate", "init_args": {"norm": 1.0}}
+    bits = [{"class_path": "fedlight.transforms.Quantize", "init_args": {"bits": n}} for n in (4, 8)]
+    chains = [None, [clip], [other], [clip, bits[0]], [clip, bits[1]], [{"a": {"b": 2}}]]
     study = group_runs([run([0.1], transforms=chain) for chain in chains])
     assert study.settings == [
         "transforms=null",
-        "transforms=[ClipUpdate(norm=1)] #2",
-        "transforms=[ClipUpdate(norm=1)] #3",
+        "ClipUpdate, norm=1 #2",
+        "ClipUpdate, norm=1 #3",
+        "ClipUpdate, norm=1, Quantize, bits=4",
+        "ClipUpdate, norm=1, Quantize, bits=8",
         "transforms=[(a=(b=2))]",
     ]
+    assert group_runs([run([0.1], transforms=[clip, b]) for b in bits]).settings == ["bits=4", "bits=8"]
 
 
 def test_a_baseline_is_a_label_or_a_name_that_is_one_methods():
